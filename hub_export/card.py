@@ -1,0 +1,82 @@
+"""The README.md of a compressed checkpoint: what was measured, and how to use it."""
+
+from typing import Any
+
+from ..zoo.llama import Config
+
+CITATIONS = {
+    "eigen": "Eigen Attention (Saxena et al., arXiv 2408.05646)",
+    "fisher": "low-rank latents under the Fisher metric, one global rank budget (eigenzoo)",
+    "attention": "low-rank latents under the attention metric, one global rank budget (eigenzoo)",
+}
+
+
+def card(config: Config, compression: dict[str, Any]) -> str:
+    """Markdown with the Hub's metadata. Every number comes from `compression` or `config`."""
+    c = compression
+    base = c["base_model"]
+    meta = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if base.count("/") == 1:  # a Hub id; of a local model only the name is kept
+        meta.append(f"base_model: {base}")
+    meta += ["tags:", "- eigenzoo", "- kv-cache", "- low-rank"]
+    evaluated = c.get("evaluation")
+    rows = [
+        ("KV numbers per token", f"{config.dense_kv_width}", f"{config.kv_width}"),
+        ("KV share", "1.000", f"{config.kv_width / config.dense_kv_width:.3f}"),
+    ]
+    if evaluated:
+        rows.append(
+            (
+                f"perplexity ({evaluated['tokens']} tokens of {evaluated['text']})",
+                f"{evaluated['dense']:.3f}",
+                f"{evaluated['compressed']:.3f}",
+            )
+        )
+    table = "\n".join(f"| {name} | {before} | {after} |" for name, before, after in rows)
+    ranks = "\n".join(
+        f"| {i} | {k} | {v} |"
+        for i, (k, v) in enumerate(zip(config.k_ranks, config.v_ranks, strict=True))
+    )
+    header = "\n".join(meta)
+    return f"""---
+{header}
+---
+
+# {base.split("/")[-1]}, KV cache compressed
+
+Made by eigenzoo {c["versions"]["eigenzoo"]} from `{base}`: {CITATIONS[c["method"]]}.
+The cache holds low-rank latents of keys and values and is that much smaller wherever it lives.
+
+| | original | compressed |
+|---|---|---|
+{table}
+
+Calibrated on {c["calibration"]["tokens"]} tokens ({c["calibration"]["source"]}), seed {c["seed"]}.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or its name on the Hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+
+With eigenzoo installed: `eigenzoo generate . --prompt "…"` (compiled, static cache).
+
+## Ranks
+
+{config.k_heads_per_latent} kv heads share a key latent, {config.v_heads_per_latent} a value latent.
+
+| layer | key rank | value rank |
+|---|---|---|
+{ranks}
+
+## Limits
+
+Keys and values differ in width, so FlashAttention 2 and paged caches do not apply. Compressed keys
+are lifted and rotated when they are read, which costs time at decoding.
+"""

@@ -1,0 +1,71 @@
+"""From a checkpoint to a compressed checkpoint on disk, with what was measured on the way."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..zoo.checkpoint import Checkpoint
+from ..zoo.compress import compress
+from ..zoo.data import calibration_tokens, encode, read_text
+from ..zoo.evaluate import perplexity
+from .export import export
+
+
+def compress_checkpoint(
+    original: Checkpoint,
+    out: Path,
+    calibration: str = "self",
+    samples: int = 32,
+    seq_len: int = 1024,
+    text: Path | None = None,
+    seed: int = 0,
+    force: bool = False,
+    shard_size: str = "5GB",
+    **settings: Any,
+) -> dict[str, Any]:
+    """Compress `original` into the folder `out`; return what its config.json says about it.
+
+    calibration, samples, seq_len: see `data.calibration_tokens`. text: a file to measure
+    perplexity on, before and after; by default an eighth of the calibration sequences is held out
+    for that. settings: those of `zoo.compress.compress`.
+    """
+    model, tokenizer = original.model, original.tokenizer
+    tokens = calibration_tokens(calibration, model, tokenizer, samples, seq_len, seed)
+    source = calibration if calibration.startswith(("self", "hub:")) else Path(calibration).name
+    if text is None:
+        tokens, held_out = tokens.tensor_split([len(tokens) - (len(tokens) // 8 or 1)])
+        words, window, test = f"held-out {source} text", tokens.size(1), held_out.flatten()
+    else:
+        test = encode(tokenizer, read_text(text)).to(tokens.device)
+        words, window = text.name, min(2048, len(test))
+    result = compress(model, tokens, **settings)
+    before, after = (perplexity(m, test, window) for m in (model, result.model))
+    config = result.model.config
+    record = {
+        "base_model": original.name,
+        **settings,
+        "error_budget": result.error_budget,
+        "heads_per_latent": [config.k_heads_per_latent, config.v_heads_per_latent],
+        "share": config.kv_width / model.config.kv_width,
+        "calibration": _calibration(source, tokens),
+        "seed": seed,
+        "versions": {name: version(name) for name in ("eigenzoo", "torch", "transformers")},
+        "evaluation": {
+            "text": words,
+            "window": window,
+            "tokens": before.tokens,
+            "dense": before.perplexity,
+            "compressed": after.perplexity,
+        },
+        "layers": result.layers,
+    }
+    export(out, result.model, original, record, force, shard_size)
+    return record
+
+
+def _calibration(source: str, tokens: Tensor) -> Mapping[str, Any]:
+    sequences, length = tokens.shape
+    return {"source": source, "sequences": sequences, "seq_len": length, "tokens": tokens.numel()}

@@ -1,0 +1,89 @@
+"""Write a compressed model as one folder that zoo, transformers and the Hub all read."""
+
+import inspect
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+
+from ..zoo import attention, cache, llama, rope
+from ..zoo.checkpoint import Checkpoint
+from . import card
+from .remote import configuration_eigen_llama, modeling_eigen_llama
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_eigen_llama.EigenLlamaConfig",
+    "AutoModel": "modeling_eigen_llama.EigenLlamaModel",
+    "AutoModelForCausalLM": "modeling_eigen_llama.EigenLlamaForCausalLM",
+}
+TRAVELS = (attention, cache, llama, rope, configuration_eigen_llama, modeling_eigen_llama)
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+
+
+def check_free(out: Path, force: bool) -> None:
+    """Raise ValueError if `out` is taken and `force` does not allow to replace it."""
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent} does not exist: make it, or choose another output folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: expected the name of a folder to write")
+    if out.exists() and not force:
+        raise ValueError(f"{out} exists: choose another folder, or pass --force to replace it")
+
+
+@contextmanager
+def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` if all goes well, and vanishes if not."""
+    check_free(out, force)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        fresh, old = work / "new", work / "old"
+        fresh.mkdir()
+        yield fresh
+        if out.exists():
+            out.rename(old)
+        fresh.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def export(
+    out: Path,
+    model: llama.Model,
+    original: Checkpoint,
+    compression: dict[str, Any],
+    force: bool = False,
+    shard_size: str = "5GB",
+) -> None:
+    """Write the checkpoint folder `out`: weights, config, tokenizer, remote code and card.
+
+    original: what the model was made from; its tokenizer, token ids and generation config go
+    along. compression: provenance and measurements, kept in config.json and shown in the card.
+    Raises ValueError if `out` is taken; whatever goes wrong, no half-written folder stays.
+    """
+    config = configuration_eigen_llama.EigenLlamaConfig(
+        **asdict(model.config),
+        **{key: original.config[key] for key in KEPT if original.config.get(key) is not None},
+        compression=compression,
+        architectures=["EigenLlamaForCausalLM"],
+        dtype=str(model.norm.weight.dtype).removeprefix("torch."),
+    )
+    config.auto_map = AUTO_MAP
+    weights = {f"model.{name}": x.contiguous() for name, x in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["model.head.weight"]
+    with new_folder(out, force) as folder:
+        save_torch_state_dict(weights, folder, max_shard_size=shard_size)
+        config.save_pretrained(folder)
+        original.tokenizer.save_pretrained(folder)
+        original.generation.save_pretrained(folder)
+        for module in TRAVELS:
+            source = Path(inspect.getfile(module))
+            # a Hub folder is flat: what comes from the zoo here lies beside it there
+            text = source.read_text().replace("from ...zoo.", "from .")
+            (folder / source.name).write_text(text)
+        (folder / "README.md").write_text(card.card(model.config, compression))

@@ -1,0 +1,180 @@
+"""transformers' classes around the native Llama with a compressed KV cache.
+
+Travels with the checkpoint, beside the native files, and needs torch and transformers only.
+"""
+
+from dataclasses import fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from ...zoo.llama import Config, Model
+from .configuration_eigen_llama import EigenLlamaConfig
+
+
+class LatentCache:
+    """What the native model asks of a cache, kept in one of transformers' caches.
+
+    Theirs want as many heads of values as of keys: where latents are shared by different numbers
+    of heads, all latents of a token lie side by side in one head.
+    """
+
+    def __init__(self, cache: Cache, slots: int):
+        self.cache, self.slots = cache, slots
+
+    def check(self, tokens: Tensor, pos: Tensor) -> None:
+        """Transformers' caches check their own bounds."""
+
+    def update(self, layer: int, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (B, heads, T, width); return all slots of the layer."""
+        if k.size(1) == v.size(1):
+            return self.cache.update(k, v, layer)
+        heads = k.size(1), v.size(1)
+        k, v = (x.transpose(1, 2).flatten(2)[:, None] for x in (k, v))
+        k, v = self.cache.update(k, v, layer)
+        return (
+            k[:, 0].unflatten(-1, (heads[0], -1)).transpose(1, 2),
+            v[:, 0].unflatten(-1, (heads[1], -1)).transpose(1, 2),
+        )
+
+
+class EigenLlamaPreTrainedModel(PreTrainedModel):
+    """What the model with and without a language modelling head share."""
+
+    config: EigenLlamaConfig
+    config_class = EigenLlamaConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = False  # keys and values differ in width
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: EigenLlamaConfig):
+        super().__init__(config)
+        native = {f.name: getattr(config, f.name) for f in fields(Config)}
+        self.model = Model(Config(**native))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Model):  # from_pretrained builds on meta: buffers come back empty
+            module.reset_rope()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.model.embed = value
+
+    def _hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+    ) -> tuple[Tensor, Cache | None]:
+        """Normed output of the last layer, and the cache that now holds the tokens."""
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        count, cache = input_ids.size(1), past_key_values
+        past = 0 if cache is None else cache.get_seq_length()
+        slots = past + count
+        if cache is not None and cache.is_compileable:
+            slots = cache.get_max_length()
+        pos = torch.arange(count, device=input_ids.device) + past
+        valid = _valid_slots(attention_mask, slots)
+        if position_ids is not None and not torch.compiler.is_compiling():
+            _check_positions(position_ids, valid, pos)
+        native = None if cache is None else LatentCache(cache, slots)
+        return self.model.hidden(input_ids, pos, native, valid), cache
+
+
+def _valid_slots(mask: Tensor | None, slots: int) -> Tensor | None:
+    """(B, slots), false at padding, from a mask of 2 dimensions, or the 4 of a static cache."""
+    if mask is None:
+        return None
+    if mask.ndim == 4:  # (B, 1, T, slots): the last token sees whatever is no padding
+        mask = mask[:, 0, -1]
+        mask = mask if mask.dtype == torch.bool else mask == 0
+    valid = mask.bool()[:, :slots]
+    return F.pad(valid, (0, slots - valid.size(1)))
+
+
+def _check_positions(position_ids: Tensor, valid: Tensor | None, pos: Tensor) -> None:
+    """Positions are counted from the mask: others would be ignored, so they are refused."""
+    counted = pos[None] if valid is None else (valid.cumsum(1) - 1)[:, pos]
+    seen = torch.ones_like(counted, dtype=torch.bool) if valid is None else valid[:, pos]
+    if ((position_ids != counted) & seen).any():
+        raise ValueError(
+            "position_ids differ from those that attention_mask gives: this model counts positions "
+            "from attention_mask and cannot take others"
+        )
+
+
+class EigenLlamaModel(EigenLlamaPreTrainedModel):
+    """The model as an encoder of text: hidden states, no logits."""
+
+    _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: object,
+    ) -> BaseModelOutputWithPast:
+        """input_ids (B, T) -> last_hidden_state (B, T, hidden_size)."""
+        x, cache = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache)
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
+
+
+class EigenLlamaForCausalLM(EigenLlamaPreTrainedModel, GenerationMixin):
+    """The language model."""
+
+    _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language modelling head."""
+        return self.model.head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the language modelling head."""
+        self.model.head = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: object,
+    ) -> CausalLMOutputWithPast:
+        """input_ids (B, T) -> logits (B, T or logits_to_keep, vocabulary).
+
+        attention_mask: (B, S), 0 at padding, as transformers' models take it. Raises ValueError
+        for position_ids that differ from the mask's own.
+        """
+        x, cache = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model.head(x[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)

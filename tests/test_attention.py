@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from eigenzoo.zoo.attention import causal_mask, latent_attention, lift, lift_heads
+
+torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    ("key_heads", "latents"), [(1, 1), (2, 1), (2, 2), (6, 1), (6, 2), (6, 3), (6, 6)]
+)
+@pytest.mark.parametrize("width", [5, 8])
+def test_one_token_reads_what_a_prompt_reads(key_heads, latents, width):
+    q, k = torch.randn(2, 6, 9, 8), torch.randn(2, key_heads, 9, 8)
+    v = torch.randn(2, latents, 9, width)
+    prompt = latent_attention(q, k, v, None, 0.3)
+    for t in range(9):
+        mask = causal_mask(torch.tensor([t]), 9)
+        one = latent_attention(q[:, :, t : t + 1], k, v, mask, 0.3)
+        torch.testing.assert_close(one[:, :, 0], prompt[:, :, t])
+
+
+def test_attention_is_what_the_formula_says():
+    q, k, v = torch.randn(1, 2, 1, 4), torch.randn(1, 1, 3, 4), torch.randn(1, 2, 3, 5)
+    p = (0.5 * torch.einsum("bhtd,bsd->bhts", q, k[:, 0])).softmax(-1)
+    got = latent_attention(q, k, v, torch.ones(1, 1, 1, 3, dtype=torch.bool), 0.5)
+    torch.testing.assert_close(got, p @ v)
+
+
+@pytest.mark.parametrize("latents", [1, 2, 4])
+def test_lifting_after_attention_equals_lifting_values(latents):
+    p = torch.rand(2, 8, 3, 10)  # weights of 8 query heads over 10 slots, 4 kv heads
+    z, up = torch.randn(2, latents, 10, 7), torch.randn(latents, 7, 4 // latents * 6)
+    read = p @ z.repeat_interleave(8 // latents, 1)
+    want = p @ lift(z, up, 6).repeat_interleave(2, 1)
+    torch.testing.assert_close(lift_heads(read, up, 6), want)
+
+
+def test_padding_is_seen_by_nobody_but_itself():
+    valid = torch.tensor([[False, False, True, True]])
+    mask = causal_mask(torch.arange(4), 4, valid)[0, 0]
+    want = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]).bool()
+    assert torch.equal(mask, want)

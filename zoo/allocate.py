@@ -1,0 +1,78 @@
+"""How many ranks each layer gets: a global budget, or an error budget for every layer."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .basis import LayerBasis
+from .llama import Config
+
+
+class Ranks(NamedTuple):
+    """Widths of the latents of keys and of values, one a layer."""
+
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+
+
+def greedy(config: Config, bases: Sequence[LayerBasis], keep: float, multiple: int = 8) -> Ranks:
+    """Spend one budget over all layers, keys and values where it takes away most error per byte.
+
+    keep: share of the dense model's KV numbers, in (0, 1]; never exceeded. Ranks are multiples of
+    `multiple`, at least one multiple each, or full. Since gains fall along every spectrum, the
+    order of gain per number is optimal up to rounding. Raises ValueError if `keep` is too small.
+    """
+    check_keep(keep)
+    units = [b for layer in bases for b in layer]  # k and v of layer 0, of layer 1, ...
+    sizes = [_cuts(b.spectrum, multiple) for b in units]
+    ranks = [cut[0] for cut in sizes]
+    left = int(keep * config.dense_kv_width)
+    left -= sum(r * len(b.spectrum) for r, b in zip(ranks, units, strict=True))
+    if left < 0:
+        least = (int(keep * config.dense_kv_width) - left) / config.dense_kv_width
+        raise ValueError(
+            f"keep {keep} leaves less than rank {multiple} in every layer: expected at least "
+            f"{least:.3f}, or a smaller rank multiple"
+        )
+    steps = []
+    for u, (basis, cut) in enumerate(zip(units, sizes, strict=True)):
+        gone = basis.errors()
+        for low, high in pairwise(cut):
+            cost = (high - low) * len(basis.spectrum)
+            steps.append((-float(gone[low] - gone[high]) / cost, u, low, high, cost))
+    for _, u, low, high, cost in sorted(steps):
+        if low == ranks[u] and cost <= left:  # a step that does not fit ends its unit, no other
+            ranks[u], left = high, left - cost
+    return Ranks(tuple(ranks[0::2]), tuple(ranks[1::2]))
+
+
+def _cuts(spectrum: Tensor, multiple: int) -> list[int]:
+    """The ranks that a unit may take."""
+    full = spectrum.size(1)
+    return [*range(multiple, full, multiple), full]
+
+
+def check_keep(keep: float) -> None:
+    """Raise ValueError unless keep is a share of bytes."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is {keep}: expected a share of the KV bytes above 0 and up to 1")
+
+
+def threshold_rank(spectrum: Tensor, threshold: float, multiple: int = 1) -> int:
+    """Eigen Attention's rule: the smallest rank whose singular values sum to `threshold` of all.
+
+    spectrum: (L, n) squared singular values. The largest rank over the heads, rounded up to a
+    multiple.
+    """
+    values = spectrum.sqrt()
+    share = values.cumsum(1) / values.sum(1, keepdim=True)
+    rank = int((share < threshold - 1e-12).sum(1).max()) + 1
+    return min(-(-rank // multiple) * multiple, spectrum.size(1))
+
+
+def kept_share(config: Config, ranks: Ranks, latents: tuple[int, int]) -> float:
+    """Share of the dense KV numbers that `ranks` keep, with so many latents a layer for k and v."""
+    numbers = latents[0] * sum(ranks.k) + latents[1] * sum(ranks.v)
+    return numbers / config.dense_kv_width

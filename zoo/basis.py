@@ -1,0 +1,150 @@
+"""From statistics to bases: one function a method.
+
+A basis holds every rank at once: its columns are sorted by importance, a smaller rank is a slice,
+and `spectrum` says what each column is worth.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .calibrate import Moments, Statistics
+from .llama import Model
+from .rope import rotate
+
+
+class Basis(NamedTuple):
+    """z = encoderᵀ x holds x, decoder z gives it back; L latents of up to n numbers, fp64.
+
+    At rank r only the first r columns are kept. What is lost of the mean of x is added back.
+    """
+
+    encoder: Tensor  # (L, n, n)
+    decoder: Tensor  # (L, n, n)
+    spectrum: Tensor  # (L, n): the error, per token, that each column takes away
+    mean: Tensor  # (L, n): zero where the method does not centre
+
+    def errors(self) -> Tensor:
+        """Error per token left at rank 0, 1, ..., n, summed over the latents: (n + 1,)."""
+        gone = self.spectrum.sum(0).flip(0).cumsum(0).flip(0)
+        return torch.cat((gone, gone.new_zeros(1)))
+
+
+class LayerBasis(NamedTuple):
+    """The bases of one layer."""
+
+    k: Basis
+    v: Basis
+
+
+def solve(covariance: Tensor, metric: Tensor, mean: Tensor, damping: float) -> Basis:
+    """The latents that lose least of x under a metric, at every rank at once.
+
+    Minimises tr(F (I - P) C (I - P)ᵀ) over maps P = D Eᵀ of rank r, for C = covariance and
+    F = metric, both (L, n, n): with F = L Lᵀ and eigh(Lᵀ C L) = W Λ Wᵀ, E = L W and D = L⁻ᵀ W.
+    `damping` times the mean of its diagonal is added to F, for directions no gradient has seen.
+    """
+    n = covariance.size(-1)
+    level = metric.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+    eye = torch.eye(n, dtype=metric.dtype, device=metric.device)
+    root = torch.linalg.cholesky(metric + damping * level[:, None, None] * eye)
+    values, vectors = torch.linalg.eigh(root.mT @ covariance @ root)
+    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    decoder = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+    return Basis(root @ vectors, decoder, values, mean)
+
+
+def fisher(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+    """Errors weighed by the gradients of the loss: F = E[g gᵀ] with g = ∂loss/∂k or ∂loss/∂v.
+
+    Half the error is the expected second-order rise of the loss per token, in nats, one unit for
+    keys, values and all layers. Needs `calibrate(..., gradients=True)`.
+    """
+    return [
+        LayerBasis(
+            solve(s.k.covariance, _asked(s.k_grad).second, s.k.mean, damping=0.3),
+            solve(s.v.covariance, _asked(s.v_grad).second, s.v.mean, damping=0.3),
+        )
+        for s in statistics
+    ]
+
+
+def attention(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+    """Errors weighed by what reads them: queries read keys, the output projection reads values.
+
+    Keys: the Gram of the group's queries, averaged over the relative distances of the rotation.
+    Values: the sum of W_oᵀ W_o over the group's heads. Each spectrum is a share of its layer's
+    whole, since the units of keys, values and layers differ. Needs `calibrate(..., queries=True)`.
+    """
+    bases = []
+    for block, s in zip(model.layers, statistics, strict=True):
+        g, d = model.config.num_key_value_heads, model.config.head_dim
+        q = _asked(s.q).second.unflatten(0, (g, -1)).sum(1)  # (G, D, D)
+        w_o = block.attn.o_proj.weight.double().unflatten(1, (g, -1, d))  # (hidden, G, H / G, D)
+        k = solve(
+            s.k.covariance, _blocks(_turned(model, q), s.k.gram.size(0)), s.k.mean, damping=0.01
+        )
+        read = torch.einsum("ogmd,ogme->gde", w_o, w_o)
+        v = solve(s.v.covariance, _blocks(read, s.v.gram.size(0)), s.v.mean, damping=0.01)
+        share = [b._replace(spectrum=b.spectrum / b.spectrum.sum()) for b in (k, v)]
+        bases.append(LayerBasis(*share))
+    return bases
+
+
+def eigen(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+    """Eigen Attention for Llama (Saxena et al., arXiv 2408.05646): singular vectors, uncentred.
+
+    Keys before the rotation: one basis a layer, shared by its kv heads. Values: one a kv head.
+    Takes one kv head per latent. The spectrum is the squared singular values, per token.
+    """
+    bases = []
+    for s in statistics:
+        k, v = s.k.second, s.v.second
+        bases.append(LayerBasis(_principal(k.sum(0).expand_as(k)), _principal(v)))
+    return bases
+
+
+def _asked(moments: Moments | None) -> Moments:
+    """Statistics that a method needs. Raises ValueError if they were not taken."""
+    if moments is None:
+        raise ValueError("the statistics lack what this method needs: see METHODS")
+    return moments
+
+
+def _principal(second: Tensor) -> Basis:
+    """Principal directions of uncentred vectors, (L, n, n)."""
+    values, vectors = torch.linalg.eigh(second)
+    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    return Basis(vectors, vectors, values, torch.zeros_like(values))
+
+
+def _turned(model: Model, gram: Tensor, distances: int = 64) -> Tensor:
+    """Average of R F Rᵀ over the relative distances of a causal window. gram: (G, D, D)."""
+    window = model.config.max_position_embeddings
+    delta = torch.linspace(0, window - 1, distances, device=gram.device).round()
+    weight = (window - delta) / (window - delta).sum()  # near pairs are more frequent
+    cos, sin = (x[0, 0, :, None] for x in model.rope(delta[None], delta))
+    half = rotate(gram[:, None], cos, sin)  # rotates rows: (G, distances, D, D)
+    return torch.einsum("n,gnij->gij", weight.double(), rotate(half.mT, cos, sin).mT)
+
+
+def _blocks(per_head: Tensor, latents: int) -> Tensor:
+    """Block diagonals of the heads that share a latent. (G, D, D) -> (L, G / L * D, ...)."""
+    return torch.stack([torch.block_diag(*x) for x in per_head.unflatten(0, (latents, -1))])
+
+
+class Method(NamedTuple):
+    """A way to choose bases, and the statistics that it needs."""
+
+    bases: Callable[[Model, list[Statistics]], list[LayerBasis]]
+    gradients: bool = False
+    queries: bool = False
+
+
+METHODS = {
+    "fisher": Method(fisher, gradients=True),
+    "attention": Method(attention, queries=True),
+    "eigen": Method(eigen),
+}

@@ -1,0 +1,235 @@
+"""Read checkpoints: Hugging Face Llama folders, Hub ids, GGUF files and eigenzoo's own folders."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+)
+
+from .llama import Config, Model
+
+MODEL_TYPE = "eigen_llama"  # what config.json of a compressed checkpoint says
+FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+NAMES = {
+    "embed_tokens": "embed",
+    "input_layernorm": "attn_norm",
+    "self_attn": "attn",
+    "post_attention_layernorm": "mlp_norm",
+    "lm_head": "head",
+}
+
+
+class Checkpoint(NamedTuple):
+    """A model, the tokenizer that belongs to it, and its config.json."""
+
+    model: Model
+    tokenizer: PreTrainedTokenizerBase
+    config: dict[str, Any]
+    generation: GenerationConfig
+    name: str  # the Hub id, or the last part of a path
+
+
+def load(
+    source: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Load a dense Llama or a compressed model for inference.
+
+    source: a folder, a GGUF file or a Hub id. dtype: None keeps the checkpoint's own.
+    trust_remote_code: let the tokenizer run code that comes with the checkpoint. Raises ValueError
+    for what cannot be read: no such place, an unknown architecture, damaged or missing weights.
+    """
+    path = locate(source, revision)
+    raw = read_config(path)
+    config = native_config(raw)  # refuses what it does not know before any weight is read
+    tensors = _read_gguf(path) if path.suffix == ".gguf" else _read_safetensors(path)
+    model = _build(config, tensors, dtype, device)
+    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    folder = path.parent if gguf else path
+    # a compressed Llama keeps its Llama tokenizer, which transformers chooses by the config
+    like = {"config": LlamaConfig()} if raw["model_type"] == MODEL_TYPE else {}
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, **gguf, **like
+    )
+    name = path.stem if Path(source).expanduser().exists() else source
+    return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name)
+
+
+def stop_tokens(checkpoint: Checkpoint) -> list[int]:
+    """The tokens that end a text, by the generation config and by the tokenizer."""
+    ends = checkpoint.generation.eos_token_id
+    listed = ends if isinstance(ends, list) else [ends]
+    return sorted({e for e in (*listed, checkpoint.tokenizer.eos_token_id) if e is not None})
+
+
+def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
+    """What config.json says of a checkpoint: sizes, ranks, bytes of cache and provenance."""
+    raw = read_config(locate(source, revision, ["config.json"]))
+    c = native_config(raw)
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    size = getattr(torch, dtype).itemsize
+    return {
+        "model": source,
+        "model_type": raw["model_type"],
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "dtype": dtype,
+        "kv_bytes_per_token": c.kv_width * size,
+        "kv_bytes_per_token_dense": c.dense_kv_width * size,
+        "kv_share": c.kv_width / c.dense_kv_width,
+        "k_heads_per_latent": c.k_heads_per_latent,
+        "v_heads_per_latent": c.v_heads_per_latent,
+        "k_ranks": list(c.k_ranks),
+        "v_ranks": list(c.v_ranks),
+        "compression": raw.get("compression"),
+    }
+
+
+def locate(source: str, revision: str | None = None, files: Sequence[str] = FILES) -> Path:
+    """The folder or GGUF file that `source` names, downloaded if it is a Hub id."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        lone = [] if (path / "config.json").exists() else list(path.glob("*.gguf"))
+        return lone[0] if len(lone) == 1 else path
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if path.exists():
+        raise ValueError(f"{source} is a file: expected a folder, a .gguf file or a Hub id")
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise ValueError(f"{source} does not exist: expected a folder, a .gguf file or a Hub id")
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{source} is no folder here, and the Hub did not give it: {reason}"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder, or what a GGUF file says in its place."""
+    if path.suffix == ".gguf":
+        if find_spec("gguf") is None:
+            raise ValueError(f"{path} needs the package gguf: pip install gguf")
+        raw = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+        return {k: v for k, v in raw.items() if k != "quantization_config"}
+    try:
+        return json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} holds no config.json: expected a model folder") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}/config.json is not JSON: {error}") from error
+
+
+def native_config(raw: dict[str, Any]) -> Config:
+    """The native config that a config.json describes. Refuses by name what is not supported."""
+    kind = raw.get("model_type")
+    names = {f.name for f in fields(Config)}
+    if kind == MODEL_TYPE:
+        return Config(**{k: v for k, v in raw.items() if k in names})
+    if kind != "llama":
+        raise ValueError(
+            f"architecture {kind!r} is not supported: expected a checkpoint whose config.json has "
+            f"model_type 'llama' or '{MODEL_TYPE}'"
+        )
+    if raw.get("quantization_config"):
+        raise ValueError(
+            "the weights are quantised: expected plain weights; dequantise the checkpoint first"
+        )
+    hf = LlamaConfig.from_dict(raw)
+    if hf.hidden_act != "silu":
+        raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported: expected 'silu'")
+    known = {name: getattr(hf, name) for name in names if hasattr(hf, name)}
+    bias = {"value_bias": hf.attention_bias, "output_bias": hf.attention_bias}
+    return Config(**known | bias)
+
+
+def _read_safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).exists():
+            raise ValueError(f"{folder} lacks {name}: expected weights as safetensors")
+        try:
+            with safe_open(folder / name, "pt") as file:
+                for key in file.keys():  # noqa: SIM118, the file is no mapping
+                    yield key, file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{folder / name} is damaged ({error}): fetch or write it again"
+            ) from error
+
+
+def _read_gguf(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """transformers reads and dequantises GGUF."""
+    hf = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return iter(hf.state_dict().items())
+
+
+def _generation(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
+    """The checkpoint's generation config, or one made of its token ids."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return GenerationConfig(**{name: raw.get(name) for name in names})
+    values = json.loads(path.read_text())
+    values.pop("max_new_tokens", None)  # it would beat the caller's max_length
+    return GenerationConfig.from_dict(values)
+
+
+def _build(
+    config: Config,
+    tensors: Iterator[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> Model:
+    """A model with these weights; each is cast and moved as it is read."""
+    with torch.device("meta"):
+        model = Model(config)
+    expected = model.state_dict()
+    if config.tie_word_embeddings:
+        del expected["head.weight"]
+    weights = {}
+    for key, tensor in tensors:
+        name = ".".join(NAMES.get(part, part) for part in key.removeprefix("model.").split("."))
+        if name.endswith("inv_freq") or (name == "head.weight" and name not in expected):
+            continue  # computed, or tied
+        if name not in expected or tensor.shape != expected[name].shape:
+            want = tuple(expected[name].shape) if name in expected else "no such weight"
+            raise ValueError(
+                f"weight {key} has shape {tuple(tensor.shape)}: config.json expects {want}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"weight {key} is not finite: the checkpoint is unsound")
+        weights[name] = tensor.to(device, dtype or tensor.dtype)
+    missing = expected.keys() - weights.keys()
+    if missing:
+        raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
+    model.load_state_dict(weights, strict=False, assign=True)
+    if config.tie_word_embeddings:
+        model.head.weight = model.embed.weight
+    model.reset_rope()
+    return model.eval().requires_grad_(False)

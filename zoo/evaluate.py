@@ -1,0 +1,99 @@
+"""What a model costs and what it is worth: perplexity, bytes of cache, decode speed."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from .generate import Generator
+from .llama import Model
+
+
+class Perplexity(NamedTuple):
+    """exp of the mean negative log-likelihood over `tokens` predicted tokens."""
+
+    perplexity: float
+    tokens: int
+
+
+@torch.inference_mode()
+def perplexity(model: Model, tokens: Tensor, window: int = 2048, windows: int = 0) -> Perplexity:
+    """The papers' protocol: cut tokens (N,) into windows that do not overlap, predict each
+    from its second token on.
+
+    windows: how many to take at most; 0 takes all. A last piece shorter than a window is left
+    out. Raises ValueError if the text is shorter than one window.
+    """
+    if window < 2:
+        raise ValueError(f"window is {window}: expected at least 2 tokens")
+    count = len(tokens) // window
+    if count == 0:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, less than one window of {window}: "
+            "give a longer text or a smaller --window"
+        )
+    count = min(count, windows or count)
+    total = 0.0
+    rows = tokens[: count * window].view(count, window)
+    for row in tqdm(rows, desc="evaluating", unit="window", disable=None, leave=False):
+        logits = model(row[None, :-1])[0]
+        for piece, target in zip(logits.split(512), row[1:].split(512), strict=True):
+            total += F.cross_entropy(piece.float(), target, reduction="sum").item()
+    return Perplexity(math.exp(total / (count * (window - 1))), count * (window - 1))
+
+
+def kv_bytes(model: Model) -> dict[str, Any]:
+    """Bytes that the cache takes per token, and those of the uncompressed model."""
+    size, c = model.norm.weight.element_size(), model.config
+    return {
+        "kv_bytes_per_token": c.kv_width * size,
+        "kv_bytes_per_token_dense": c.dense_kv_width * size,
+        "kv_share": c.kv_width / c.dense_kv_width,
+    }
+
+
+def decode_speed(generators: Sequence[Generator], steps: int = 32, rounds: int = 3) -> list[float]:
+    """Median tokens per second of each, decoding at the end of its cache; rounds interleave."""
+    times: list[list[float]] = [[] for _ in generators]
+    for _ in range(rounds):
+        for generator, seconds in zip(generators, times, strict=True):
+            token = torch.zeros(generator.batch, 1, dtype=torch.long, device=generator.valid.device)
+            first = generator.slots - steps
+            generator.advance(token, first)  # compiles, and warms up
+            for slot in range(first, generator.slots):
+                start = time.perf_counter()
+                generator.advance(token, slot)[0, 0].item()  # waits for the device
+                seconds.append(time.perf_counter() - start)
+    return [g.batch / median(s) for g, s in zip(generators, times, strict=True)]
+
+
+def compare(
+    models: Mapping[str, Model],
+    tokens: Tensor,
+    windows: int,
+    context: int,
+    prompt: Sequence[int],
+    stop: Sequence[int],
+    compile: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Perplexity, bytes, an answer to `prompt` and decode speed of each model.
+
+    Perplexity takes `windows` windows of 1024 of `tokens`; the cache has `context` slots.
+    """
+    generators = [Generator(m, 1, context, compile, False) for m in models.values()]
+    rows: dict[str, dict[str, Any]] = {}
+    for (name, model), generator in zip(models.items(), generators, strict=True):
+        new = min(48, context - len(prompt))
+        answer = [int(t) for t in generator.stream([prompt], new, stop=stop)]
+        quality = perplexity(model, tokens, 1024, windows)
+        rows[name] = quality._asdict() | kv_bytes(model) | {"answer": answer}
+        rows[name]["cache_bytes"] = generator.cache.nbytes
+    for row, speed in zip(rows.values(), decode_speed(generators), strict=True):
+        row["decode_tokens_per_second"] = speed
+    return rows

@@ -1,0 +1,47 @@
+"""Results as tables for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def layers(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the ranks of every layer as bars, with errors and thresholds where there are any."""
+    widest = max(max(x["k_rank"], x["v_rank"]) for x in rows)
+    extra = [name for name in rows[0] if name not in ("k_rank", "v_rank")]
+    table = Table("layer", "keys", "", "values", "", *extra)
+    for i, x in enumerate(rows):
+        cells = []
+        for rank in (x["k_rank"], x["v_rank"]):
+            cells += [str(rank), "█" * max(1, round(16 * rank / widest))]
+        table.add_row(str(i), *cells, *(f"{x[name]:.4f}" for name in extra))
+    Console().print(table)
+
+
+def comparison(rows: Mapping[str, Mapping[str, Any]], context: int, text: str) -> None:
+    """Print what was measured of several models side by side."""
+    names = {
+        "perplexity": f"perplexity on {text}",
+        "kv_bytes_per_token": "KV bytes per token",
+        "cache_bytes": f"cache bytes allocated, {context} slots",
+        "decode_tokens_per_second": f"decode tokens/s, {context} slots",
+        "answer": "answer",
+    }
+    table = Table("", *rows)
+    for key, title in names.items():
+        cells = [row[key] for row in rows.values()]
+        table.add_row(title, *(f"{x:.2f}" if isinstance(x, float) else str(x) for x in cells))
+    Console().print(table)
+
+
+def checkpoint(found: Mapping[str, Any]) -> None:
+    """Print what `checkpoint.inspect` found."""
+    table = Table(show_header=False)
+    for key, value in {**found, **(found["compression"] or {})}.items():
+        if key not in ("k_ranks", "v_ranks", "compression", "layers"):
+            table.add_row(key, str(value))
+    Console().print(table)
+    pairs = zip(found["k_ranks"], found["v_ranks"], strict=True)
+    layers([{"k_rank": k, "v_rank": v} for k, v in pairs])
