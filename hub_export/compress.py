@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..zoo.checkpoint import Checkpoint
-from ..zoo.compress import compress
+from ..zoo.compress import Settings, compress
 from ..zoo.data import calibration_tokens, encode, read_text
 from ..zoo.evaluate import perplexity
 from .export import export
@@ -17,6 +17,7 @@ from .export import export
 def compress_checkpoint(
     original: Checkpoint,
     out: Path,
+    settings: Settings,
     calibration: str = "self",
     samples: int = 32,
     seq_len: int = 1024,
@@ -24,15 +25,15 @@ def compress_checkpoint(
     seed: int = 0,
     force: bool = False,
     shard_size: str = "5GB",
-    **settings: Any,
 ) -> dict[str, Any]:
     """Compress `original` into the folder `out`; return what its config.json says about it.
 
     calibration, samples, seq_len: see `data.calibration_tokens`. text: a file to measure
     perplexity on, before and after; by default an eighth of the calibration sequences is held out
-    for that. settings: those of `zoo.compress.compress`.
+    for that.
     """
     model, tokenizer = original.model, original.tokenizer
+    settings = settings.fit(model.config)  # before text is sampled or read
     tokens = calibration_tokens(calibration, model, tokenizer, samples, seq_len, seed)
     source = calibration if calibration.startswith(("self", "hub:")) else Path(calibration).name
     if text is None:
@@ -41,14 +42,12 @@ def compress_checkpoint(
     else:
         test = encode(tokenizer, read_text(text)).to(tokens.device)
         words, window = text.name, min(2048, len(test))
-    result = compress(model, tokens, **settings)
+    result = compress(model, tokens, settings)
     before, after = (perplexity(m, test, window) for m in (model, result.model))
     config = result.model.config
     record = {
         "base_model": original.name,
-        **settings,
-        "error_budget": result.error_budget,
-        "heads_per_latent": [config.k_heads_per_latent, config.v_heads_per_latent],
+        **result.settings._asdict(),
         "share": config.kv_width / model.config.kv_width,
         "calibration": _calibration(source, tokens),
         "seed": seed,

@@ -6,6 +6,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from eigenzoo.zoo.checkpoint import build, native_config
+from eigenzoo.zoo.llama import Model
+
 WORDS = "the cat sat on a mat and saw 12 birds fly over hills, rivers and towns. " * 4
 SIZES = {
     "vocab_size": 320,
@@ -57,3 +60,14 @@ def save(folder: Path, chat: bool = False, **changes) -> LlamaForCausalLM:
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return model
+
+
+def native(seed: int = 0, **changes) -> Model:
+    """A random Llama as a native model."""
+    hf = llama(seed, **changes)
+    return build(native_config(hf.config.to_dict()), iter(hf.state_dict().items()))
+
+
+def tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:
+    """Random token ids (rows, length)."""
+    return torch.randint(2, 320, (rows, length), generator=torch.Generator().manual_seed(seed))

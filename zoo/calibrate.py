@@ -70,8 +70,6 @@ def calibrate(
     reaches activations only. Raises ValueError where a statistic is not finite.
     """
     c, device = model.config, tokens.device
-    if c.kv_width != c.dense_kv_width:
-        raise ValueError("the model is compressed already: calibrate the model it was made from")
 
     def moments(shared: int) -> Moments:
         return Moments(c.num_key_value_heads // shared, shared * c.head_dim, device)

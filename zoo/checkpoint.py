@@ -61,7 +61,7 @@ def load(
     raw = read_config(path)
     config = native_config(raw)  # refuses what it does not know before any weight is read
     tensors = _read_gguf(path) if path.suffix == ".gguf" else _read_safetensors(path)
-    model = _build(config, tensors, dtype, device)
+    model = build(config, tensors, dtype, device)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = path.parent if gguf else path
     # a compressed Llama keeps its Llama tokenizer, which transformers chooses by the config
@@ -200,13 +200,16 @@ def _generation(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
     return GenerationConfig.from_dict(values)
 
 
-def _build(
+def build(
     config: Config,
     tensors: Iterator[tuple[str, Tensor]],
-    dtype: torch.dtype | None,
-    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> Model:
-    """A model with these weights; each is cast and moved as it is read."""
+    """A model with these weights, by Hugging Face's names; each is cast and moved as it is read.
+
+    Raises ValueError where a weight is missing, unknown, of another shape, or not finite.
+    """
     with torch.device("meta"):
         model = Model(config)
     expected = model.state_dict()

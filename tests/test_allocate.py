@@ -1,0 +1,74 @@
+from itertools import product
+
+import pytest
+import torch
+
+from eigenzoo.zoo.allocate import greedy, threshold_rank
+from eigenzoo.zoo.basis import Basis, LayerBasis
+from eigenzoo.zoo.llama import Config
+
+
+def bases(latents: int, n: int, layers: int = 2) -> list[LayerBasis]:
+    torch.manual_seed(0)
+
+    def basis() -> Basis:
+        spectrum = torch.rand(latents, n).double().sort(descending=True).values * torch.rand(1) * 9
+        return Basis(torch.empty(0), torch.empty(0), spectrum, torch.zeros(latents, n))
+
+    return [LayerBasis(basis(), basis()) for _ in range(layers)]
+
+
+def config(layers: int = 2) -> Config:
+    return Config(320, 64, 96, layers, 8, 4, 8, k_heads_per_latent=4, v_heads_per_latent=4)
+
+
+def cost(ranks) -> int:
+    return sum(ranks.k) + sum(ranks.v)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.77, 1.0])
+def test_the_budget_is_met_and_not_exceeded(keep):
+    ranks = greedy(config(), bases(1, 32), keep, multiple=4)
+    assert keep * 128 - 4 < cost(ranks) <= keep * 128
+    assert all(r % 4 == 0 for r in (*ranks.k, *ranks.v))
+
+
+def test_greedy_finds_what_trying_everything_finds():
+    units, choices = bases(1, 32), range(8, 33, 8)
+    errors = [b.errors() for layer in units for b in layer]
+    ranks = greedy(config(), units, 0.5, multiple=8)
+    got = [ranks.k[0], ranks.v[0], ranks.k[1], ranks.v[1]]
+
+    def total(rs):
+        return float(sum(e[r] for e, r in zip(errors, rs, strict=True)))
+
+    best = min(total(rs) for rs in product(choices, repeat=4) if sum(rs) <= 64)
+    assert total(got) == pytest.approx(best)
+
+
+def test_a_layer_that_matters_more_gets_more():
+    plain = bases(1, 32)
+    heavy = [plain[0], plain[1]._replace(k=plain[1].k._replace(spectrum=plain[1].k.spectrum * 50))]
+    before, after = (greedy(config(), b, 0.5, 4) for b in (plain, heavy))
+    assert after.k[1] > before.k[1]
+    assert after.k[0] <= before.k[0]
+
+
+@pytest.mark.parametrize("keep", [0, -0.1, 1.01, float("nan")])
+def test_a_keep_that_is_no_share_is_refused(keep):
+    with pytest.raises(ValueError, match="above 0 and up to 1"):
+        greedy(config(), bases(1, 32), keep)
+
+
+def test_a_keep_below_the_least_rank_is_refused():
+    with pytest.raises(ValueError, match=r"at least 0\.250"):
+        greedy(config(), bases(1, 32), 0.2, multiple=8)
+
+
+def test_threshold_is_a_share_of_singular_values_and_the_largest_head_counts():
+    values = torch.tensor([[4.0, 3.0, 2.0, 1.0], [9.0, 1.0, 0.0, 0.0]])
+    spectrum = values.square()
+    assert threshold_rank(spectrum, 0.9) == 3
+    assert threshold_rank(spectrum, 0.91) == 4
+    assert threshold_rank(spectrum[1:], 0.9) == 1
+    assert threshold_rank(spectrum, 0.4, multiple=4) == 4

@@ -1,0 +1,73 @@
+import pytest
+import tiny
+import torch
+
+from eigenzoo.zoo.calibrate import Moments, calibrate
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.native(attention_bias=True)
+
+
+def outputs(model, x, name: str) -> torch.Tensor:
+    """What the projection `name` of layer 1 gives for tokens x, one row a token, in fp64."""
+    seen = []
+    proj = getattr(model.layers[1].attn, name)
+    hook = proj.register_forward_hook(lambda module, args, out: seen.append(out))
+    model(x)
+    hook.remove()
+    return seen[0].flatten(0, 1).double()
+
+
+def test_streamed_moments_equal_direct_ones():
+    x = torch.randn(3, 50, 2 * 6)
+    m = Moments(2, 6, x.device)
+    for piece in x:
+        m.add(piece[None])
+    rows = x.double().flatten(0, 1).unflatten(-1, (2, 6)).transpose(0, 1)
+    torch.testing.assert_close(m.mean, rows.mean(1), atol=1e-6, rtol=0)
+    want = torch.stack([torch.cov(r.T, correction=0) for r in rows])
+    torch.testing.assert_close(m.covariance, want, atol=1e-5, rtol=0)
+
+
+def test_keys_values_and_queries_are_counted_once(model):
+    x = tiny.tokens(3, 20)
+    s = calibrate(model, x, (2, 4), queries=True)[1]
+    for moments, name in ((s.k, "k_proj"), (s.v, "v_proj"), (s.q, "q_proj")):
+        rows = outputs(model, x, name)
+        want = rows.unflatten(-1, moments.sum.shape).transpose(0, 1)
+        torch.testing.assert_close(moments.second, want.mT @ want / 60, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_are_those_of_the_summed_loss(model):
+    x, bump = tiny.tokens(1, 12), torch.zeros(1, 11, 32, requires_grad=True)
+    hook = model.layers[1].attn.v_proj.register_forward_hook(lambda m, a, out: out + bump)
+    logits = model(x[:, :-1])
+    hook.remove()
+    loss = torch.nn.functional.cross_entropy(logits[0], x[0, 1:], reduction="sum")
+    (want,) = torch.autograd.grad(loss, bump)
+    got = calibrate(model, x, (4, 4), gradients=True)[1].v_grad
+    want = want[0].double()
+    torch.testing.assert_close(got.gram[0], want.T @ want, atol=1e-6, rtol=1e-4)
+
+
+def test_memory_does_not_grow_with_tokens(model):
+    def held(rows: int) -> int:
+        layers = calibrate(model, tiny.tokens(rows, 16), gradients=True)
+        return sum(m.sum.nbytes + m.gram.nbytes for s in layers for m in s if m is not None)
+
+    assert held(2) == held(9)
+
+
+def test_no_weight_gets_a_gradient_and_no_hook_stays(model):
+    calibrate(model, tiny.tokens(2, 16), gradients=True)
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_statistics_that_are_not_finite_are_refused():
+    model = tiny.native()
+    model.layers[1].attn.k_proj.weight[3, 3] = torch.inf
+    with pytest.raises(ValueError, match="layer 1: the statistics of k are not finite"):
+        calibrate(model, tiny.tokens(2, 8))

@@ -1,0 +1,158 @@
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from eigenzoo.hub_export.compress import compress_checkpoint
+from eigenzoo.zoo import checkpoint
+from eigenzoo.zoo.checkpoint import inspect, load, locate
+from eigenzoo.zoo.compress import Settings
+
+
+@pytest.fixture
+def folder(tmp_path, dense_folder):
+    """A copy of the dense checkpoint, to damage."""
+    return shutil.copytree(dense_folder, tmp_path / "copy")
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def test_shards_and_one_file_hold_the_same_model(tmp_path, dense):
+    theirs = tiny.llama(head_dim=16, attention_bias=True)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    tiny.tokenizer().save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    shards = load(str(tmp_path / "shards")).model.state_dict()
+    assert all(torch.equal(x, shards[name]) for name, x in dense.model.state_dict().items())
+
+
+def test_tied_embeddings_are_one_tensor(tmp_path):
+    tiny.save(tmp_path, tie_word_embeddings=True)
+    model = load(str(tmp_path)).model
+    assert model.head.weight is model.embed.weight
+
+
+def test_dtype_is_the_checkpoint_s_own_unless_asked(tmp_path):
+    tiny.llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    assert load(str(tmp_path)).model.norm.weight.dtype == torch.bfloat16
+    assert load(str(tmp_path), torch.float32).model.norm.weight.dtype == torch.float32
+
+
+def test_inspect_tells_bytes_without_reading_weights(folder):
+    (folder / "model.safetensors").unlink()
+    found = inspect(str(folder))
+    assert found["kv_bytes_per_token"] == found["kv_bytes_per_token_dense"] == 3 * 2 * 4 * 16 * 4
+    assert found["kv_share"] == 1
+    assert found["compression"] is None
+
+
+def test_a_hub_id_is_downloaded_at_its_revision(monkeypatch, dense_folder):
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(dense_folder)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    assert locate("org/model", "v1") == dense_folder
+    assert (asked["name"], asked["revision"]) == ("org/model", "v1")
+    assert not any("bin" in p or "*.py" in p for p in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "gpt2"}, "architecture 'gpt2' is not supported"),
+        ({"model_type": None}, "architecture None"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "dynamic",
+        ),
+        ({"vocab_size": 100}, r"weight has shape \(320, 64\).* expects \(100, 64\)"),
+        ({"num_hidden_layers": 4}, "lacks 13 weights, first layers.3"),
+        ({"num_hidden_layers": 2}, "no such weight"),
+        ({"num_key_value_heads": 3}, "expected|kv heads"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(folder, changes, named):
+    change_config(folder, **changes)
+    with pytest.raises(ValueError, match=named):
+        load(str(folder))
+
+
+def test_ranks_that_do_not_fit_the_weights_are_refused(folder, dense, tmp_path):
+    out = tmp_path / "low"
+    compress_checkpoint(dense, out, Settings(keep=0.5), samples=4, seq_len=32)
+    change_config(out, k_ranks=[24, 24, 24])
+    with pytest.raises(
+        ValueError, match=r"layers.0.attn.k_proj.* has shape .* config.json expects"
+    ):
+        load(str(out))
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def garble(folder):
+    (folder / "model.safetensors").write_bytes(b"no tensors here, and no header either")
+
+
+def poison(folder):
+    change_weights(folder, lambda w: w["model.norm.weight"].fill_(torch.nan))
+
+
+def drop(folder):
+    change_weights(folder, lambda w: w.pop("model.norm.weight"))
+
+
+def unlink(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def no_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (truncate, "model.safetensors is damaged"),
+        (garble, "model.safetensors is damaged"),
+        (poison, "model.norm.weight is not finite"),
+        (drop, "lacks 1 weights, first norm.weight"),
+        (unlink, "lacks model.safetensors"),
+        (no_json, "config.json is not JSON"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(folder, damage, named):
+    damage(folder)
+    with pytest.raises(ValueError, match=named):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/no/such/folder", "a/b/c", "nowhere"])
+def test_a_place_that_does_not_exist_is_named(source):
+    with pytest.raises(ValueError, match=f"{source} does not exist"):
+        load(source)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        load(str(tmp_path))

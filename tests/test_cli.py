@@ -1,0 +1,161 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from eigenzoo.zoo import cli
+
+COMMAND = [sys.executable, "-c", "from eigenzoo.zoo.cli import main; main()"]
+QUICK = ["--samples", "8", "--seq-len", "64"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line; exit code, standard output, standard error."""
+
+    def call(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["eigenzoo", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def low(dense_folder, tmp_path_factory):
+    """A folder that the command line has written."""
+    out = tmp_path_factory.mktemp("cli") / "low"
+    words = ["compress", dense_folder, out, "--keep", "0.5", "--heads-per-latent", "all,2", *QUICK]
+    subprocess.run([*COMMAND, *map(str, words)], check=True, capture_output=True)
+    return out
+
+
+@pytest.mark.parametrize("command", ["", "compress", "evaluate", "generate", "inspect", "demo"])
+def test_help_is_there(run, command):
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+@pytest.mark.parametrize("method", ["fisher", "attention", "eigen"])
+def test_compress_prints_one_json_object(run, dense_folder, tmp_path, method):
+    out = tmp_path / "low"
+    code, text, _ = run("compress", dense_folder, out, "--method", method, "--json", *QUICK)
+    found = json.loads(text)
+    assert code == 0
+    assert found["share"] <= 0.6
+    assert found["evaluation"]["compressed"] > 1
+    assert (out / "config.json").exists()
+
+
+def test_compress_calibrates_on_a_file_and_measures_on_another(run, dense_folder, tmp_path):
+    (tmp_path / "a.txt").write_text(tiny.WORDS * 30)
+    (tmp_path / "b.txt").write_text(tiny.WORDS[::-1] * 10)
+    words = ["--calibration", tmp_path / "a.txt", "--text", tmp_path / "b.txt", *QUICK]
+    code, text, _ = run("compress", dense_folder, tmp_path / "low", "--json", *words)
+    found = json.loads(text)
+    assert code == 0
+    assert found["calibration"]["source"] == "a.txt"
+    assert found["calibration"]["sequences"] == 8
+    assert found["evaluation"]["text"] == "b.txt"
+
+
+def test_evaluate_takes_dense_and_compressed(run, dense_folder, low):
+    options = ["--window", "64", "--windows", "2", "--json"]
+    dense, small = (json.loads(run("evaluate", m, *options)[1]) for m in (dense_folder, low))
+    assert dense["tokens"] == small["tokens"] == 126
+    assert dense["kv_share"] == 1
+    assert small["kv_share"] <= 0.5
+    assert dense["kv_bytes_per_token"] == small["kv_bytes_per_token_dense"] == 3 * 2 * 4 * 16 * 4
+
+
+def test_generate_answers_a_batch(run, low):
+    words = ["-p", "the cat", "-p", "a mat and saw", "--no-compile", "--max-new-tokens", "6"]
+    code, text, _ = run("generate", low, *words, "--json")
+    found = json.loads(text)
+    assert code == 0
+    assert len(found["outputs"]) == 2
+    assert found["cache_bytes"] == 2 * found["cache_slots"] * found["kv_bytes_per_token"]
+    code, text, error = run("generate", low, *words)
+    assert text.startswith("--- 1\n")
+    assert "of the uncompressed" in error
+
+
+def test_generate_streams_one_answer_and_reads_standard_input(low):
+    words = ["generate", str(low), "--no-compile", "--max-new-tokens", "6", "--temperature", "1"]
+    found = [
+        subprocess.run([*COMMAND, *words, "--seed", seed], input=b"the cat", capture_output=True)
+        for seed in ("1", "1", "2")
+    ]
+    assert all(done.returncode == 0 for done in found)
+    assert found[0].stdout == found[1].stdout != found[2].stdout
+
+
+def test_inspect_shows_ranks_and_where_it_comes_from(run, low):
+    code, text, _ = run("inspect", low)
+    assert code == 0
+    assert "█" in text
+    assert "fisher" in text
+    found = json.loads(run("inspect", low, "--json")[1])
+    assert found["k_heads_per_latent"] == 4
+    assert found["v_heads_per_latent"] == 2
+    assert found["compression"]["base_model"] == "dense"
+
+
+def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("the cat")
+    new = tmp_path / "new"
+    cases = {
+        ("evaluate", tmp_path / "none"): "does not exist",
+        ("evaluate", dense_folder, "--text", tmp_path / "none.txt"): "none.txt does not exist",
+        ("evaluate", dense_folder, "--text", tmp_path / "short.txt"): "less than one window",
+        ("evaluate", dense_folder, "--dtype", "int8"): "dtype 'int8' is unknown",
+        ("evaluate", dense_folder, "--device", "tpu"): "device 'tpu' cannot be used",
+        ("compress", dense_folder, new, "--keep", "0"): "keep is 0.0",
+        ("compress", dense_folder, new, "--keep", "1.2"): "keep is 1.2",
+        ("compress", dense_folder, new, "--keep", "0.01", *QUICK): "expected at least",
+        ("compress", dense_folder, new, "--method", "svd"): "method 'svd' is unknown",
+        ("compress", dense_folder, new, "--error-budget", "0.1"): "goes with eigen",
+        ("compress", dense_folder, new, "--heads-per-latent", "3"): "expected divisors of 4",
+        ("compress", dense_folder, new, "--heads-per-latent", "x"): "expected auto",
+        ("compress", dense_folder, new, "--rank-multiple", "0"): "rank multiple is 0",
+        ("compress", dense_folder, new, "--calibration", tmp_path / "empty.txt"): "is empty",
+        (
+            "compress",
+            dense_folder,
+            new,
+            "--calibration",
+            tmp_path / "short.txt",
+        ): "expected at least",
+        ("compress", dense_folder, new, "--samples", "1"): "at least 2 samples",
+        ("compress", dense_folder, low): "--force",
+        ("compress", dense_folder, tmp_path / "no" / "folder"): "does not exist: make it",
+        ("compress", low, new, *QUICK): "compressed already",
+        ("generate", low, "-p", "x", "--temperature", "-1"): "expected temperature",
+        ("generate", low, "-p", "x", "--max-new-tokens", "0", "--no-compile"): "do not fit",
+    }
+    for words, named in cases.items():
+        code, text, error = run(*words)
+        assert code == 2, words
+        assert text == "", words
+        assert error.splitlines()[-1].startswith("error: "), error
+        assert named in error
+        assert not new.exists()
+
+
+def test_ctrl_c_leaves_nothing_behind(dense_folder, tmp_path):
+    words = ["compress", str(dense_folder), str(tmp_path / "out"), "--samples", "4000"]
+    with subprocess.Popen([*COMMAND, *words], stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(12)  # in the middle of the work: loading takes less, sampling takes more
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,37 @@
+import math
+
+import pytest
+import tiny
+import torch
+
+from eigenzoo.zoo.compress import Settings, compress
+from eigenzoo.zoo.evaluate import compare, kv_bytes, perplexity
+
+
+@pytest.mark.parametrize("windows", [0, 2])
+def test_perplexity_is_the_papers_protocol(windows):
+    theirs, ours = tiny.llama(), tiny.native()
+    x = tiny.tokens(1, 100)[0]
+    rows = x[:96].view(3, 32)[: windows or 3]
+    losses = [float(theirs(row[None], labels=row[None]).loss) for row in rows]
+    got = perplexity(ours, x, 32, windows)
+    assert got.tokens == 31 * len(rows)
+    assert got.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("length", "window"), [(31, 32), (40, 1)])
+def test_a_text_shorter_than_a_window_is_refused(length, window):
+    with pytest.raises(ValueError, match="window"):
+        perplexity(tiny.native(), tiny.tokens(1, length)[0], window)
+
+
+def test_comparison_measures_what_is_allocated():
+    dense = tiny.native()
+    low = compress(dense, tiny.tokens(8, 64), Settings(keep=0.5)).model
+    rows = compare({"a": dense, "b": low}, tiny.tokens(1, 2048)[0], 1, 64, [3, 4], [1], False)
+    share = kv_bytes(low)["kv_share"]
+    assert share <= 0.5
+    assert rows["a"]["kv_bytes_per_token"] * 64 == rows["a"]["cache_bytes"]
+    assert rows["b"]["cache_bytes"] == pytest.approx(share * rows["a"]["cache_bytes"])
+    assert all(row["decode_tokens_per_second"] > 0 for row in rows.values())
+    assert torch.isfinite(torch.tensor(rows["b"]["perplexity"]))

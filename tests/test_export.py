@@ -1,0 +1,204 @@
+"""The folder that compress writes, read by transformers in a process that has no eigenzoo."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_llama import VARIANTS
+
+from eigenzoo.hub_export import export as exporter
+from eigenzoo.hub_export.compress import compress_checkpoint
+from eigenzoo.hub_export.remote.modeling_eigen_llama import EigenLlamaForCausalLM
+from eigenzoo.zoo.checkpoint import load
+from eigenzoo.zoo.compress import Settings
+
+ALONE = """
+import json, sys
+sys.modules["eigenzoo"] = None  # importing it fails
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+folder = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, padding_side="left")
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+batch = tokenizer(["the cat sat", "on a mat and saw 12 birds"], return_tensors="pt", padding=True)
+greedy = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
+ids = torch.arange(2, 42).view(2, 20)
+
+def right(mask):
+    out = model(ids, attention_mask=mask, logits_to_keep=1)
+    more = torch.cat((mask, mask.new_ones(2, 1)), 1)
+    cache = out.past_key_values
+    return model(ids[:, :1], attention_mask=more, past_key_values=cache).logits.tolist()
+
+found = {
+    "logits": model(ids).logits.tolist(),
+    "dynamic": model.generate(**batch, **greedy)[:, -12:].tolist(),
+    "static": model.generate(**batch, **greedy, cache_implementation="static")[:, -12:].tolist(),
+    "chunked": model.generate(**batch, **greedy, prefill_chunk_size=3)[:, -12:].tolist(),
+    "alone": [
+        model.generate(**tokenizer(text, return_tensors="pt"), **greedy)[0, -12:].tolist()
+        for text in ("the cat sat", "on a mat and saw 12 birds")
+    ],
+    "hidden": list(AutoModel.from_pretrained(folder, trust_remote_code=True)(ids)[0].shape),
+    "pipeline": pipeline("text-generation", model=folder, trust_remote_code=True)(
+        "the cat", max_new_tokens=5
+    ),
+    "beams": model.generate(**batch, **greedy, num_beams=2).shape[0],
+    "no cache": model(ids, use_cache=False).past_key_values is None,
+    "right": right(torch.tensor([[1] * 20, [1] * 13 + [0] * 7])),
+    "bf16": str(AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.bfloat16).model.inv_freq.dtype),
+    "loss": float(model(ids, labels=ids).loss),
+}
+try:
+    model(ids, position_ids=torch.arange(20)[None] + 3)
+except ValueError as error:
+    found["positions"] = str(error)
+try:
+    model(ids, output_attentions=True)
+except ValueError as error:
+    found["attentions"] = str(error)
+model.save_pretrained(folder + "-again")
+again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
+found["again"] = torch.equal(again(ids).logits, model(ids).logits)
+print(json.dumps(found))
+"""
+IDS = torch.arange(2, 42).view(2, 20)
+
+
+@pytest.fixture(scope="module", params=["fisher", "eigen"])
+def folder(request, dense, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "low"
+    shared = (4, 2) if request.param == "fisher" else None
+    settings = Settings(request.param, keep=0.5, heads_per_latent=shared)
+    compress_checkpoint(dense, out, settings, samples=8, seq_len=64, shard_size="60KB")
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """What a process without eigenzoo finds in the folder."""
+    home = {"HF_HOME": str(folder.parent / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(folder)],
+        capture_output=True,
+        text=True,
+        env=os.environ | home,
+        cwd=folder.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_logits_are_those_of_the_native_model(folder, alone):
+    native = load(str(folder)).model(IDS)
+    torch.testing.assert_close(torch.tensor(alone["logits"]), native, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["static", "chunked", "alone"])
+def test_greedy_tokens_are_the_same_with_every_cache_and_padding(alone, way):
+    assert alone[way] == alone["dynamic"]
+
+
+def test_right_padding_is_skipped_by_what_follows(folder, alone):
+    native = load(str(folder)).model
+    follow = torch.cat((IDS[1, :13], IDS[1, :1]))[None]
+    got = torch.tensor(alone["right"])[1, -1]
+    torch.testing.assert_close(got, native(follow)[0, -1], atol=1e-4, rtol=0)
+
+
+def test_the_usual_ways_in_work(alone):
+    assert alone["hidden"] == [2, 20, 64]
+    assert alone["pipeline"][0]["generated_text"].startswith("the cat")
+    assert alone["beams"] == 2
+    assert alone["no cache"]
+    assert alone["again"]
+    assert alone["bf16"] == "torch.float32"
+    assert alone["loss"] > 0
+
+
+def test_other_positions_than_the_mask_gives_are_refused(alone):
+    assert "attention_mask" in alone["positions"]
+
+
+def test_what_it_cannot_give_is_refused(alone):
+    assert "output_attentions is not supported" in alone["attentions"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_survives_the_way_through_transformers(variant, tmp_path):
+    tiny.save(tmp_path / "dense", **VARIANTS[variant])
+    original = load(str(tmp_path / "dense"))
+    settings = Settings("attention", keep=0.7, rank_multiple=2)
+    compress_checkpoint(original, tmp_path / "low", settings, samples=4, seq_len=32)
+    native = load(str(tmp_path / "low")).model
+    theirs = EigenLlamaForCausalLM.from_pretrained(tmp_path / "low")
+    x = tiny.tokens(2, 100)
+    torch.testing.assert_close(theirs(x).logits, native(x), atol=1e-4, rtol=0)
+
+
+def test_registered_classes_load_it_without_remote_code(folder):
+    code = (
+        "import sys, eigenzoo.hub_export.register; from transformers import AutoModelForCausalLM;"
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "eigenzoo.hub_export.remote.modeling_eigen_llama"
+
+
+def test_config_says_what_was_done_and_what_was_kept(folder):
+    raw = json.loads((folder / "config.json").read_text())
+    model, record = load(str(folder)).model, raw["compression"]
+    assert record["share"] == pytest.approx(model.config.kv_width / model.config.dense_kv_width)
+    assert record["share"] <= record["keep"] == 0.5
+    assert [x["k_rank"] for x in record["layers"]] == list(model.config.k_ranks)
+    assert record["calibration"]["tokens"] == 7 * 64
+    assert set(record["versions"]) == {"eigenzoo", "torch", "transformers"}
+    card = (folder / "README.md").read_text()
+    assert f"{record['evaluation']['compressed']:.3f}" in card
+    assert f"| {model.config.dense_kv_width} | {model.config.kv_width} |" in card
+
+
+def test_weights_are_sharded_and_whole(folder):
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    weights = [name for shard in shards for name in load_file(shard)]
+    assert len(weights) == len(set(weights))
+
+
+def test_latents_are_really_narrower_in_the_weights(folder):
+    model = load(str(folder)).model
+    widths = [x.attn.k_proj.out_features + x.attn.v_proj.out_features for x in model.layers]
+    assert sum(widths) == model.config.kv_width <= 0.5 * model.config.dense_kv_width
+
+
+def test_an_output_that_exists_is_kept_unless_forced(folder, dense):
+    with pytest.raises(ValueError, match="--force"):
+        exporter.check_free(folder, force=False)
+    exporter.check_free(folder, force=True)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_crash_leaves_what_was_there_and_nothing_else(tmp_path, error, exists):
+    out = tmp_path / "out"
+    if exists:
+        out.mkdir()
+        (out / "precious").touch()
+
+    def crash():
+        with exporter.new_folder(out, force=True) as folder:
+            (folder / "half").touch()
+            raise error
+
+    with pytest.raises(error):
+        crash()
+    assert [p.name for p in tmp_path.rglob("*")] == (["out", "precious"] if exists else [])

