@@ -21,13 +21,15 @@ ALONE = """
 import json, sys
 sys.modules["eigenzoo"] = None  # importing it fails
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, CompileConfig, pipeline
 
 folder = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, padding_side="left")
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 batch = tokenizer(["the cat sat", "on a mat and saw 12 birds"], return_tensors="pt", padding=True)
 greedy = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
+whole = CompileConfig(fullgraph=True, backend="aot_eager")  # one graph, or an error
+whole._compile_all_devices = True  # else transformers does not compile on a CPU
 ids = torch.arange(2, 42).view(2, 20)
 
 def right(mask):
@@ -41,6 +43,9 @@ found = {
     "dynamic": model.generate(**batch, **greedy)[:, -12:].tolist(),
     "static": model.generate(**batch, **greedy, cache_implementation="static")[:, -12:].tolist(),
     "chunked": model.generate(**batch, **greedy, prefill_chunk_size=3)[:, -12:].tolist(),
+    "compiled": model.generate(
+        **batch, **greedy, cache_implementation="static", compile_config=whole
+    )[:, -12:].tolist(),
     "alone": [
         model.generate(**tokenizer(text, return_tensors="pt"), **greedy)[0, -12:].tolist()
         for text in ("the cat sat", "on a mat and saw 12 birds")
@@ -101,7 +106,7 @@ def test_logits_are_those_of_the_native_model(folder, alone):
     torch.testing.assert_close(torch.tensor(alone["logits"]), native, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("way", ["static", "chunked", "alone"])
+@pytest.mark.parametrize("way", ["static", "compiled", "chunked", "alone"])
 def test_greedy_tokens_are_the_same_with_every_cache_and_padding(alone, way):
     assert alone[way] == alone["dynamic"]
 

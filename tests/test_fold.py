@@ -96,6 +96,17 @@ def test_centring_is_better_where_means_are_not_zero():
     assert error[0] < error[1]
 
 
+@pytest.mark.parametrize("shared", [(1, 1), (4, 4)])
+def test_bfloat16_stays_near_float32(shared):
+    low = folded(tiny.native(attention_bias=True), "fisher", shared, 5 * shared[0], 6 * shared[1])
+    x = tiny.tokens(2, 25)
+    want = low(x)
+    low, cache = low.to(torch.bfloat16), low.new_cache(2, 25, torch.bfloat16)
+    steps = [low(x[:, p], p, cache).float() for p in torch.arange(25).split([9, *[1] * 16])]
+    # 8 bits of mantissa through 3 layers: a few percent of the logits' spread
+    assert (torch.cat(steps, 1) - want).std() < 0.05 * want.std()
+
+
 def test_the_rest_of_the_model_is_shared_not_copied():
     model = tiny.native()
     low = folded(model, "fisher", (4, 4), 20, 20)

@@ -4,7 +4,7 @@ import torch
 
 from eigenzoo.zoo import generate
 from eigenzoo.zoo.compress import Settings, compress
-from eigenzoo.zoo.generate import Generator, Sampling, choose, sample_text
+from eigenzoo.zoo.generate import Generator, Sampling, answer, choose, sample_text
 
 PROMPTS = [[5, 9, 33, 7, 120], [8, 41], [99, 3, 17, 200, 12, 77, 64, 5, 31]]
 
@@ -66,6 +66,16 @@ def test_a_sequence_stops_at_its_end_token_and_the_batch_when_all_have(model):
     assert len(got[0]) == max(firsts) + 1
     for row, full, first in zip(got, want, firsts, strict=True):
         assert row == (full[: first + 1] + [full[first]] * 20)[: len(row)]
+
+
+def test_an_answer_ends_with_its_end_token(model):
+    want = [recomputed(model, p, 20) for p in PROMPTS]
+    shown = []
+    generator = Generator(model, 3, 40, compile=False)
+    got = answer(generator, PROMPTS, 20, stop=[want[0][3]], show=shown.append)
+    first = want[0].index(want[0][3])
+    assert got.tokens[0] == want[0][: first + 1]
+    assert len(shown) == max(map(len, got.tokens))
 
 
 @pytest.mark.parametrize(

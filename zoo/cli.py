@@ -183,7 +183,7 @@ def generate(
     from .checkpoint import stop_tokens
     from .data import encode_prompt
     from .evaluate import kv_bytes
-    from .generate import Generator, Sampling
+    from .generate import Generator, Sampling, answer
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
@@ -198,32 +198,28 @@ def generate(
         _say("compiling at the first tokens: a minute or two, the first time")
     live = len(ids) == 1 and not as_json
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if live else None
-    rows: list[list[int]] = [[] for _ in ids]
-    times = []
-    for tokens in generator.stream(ids, max_new_tokens, sampling, stop):
-        times.append(time.perf_counter())
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            if not row or row[-1] not in stop:
-                row.append(token)
-        if streamer:
-            streamer.put(tokens.cpu())
+    show = (lambda tokens: streamer.put(tokens.cpu())) if streamer else None
+    rows, speed = answer(generator, ids, max_new_tokens, sampling, stop, show)
     if streamer:
         streamer.end()
     outputs = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-    steps = len(times) - 2  # the first step after the prompt waits for the compiler
-    speed = steps * len(ids) / (times[-1] - times[1]) if steps > 0 else None
+    found = {
+        "outputs": outputs,
+        "new_tokens": [len(row) for row in rows],
+        "decode_tokens_per_second": speed,
+        "cache_slots": slots,
+        "cache_bytes": generator.cache.nbytes,
+    } | kv_bytes(model)
     if as_json:
-        counts = {"new_tokens": [len(r) for r in rows], "decode_tokens_per_second": speed}
-        cache = {"cache_bytes": generator.cache.nbytes, "cache_slots": slots}
-        print(json.dumps({"outputs": outputs} | counts | cache | kv_bytes(model)))
+        print(json.dumps(found))
         return
     for number, output in enumerate(outputs if not live else [], start=1):
         typer.echo(f"--- {number}\n{output}")
     _say(
-        f"{sum(map(len, rows))} tokens"
+        f"{sum(found['new_tokens'])} tokens"
         + (f", {speed:.1f} tokens/s" if speed else "")
-        + f"; {slots} cache slots, {generator.cache.nbytes} bytes, "
-        f"{kv_bytes(model)['kv_share']:.1%} of the uncompressed"
+        + f"; {slots} cache slots, {found['cache_bytes']} bytes, "
+        f"{found['kv_share']:.1%} of the uncompressed"
     )
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .generate import Generator
+from .generate import Generator, answer
 from .llama import Model
 
 
@@ -90,9 +90,9 @@ def compare(
     rows: dict[str, dict[str, Any]] = {}
     for (name, model), generator in zip(models.items(), generators, strict=True):
         new = min(48, context - len(prompt))
-        answer = [int(t) for t in generator.stream([prompt], new, stop=stop)]
+        (tokens_of_answer,), _ = answer(generator, [prompt], new, stop=stop)
         quality = perplexity(model, tokens, 1024, windows)
-        rows[name] = quality._asdict() | kv_bytes(model) | {"answer": answer}
+        rows[name] = quality._asdict() | kv_bytes(model) | {"answer": tokens_of_answer}
         rows[name]["cache_bytes"] = generator.cache.nbytes
     for row, speed in zip(rows.values(), decode_speed(generators), strict=True):
         row["decode_tokens_per_second"] = speed

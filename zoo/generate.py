@@ -1,6 +1,7 @@
 """Generation over a static cache: one compiled graph for prompts, one for decoding."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -144,6 +145,39 @@ class Generator:
                 logits = self.advance(last[:, None], slot)
             else:
                 return
+
+
+class Answer(NamedTuple):
+    """The new tokens of every prompt, up to and with its end token, and how fast they came."""
+
+    tokens: list[list[int]]
+    tokens_per_second: float | None  # None for fewer than three steps
+
+
+def answer(
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Sequence[int] = (),
+    show: Callable[[Tensor], None] | None = None,
+) -> Answer:
+    """Run `Generator.stream` to its end; `show` gets every step's tokens (B,) as they come.
+
+    The speed leaves out the prompt and the first step after it, which waits for the compiler.
+    """
+    rows: list[list[int]] = [[] for _ in prompts]
+    times = []
+    for tokens in generator.stream(prompts, max_new_tokens, sampling, stop):
+        times.append(time.perf_counter())
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if not row or row[-1] not in stop:
+                row.append(token)
+        if show:
+            show(tokens)
+    steps = len(times) - 2
+    speed = steps * len(rows) / (times[-1] - times[1]) if steps > 0 else None
+    return Answer(rows, speed)
 
 
 def check_compiler() -> None:

@@ -15,7 +15,7 @@ def layers(rows: Sequence[Mapping[str, Any]]) -> None:
     for i, x in enumerate(rows):
         cells = []
         for rank in (x["k_rank"], x["v_rank"]):
-            cells += [str(rank), "█" * max(1, round(16 * rank / widest))]
+            cells += [str(rank), "█" * max(1, round(12 * rank / widest))]
         table.add_row(str(i), *cells, *(f"{x[name]:.4f}" for name in extra))
     Console().print(table)
 
