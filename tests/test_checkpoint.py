@@ -76,6 +76,8 @@ def test_a_hub_id_is_downloaded_at_its_revision(monkeypatch, dense_folder):
     ("changes", "named"),
     [
         ({"model_type": "gpt2"}, "architecture 'gpt2' is not supported"),
+        ({"num_hidden_layers": "three"}, r"config.json is unsound"),
+        ({"model_type": "eigen_llama"}, r"config.json lacks .*k_ranks"),
         ({"model_type": None}, "architecture None"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
@@ -126,6 +128,11 @@ def unlink(folder):
     (folder / "model.safetensors").unlink()
 
 
+def no_words(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
 def no_json(folder):
     (folder / "config.json").write_text("{")
 
@@ -138,6 +145,7 @@ def no_json(folder):
         (poison, "model.norm.weight is not finite"),
         (drop, "lacks 1 weights, first norm.weight"),
         (unlink, "lacks model.safetensors"),
+        (no_words, "holds no tokenizer"),
         (no_json, "config.json is not JSON"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -66,10 +66,15 @@ def load(
     folder = path.parent if gguf else path
     # a compressed Llama keeps its Llama tokenizer, which transformers chooses by the config
     like = {"config": LlamaConfig()} if raw["model_type"] == MODEL_TYPE else {}
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=trust_remote_code, **gguf, **like
-    )
-    name = path.stem if Path(source).expanduser().exists() else source
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **gguf, **like
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} holds no tokenizer that can be read: {reason}") from error
+    local = path.stem if gguf else path.name  # a whole path would tell of the machine
+    name = local if Path(source).expanduser().exists() else source
     return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name)
 
 
@@ -146,7 +151,10 @@ def native_config(raw: dict[str, Any]) -> Config:
     kind = raw.get("model_type")
     names = {f.name for f in fields(Config)}
     if kind == MODEL_TYPE:
-        return Config(**{k: v for k, v in raw.items() if k in names})
+        lacking = names - raw.keys()
+        if lacking:
+            raise ValueError(f"config.json lacks {', '.join(sorted(lacking))}")
+        return Config(**{name: raw[name] for name in names})
     if kind != "llama":
         raise ValueError(
             f"architecture {kind!r} is not supported: expected a checkpoint whose config.json has "
@@ -156,7 +164,10 @@ def native_config(raw: dict[str, Any]) -> Config:
         raise ValueError(
             "the weights are quantised: expected plain weights; dequantise the checkpoint first"
         )
-    hf = LlamaConfig.from_dict(raw)
+    try:
+        hf = LlamaConfig.from_dict(raw)
+    except StrictDataclassError as error:
+        raise ValueError(f"config.json is unsound: {error}") from error
     if hf.hidden_act != "silu":
         raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported: expected 'silu'")
     known = {name: getattr(hf, name) for name in names if hasattr(hf, name)}

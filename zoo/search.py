@@ -1,6 +1,6 @@
 """Eigen Attention's choice of ranks: layer by layer, by the error of the layer's output.
 
-Saxena et al., arXiv 2408.05646, section 4.3 and algorithm 1. One error budget for all layers; a
+Saxena et al., arXiv 2408.05646. One error budget for all layers; a
 layer lowers its threshold, one for keys and values, while its output stays within the budget.
 """
 
