@@ -11,7 +11,7 @@ PROMPTS = [[5, 9, 33, 7, 120], [8, 41], [99, 3, 17, 200, 12, 77, 64, 5, 31]]
 
 @pytest.fixture(scope="module", params=["dense", "lifted", "absorbed"])
 def model(request):
-    dense = tiny.native(attention_bias=True)
+    dense = tiny.native(num_hidden_layers=2, attention_bias=True)
     if request.param == "dense":
         return dense
     shared = (4, 4) if request.param == "lifted" else (1, 1)
