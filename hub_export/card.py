@@ -2,13 +2,8 @@
 
 from typing import Any
 
+from ..zoo.basis import METHODS
 from ..zoo.llama import Config
-
-CITATIONS = {
-    "eigen": "Eigen Attention (Saxena et al., arXiv 2408.05646)",
-    "fisher": "low-rank latents under the Fisher metric, one global rank budget (eigenzoo)",
-    "attention": "low-rank latents under the attention metric, one global rank budget (eigenzoo)",
-}
 
 
 def card(config: Config, compression: dict[str, Any]) -> str:
@@ -44,7 +39,7 @@ def card(config: Config, compression: dict[str, Any]) -> str:
 
 # {base.split("/")[-1]}, KV cache compressed
 
-Made by eigenzoo {c["versions"]["eigenzoo"]} from `{base}`: {CITATIONS[c["method"]]}.
+Made by eigenzoo {c["versions"]["eigenzoo"]} from `{base}`: {METHODS[c["method"]].source}.
 The cache holds low-rank latents of keys and values and is that much smaller wherever it lives.
 
 | | original | compressed |

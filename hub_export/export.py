@@ -70,7 +70,7 @@ def export(
         **{key: original.config[key] for key in KEPT if original.config.get(key) is not None},
         compression=compression,
         architectures=["EigenLlamaForCausalLM"],
-        dtype=str(model.norm.weight.dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
     )
     config.auto_map = AUTO_MAP
     weights = {f"model.{name}": x.contiguous() for name, x in model.state_dict().items()}

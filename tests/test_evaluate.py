@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from eigenzoo.zoo.compress import Settings, compress
-from eigenzoo.zoo.evaluate import compare, kv_bytes, perplexity
+from eigenzoo.zoo.evaluate import compare, perplexity
 
 
 @pytest.mark.parametrize("windows", [0, 2])
@@ -29,7 +29,7 @@ def test_comparison_measures_what_is_allocated():
     dense = tiny.native()
     low = compress(dense, tiny.tokens(8, 64), Settings(keep=0.5)).model
     rows = compare({"a": dense, "b": low}, tiny.tokens(1, 2048)[0], 1, 64, [3, 4], [1], False)
-    share = kv_bytes(low)["kv_share"]
+    share = low.config.kv_width / low.config.dense_kv_width
     assert share <= 0.5
     assert rows["a"]["kv_bytes_per_token"] * 64 == rows["a"]["cache_bytes"]
     assert rows["b"]["cache_bytes"] == pytest.approx(share * rows["a"]["cache_bytes"])

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .basis import LayerBasis
@@ -76,3 +77,12 @@ def kept_share(config: Config, ranks: Ranks, latents: tuple[int, int]) -> float:
     """Share of the dense KV numbers that `ranks` keep, with so many latents a layer for k and v."""
     numbers = latents[0] * sum(ranks.k) + latents[1] * sum(ranks.v)
     return numbers / config.dense_kv_width
+
+
+def kv_bytes(config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """Bytes that the cache takes per token, and those of the uncompressed model."""
+    return {
+        "kv_bytes_per_token": config.kv_width * dtype.itemsize,
+        "kv_bytes_per_token_dense": config.dense_kv_width * dtype.itemsize,
+        "kv_share": config.kv_width / config.dense_kv_width,
+    }

@@ -136,15 +136,16 @@ def _blocks(per_head: Tensor, latents: int) -> Tensor:
 
 
 class Method(NamedTuple):
-    """A way to choose bases, and the statistics that it needs."""
+    """A way to choose bases, where it comes from, and the statistics that it needs."""
 
     bases: Callable[[Model, list[Statistics]], list[LayerBasis]]
+    source: str
     gradients: bool = False
     queries: bool = False
 
 
 METHODS = {
-    "fisher": Method(fisher, gradients=True),
-    "attention": Method(attention, queries=True),
-    "eigen": Method(eigen),
+    "fisher": Method(fisher, "latents under the Fisher metric (eigenzoo)", gradients=True),
+    "attention": Method(attention, "latents under the attention metric (eigenzoo)", queries=True),
+    "eigen": Method(eigen, "Eigen Attention (Saxena et al., arXiv 2408.05646)"),
 }

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .allocate import kv_bytes
 from .llama import Config, Model
 
 MODEL_TYPE = "eigen_llama"  # what config.json of a compressed checkpoint says
@@ -90,7 +91,6 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
     raw = read_config(locate(source, revision, ["config.json"]))
     c = native_config(raw)
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    size = getattr(torch, dtype).itemsize
     return {
         "model": source,
         "model_type": raw["model_type"],
@@ -99,9 +99,7 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
         "num_key_value_heads": c.num_key_value_heads,
         "head_dim": c.head_dim,
         "dtype": dtype,
-        "kv_bytes_per_token": c.kv_width * size,
-        "kv_bytes_per_token_dense": c.dense_kv_width * size,
-        "kv_share": c.kv_width / c.dense_kv_width,
+        **kv_bytes(c, getattr(torch, dtype)),
         "k_heads_per_latent": c.k_heads_per_latent,
         "v_heads_per_latent": c.v_heads_per_latent,
         "k_ranks": list(c.k_ranks),

@@ -135,13 +135,16 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity of SOURCE, dense or compressed, on a text."""
+    from .allocate import kv_bytes
     from .data import encode, python_docs, read_text
-    from .evaluate import kv_bytes, perplexity
+    from .evaluate import perplexity
 
     words = python_docs() if text is None else read_text(text)
     model, tokenizer, *_ = _load(source, dtype, device, revision, trust_remote_code)
-    tokens = encode(tokenizer, words).to(model.norm.weight.device)
-    found = perplexity(model, tokens, window, windows)._asdict() | kv_bytes(model)
+    tokens = encode(tokenizer, words).to(model.device)
+    found = perplexity(model, tokens, window, windows)._asdict() | kv_bytes(
+        model.config, model.dtype
+    )
     if as_json:
         print(json.dumps(found | {"model": source, "text": _name(text), "window": window}))
         return
@@ -180,9 +183,9 @@ def generate(
     """Answer or continue prompts with SOURCE, dense or compressed, over a static cache."""
     from transformers import TextStreamer
 
+    from .allocate import kv_bytes
     from .checkpoint import stop_tokens
     from .data import encode_prompt
-    from .evaluate import kv_bytes
     from .generate import Generator, Sampling, answer
 
     sampling = Sampling(temperature, top_k, top_p, seed)
@@ -209,7 +212,7 @@ def generate(
         "decode_tokens_per_second": speed,
         "cache_slots": slots,
         "cache_bytes": generator.cache.nbytes,
-    } | kv_bytes(model)
+    } | kv_bytes(model.config, model.dtype)
     if as_json:
         print(json.dumps(found))
         return

@@ -73,7 +73,7 @@ def calibration_tokens(
             f"{2 * length}; give a longer text or a smaller --seq-len"
         )
     spread = torch.linspace(0, len(rows) - 1, min(samples, len(rows))).round().long()
-    return rows[spread].to(model.norm.weight.device)
+    return rows[spread].to(model.device)
 
 
 def hub_text(name: str, characters: int) -> str:

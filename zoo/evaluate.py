@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from .allocate import kv_bytes
 from .generate import Generator, answer
 from .llama import Model
 
@@ -48,16 +49,6 @@ def perplexity(model: Model, tokens: Tensor, window: int = 2048, windows: int = 
     return Perplexity(math.exp(total / (count * (window - 1))), count * (window - 1))
 
 
-def kv_bytes(model: Model) -> dict[str, Any]:
-    """Bytes that the cache takes per token, and those of the uncompressed model."""
-    size, c = model.norm.weight.element_size(), model.config
-    return {
-        "kv_bytes_per_token": c.kv_width * size,
-        "kv_bytes_per_token_dense": c.dense_kv_width * size,
-        "kv_share": c.kv_width / c.dense_kv_width,
-    }
-
-
 def decode_speed(generators: Sequence[Generator], steps: int = 32, rounds: int = 3) -> list[float]:
     """Median tokens per second of each, decoding at the end of its cache; rounds interleave."""
     times: list[list[float]] = [[] for _ in generators]
@@ -92,7 +83,9 @@ def compare(
         new = min(48, context - len(prompt))
         (tokens_of_answer,), _ = answer(generator, [prompt], new, stop=stop)
         quality = perplexity(model, tokens, 1024, windows)
-        rows[name] = quality._asdict() | kv_bytes(model) | {"answer": tokens_of_answer}
+        rows[name] = (
+            quality._asdict() | kv_bytes(model.config, model.dtype) | {"answer": tokens_of_answer}
+        )
         rows[name]["cache_bytes"] = generator.cache.nbytes
     for row, speed in zip(rows.values(), decode_speed(generators), strict=True):
         row["decode_tokens_per_second"] = speed

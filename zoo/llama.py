@@ -215,7 +215,7 @@ class Model(nn.Module):
         inv_freq, self.rope_scale = frequencies(
             c.rope_parameters, c.head_dim, c.max_position_embeddings
         )
-        self.inv_freq = inv_freq.to(self.norm.weight.device)
+        self.inv_freq = inv_freq.to(self.device)
 
     def _apply(self, fn, recurse=True):  # `.to(bfloat16)` would round the angles as well
         super()._apply(fn, recurse)
@@ -276,9 +276,18 @@ class Model(nn.Module):
 
     def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> StaticCache:
         """An empty cache for `batch` sequences of up to `slots` tokens, in the model's dtype."""
-        weight = self.norm.weight
         latents = [self.config.latents(i) for i in range(self.config.num_hidden_layers)]
-        return StaticCache(latents, batch, slots, dtype or weight.dtype, weight.device)
+        return StaticCache(latents, batch, slots, dtype or self.dtype, self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights."""
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.norm.weight.device
 
 
 def parameter(*shape: int) -> nn.Parameter:

@@ -50,6 +50,7 @@ class EigenLlamaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["Block"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = False  # keys and values differ in width
     _can_compile_fullgraph = True
@@ -132,8 +133,6 @@ def _check_positions(position_ids: Tensor, valid: Tensor | None, pos: Tensor) ->
 class EigenLlamaModel(EigenLlamaPreTrainedModel):
     """The model as an encoder of text: hidden states, no logits."""
 
-    _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
-
     def forward(
         self,
         input_ids: Tensor,
@@ -151,8 +150,6 @@ class EigenLlamaModel(EigenLlamaPreTrainedModel):
 
 class EigenLlamaForCausalLM(EigenLlamaPreTrainedModel, GenerationMixin):
     """The language model."""
-
-    _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
 
     def get_output_embeddings(self) -> nn.Module:
         """The language modelling head."""
