@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..zoo.basis import METHODS
-from ..zoo.llama import Config
+from ..zoo.model import Config
 
 
 def card(config: Config, compression: dict[str, Any]) -> str:

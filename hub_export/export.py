@@ -11,17 +11,19 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 
-from ..zoo import attention, cache, llama, rope
+from ..zoo import attention, cache, families, llama, model, rope
 from ..zoo.checkpoint import Checkpoint
+from ..zoo.model import Model
 from . import card
-from .remote import configuration_eigen_llama, modeling_eigen_llama
+from .remote import configuration_eigen, modeling_eigen
 
 AUTO_MAP = {
-    "AutoConfig": "configuration_eigen_llama.EigenLlamaConfig",
-    "AutoModel": "modeling_eigen_llama.EigenLlamaModel",
-    "AutoModelForCausalLM": "modeling_eigen_llama.EigenLlamaForCausalLM",
+    "AutoConfig": "configuration_eigen.EigenConfig",
+    "AutoModel": "modeling_eigen.EigenModel",
+    "AutoModelForCausalLM": "modeling_eigen.EigenForCausalLM",
 }
-TRAVELS = (attention, cache, llama, rope, configuration_eigen_llama, modeling_eigen_llama)
+NATIVE = (attention, cache, families, llama, model, rope)
+TRAVELS = (*NATIVE, configuration_eigen, modeling_eigen)
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
 
@@ -53,7 +55,7 @@ def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
 
 def export(
     out: Path,
-    model: llama.Model,
+    low: Model,
     original: Checkpoint,
     compression: dict[str, Any],
     force: bool = False,
@@ -65,16 +67,17 @@ def export(
     along. compression: provenance and measurements, kept in config.json and shown in the card.
     Raises ValueError if `out` is taken; whatever goes wrong, no half-written folder stays.
     """
-    config = configuration_eigen_llama.EigenLlamaConfig(
-        **asdict(model.config),
+    config = configuration_eigen.EigenConfig(
+        family=low.config.family,
+        **asdict(low.config),
         **{key: original.config[key] for key in KEPT if original.config.get(key) is not None},
         compression=compression,
-        architectures=["EigenLlamaForCausalLM"],
-        dtype=str(model.dtype).removeprefix("torch."),
+        architectures=["EigenForCausalLM"],
+        dtype=str(low.dtype).removeprefix("torch."),
     )
     config.auto_map = AUTO_MAP
-    weights = {f"model.{name}": x.contiguous() for name, x in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
+    weights = {f"model.{name}": x.contiguous() for name, x in low.state_dict().items()}
+    if low.config.tie_word_embeddings:
         del weights["model.head.weight"]
     with new_folder(out, force) as folder:
         save_torch_state_dict(weights, folder, max_shard_size=shard_size)
@@ -86,4 +89,4 @@ def export(
             # a Hub folder is flat: what comes from the zoo here lies beside it there
             text = source.read_text().replace("from ...zoo.", "from .")
             (folder / source.name).write_text(text)
-        (folder / "README.md").write_text(card.card(model.config, compression))
+        (folder / "README.md").write_text(card.card(low.config, compression))

@@ -2,9 +2,9 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .remote.configuration_eigen_llama import EigenLlamaConfig
-from .remote.modeling_eigen_llama import EigenLlamaForCausalLM, EigenLlamaModel
+from .remote.configuration_eigen import EigenConfig
+from .remote.modeling_eigen import EigenForCausalLM, EigenModel
 
-AutoConfig.register(EigenLlamaConfig.model_type, EigenLlamaConfig, exist_ok=True)
-AutoModel.register(EigenLlamaConfig, EigenLlamaModel, exist_ok=True)
-AutoModelForCausalLM.register(EigenLlamaConfig, EigenLlamaForCausalLM, exist_ok=True)
+AutoConfig.register(EigenConfig.model_type, EigenConfig, exist_ok=True)
+AutoModel.register(EigenConfig, EigenModel, exist_ok=True)
+AutoModelForCausalLM.register(EigenConfig, EigenForCausalLM, exist_ok=True)

@@ -2,10 +2,11 @@ from itertools import product
 
 import pytest
 import torch
+from test_llama import SIZES
 
 from eigenzoo.zoo.allocate import greedy, threshold_rank
 from eigenzoo.zoo.basis import Basis, LayerBasis
-from eigenzoo.zoo.llama import Config
+from eigenzoo.zoo.llama import LlamaConfig
 
 
 def bases(latents: int, n: int, layers: int = 2) -> list[LayerBasis]:
@@ -18,8 +19,9 @@ def bases(latents: int, n: int, layers: int = 2) -> list[LayerBasis]:
     return [LayerBasis(basis(), basis()) for _ in range(layers)]
 
 
-def config(layers: int = 2) -> Config:
-    return Config(320, 64, 96, layers, 8, 4, 8, k_heads_per_latent=4, v_heads_per_latent=4)
+def config(layers: int = 2) -> LlamaConfig:
+    sizes = SIZES | {"num_hidden_layers": layers}
+    return LlamaConfig(**sizes, k_heads_per_latent=4, v_heads_per_latent=4)
 
 
 def cost(ranks) -> int:

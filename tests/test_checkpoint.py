@@ -77,7 +77,7 @@ def test_a_hub_id_is_downloaded_at_its_revision(monkeypatch, dense_folder):
     [
         ({"model_type": "gpt2"}, "architecture 'gpt2' is not supported"),
         ({"num_hidden_layers": "three"}, r"config.json is unsound"),
-        ({"model_type": "eigen_llama"}, r"config.json lacks .*k_ranks"),
+        ({"model_type": "eigen", "family": "llama"}, r"config.json lacks .*k_ranks"),
         ({"model_type": None}, "architecture None"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),

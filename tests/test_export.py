@@ -13,7 +13,7 @@ from test_llama import VARIANTS
 
 from eigenzoo.hub_export import export as exporter
 from eigenzoo.hub_export.compress import compress_checkpoint
-from eigenzoo.hub_export.remote.modeling_eigen_llama import EigenLlamaForCausalLM
+from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
 from eigenzoo.zoo.checkpoint import load
 from eigenzoo.zoo.compress import Settings
 
@@ -143,7 +143,7 @@ def test_every_variant_survives_the_way_through_transformers(variant, tmp_path):
     settings = Settings("attention", keep=0.7, rank_multiple=2)
     compress_checkpoint(original, tmp_path / "low", settings, samples=4, seq_len=32)
     native = load(str(tmp_path / "low")).model
-    theirs = EigenLlamaForCausalLM.from_pretrained(tmp_path / "low")
+    theirs = EigenForCausalLM.from_pretrained(tmp_path / "low")
     x = tiny.tokens(2, 100)
     torch.testing.assert_close(theirs(x).logits, native(x), atol=1e-4, rtol=0)
 
@@ -156,7 +156,7 @@ def test_registered_classes_load_it_without_remote_code(folder):
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "eigenzoo.hub_export.remote.modeling_eigen_llama"
+    assert done.stdout.strip() == "eigenzoo.hub_export.remote.modeling_eigen"
 
 
 def test_config_says_what_was_done_and_what_was_kept(folder):

@@ -6,7 +6,7 @@ from eigenzoo.zoo.allocate import Ranks
 from eigenzoo.zoo.basis import METHODS
 from eigenzoo.zoo.calibrate import calibrate
 from eigenzoo.zoo.fold import fold
-from eigenzoo.zoo.llama import Model
+from eigenzoo.zoo.model import Model
 
 METHOD_AND_SHARES = [
     ("eigen", (1, 1)),
@@ -72,10 +72,9 @@ def test_a_constant_in_the_values_costs_nothing_at_any_rank():
         model.layers[0].attn.v_proj.bias += shift
         bases = METHODS["attention"].bases(model, calibrate(model, x, (4, 4), queries=True))
         low = fold(model, bases, Ranks((32,) * 3, (12,) * 3))
-        pos = torch.arange(64)
-        seen = model.layers[0].attn_norm(model.embed(x))
-        rope = model.rope(pos[None], pos)
-        return tuple(m.layers[0].attn(seen, pos, rope, None, None) for m in (model, low))
+        seen, pos, where = model.begin(x)
+        seen = model.layers[0].attn_norm(seen)
+        return tuple(m.layers[0].attn(seen, pos, where, None) for m in (model, low))
 
     dense, low = attention_outputs(0.0)
     shifted_dense, shifted_low = attention_outputs(7.0)

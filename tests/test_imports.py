@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from eigenzoo.hub_export.export import NATIVE
+
 ROOT = Path(__file__).parents[1]
 ALLOWED = {"zoo": {"zoo"}, "kernels": {"kernels", "zoo"}, "hub_export": {"hub_export", "zoo"}}
-TRAVELS = ("zoo/attention.py", "zoo/cache.py", "zoo/llama.py", "zoo/rope.py")
+TRAVELS = tuple(f"zoo/{Path(m.__file__).name}" for m in NATIVE)
 REMOTE = sorted(p.name for p in (ROOT / "hub_export/remote").glob("*.py"))
 FILES = sorted(p for room in ALLOWED for p in (ROOT / room).rglob("*.py"))
 

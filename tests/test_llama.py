@@ -4,8 +4,18 @@ import torch
 from test_rope import rope_parameters
 
 from eigenzoo.zoo.checkpoint import load
-from eigenzoo.zoo.llama import Config, Model
+from eigenzoo.zoo.families import new_model
+from eigenzoo.zoo.llama import LlamaConfig
 
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
 VARIANTS = {
     "grouped": {},
     "multi-query": {"num_key_value_heads": 1},
@@ -106,7 +116,7 @@ def test_writing_past_the_end_raises_before_anything_is_overwritten(pair):
 
 def test_casting_the_model_does_not_round_its_angles(pair):
     _, ours = pair
-    assert Model(ours.config).to(torch.bfloat16).inv_freq.dtype == torch.float32
+    assert new_model(ours.config).to(torch.bfloat16).inv_freq.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -120,4 +130,4 @@ def test_casting_the_model_does_not_round_its_angles(pair):
 )
 def test_ranks_that_do_not_fit_are_refused(change):
     with pytest.raises(ValueError, match="expected"):
-        Config(320, 64, 96, 3, 8, 4, 8, **change)
+        LlamaConfig(**SIZES, **change)

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eigenzoo.zoo.checkpoint import build, native_config
-from eigenzoo.zoo.llama import Model
+from eigenzoo.zoo.model import Model
 
 WORDS = "the cat sat on a mat and saw 12 birds fly over hills, rivers and towns. " * 4
 SIZES = {

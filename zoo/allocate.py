@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from .basis import LayerBasis
-from .llama import Config
+from .model import Config
+
+NOISE = 1e-7  # of a unit's error: what sums in fp32 leave of nothing
 
 
 class Ranks(NamedTuple):
-    """Widths of the latents of keys and of values, one a layer."""
+    """Widths of the latents of keys and of values, one a layer; v is 0 where k holds both."""
 
     k: tuple[int, ...]
     v: tuple[int, ...]
@@ -26,7 +28,7 @@ def greedy(config: Config, bases: Sequence[LayerBasis], keep: float, multiple: i
     order of gain per number is optimal up to rounding. Raises ValueError if `keep` is too small.
     """
     check_keep(keep)
-    units = [b for layer in bases for b in layer]  # k and v of layer 0, of layer 1, ...
+    units = [b for layer in bases for b in layer if b is not None]  # k and v of layer 0, of 1, ...
     sizes = [_cuts(b.spectrum, multiple) for b in units]
     ranks = [cut[0] for cut in sizes]
     left = int(keep * config.dense_kv_width)
@@ -41,11 +43,14 @@ def greedy(config: Config, bases: Sequence[LayerBasis], keep: float, multiple: i
     for u, (basis, cut) in enumerate(zip(units, sizes, strict=True)):
         gone = basis.errors()
         for low, high in pairwise(cut):
-            cost = (high - low) * len(basis.spectrum)
-            steps.append((-float(gone[low] - gone[high]) / cost, u, low, high, cost))
+            cost, gain = (high - low) * len(basis.spectrum), float(gone[low] - gone[high])
+            if gain > NOISE * float(gone[0]):  # a joint latent may hold everything long before
+                steps.append((-gain / cost, u, low, high, cost))
     for _, u, low, high, cost in sorted(steps):
         if low == ranks[u] and cost <= left:  # a step that does not fit ends its unit, no other
             ranks[u], left = high, left - cost
+    if bases[0].v is None:
+        return Ranks(tuple(ranks), (0,) * len(ranks))
     return Ranks(tuple(ranks[0::2]), tuple(ranks[1::2]))
 
 

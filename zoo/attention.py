@@ -4,22 +4,37 @@ Shapes: B batch, T new tokens, S cache slots, H query heads, G key/value heads, 
 L latents per token (each shared by G / L heads), R rank: the width of one latent.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def causal_mask(pos: Tensor, slots: int, valid: Tensor | None = None) -> Tensor:
+def causal_mask(pos: Tensor, slots: int, valid: Tensor | None = None, window: int = 0) -> Tensor:
     """Which slots each new token sees: (B or 1, 1, T, S), true where it looks.
 
-    pos: (T,) slots of the new tokens. valid: (B, S), false where a slot holds padding. A token
-    always sees its own slot: a padding token that saw nothing would turn into NaN.
+    pos: (T,) slots of the new tokens. valid: (B, S), false where a slot holds padding. window:
+    how many slots a token sees, its own included; 0 for all. A token always sees its own slot: a
+    padding token that saw nothing would turn into NaN.
     """
     slot = torch.arange(slots, device=pos.device)
     seen = slot <= pos[:, None]  # (T, S)
+    if window:
+        seen = seen & (slot > pos[:, None] - window)
     if valid is None:
         return seen[None, None]
     return ((seen & valid[:, None]) | (slot == pos[:, None]))[:, None]
+
+
+def alibi_slopes(heads: int, bias_max: float = 8.0) -> Tensor:
+    """Slope of every head, (heads,), as MPT spaces them (ALiBi, arXiv 2108.12409).
+
+    Where `heads` is no power of two, every second slope of the next power comes first.
+    """
+    power = 1 << (heads - 1).bit_length()
+    slopes = 2.0 ** -(torch.arange(1, power + 1) * (bias_max / power))
+    return slopes if power == heads else torch.cat((slopes[1::2], slopes[::2]))[:heads]
 
 
 def lift(z: Tensor, up: Tensor, head_dim: int) -> Tensor:
@@ -27,35 +42,61 @@ def lift(z: Tensor, up: Tensor, head_dim: int) -> Tensor:
     return (z @ up).unflatten(-1, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
 
 
+def absorb(q: Tensor, up: Tensor, head_dim: int) -> Tensor:
+    """Queries that read latents as they would have read the lifted keys.
+
+    q: (B, H, T, D), up: (L, R, G / L * D) -> (B, H, T, R), with q · lift(z) = absorb(q) · z.
+    """
+    return _per_head(q, up.mT.unflatten(1, (-1, head_dim)))
+
+
 def lift_heads(y: Tensor, up: Tensor, head_dim: int) -> Tensor:
     """What every query head read from the value latents, back to heads.
 
     y: (B, H, T, R), up: (L, R, G / L * D) -> (B, H, T, D).
     """
-    latents, _, width = up.shape
-    heads = width // head_dim
-    per_head = up.unflatten(-1, (heads, head_dim)).transpose(1, 2)  # (L, G / L, R, D)
-    grouped = y.unflatten(1, (latents, heads, -1)).flatten(3, 4)  # (B, L, G / L, H / G * T, R)
-    return (grouped @ per_head).unflatten(3, (-1, y.size(2))).flatten(1, 3)
+    return _per_head(y, up.unflatten(-1, (-1, head_dim)).transpose(1, 2))
+
+
+def _per_head(x: Tensor, maps: Tensor) -> Tensor:
+    """One matrix a kv head, for all its query heads. (B, H, T, n), (L, G / L, n, m) -> (..., m)."""
+    grouped = x.unflatten(1, (*maps.shape[:2], -1)).flatten(3, 4)  # (B, L, G / L, H / G * T, n)
+    return (grouped @ maps).unflatten(3, (-1, x.size(2))).flatten(1, 3)
 
 
 def latent_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Softmax attention where keys and values may differ in heads and in width.
 
-    q: (B, H, T, D), k: (B, K, S, D), v: (B, L, S, R) -> (B, H, T, R); K and L divide H.
-    mask: (B or 1, 1, T, S), true where a token looks; None means causal with T = S.
+    q: (B, H, T, R), k: (B, K, S, R), v: (B, L, S, W) -> (B, H, T, W); K and L divide H.
+    mask: (B or 1, H or 1, T, S), true where a token looks, or in fp32 what is added to the
+    scores; None means causal with T = S.
     """
     if q.size(2) > 1:  # a prompt: equal shapes keep SDPA on its flash path
-        wide = F.pad(v, (0, k.size(3) - v.size(3)))
-        wide = wide.repeat_interleave(k.size(1) // v.size(1), dim=1)
+        width, heads = max(k.size(3), v.size(3)), math.lcm(k.size(1), v.size(1))
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
         y = F.scaled_dot_product_attention(
-            q, k, wide, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+            _widen(q, width, q.size(1)),
+            _widen(k, width, heads),
+            _widen(v, width, heads),
+            mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=True,
         )
         return y[..., : v.size(3)]
     q = (q * scale).unflatten(1, (k.size(1), -1)).flatten(2, 3)  # queries of one key head together
     scores = (q @ k.mT).flatten(1, 2)[:, :, None]  # (B, H, 1, S)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        seen = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -torch.inf) if seen else scores + mask
     p = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     p = p.unflatten(1, (v.size(1), -1)).flatten(2, 3)  # and those of one value latent
     return (p @ v).flatten(1, 2)[:, :, None]
+
+
+def _widen(x: Tensor, width: int, heads: int) -> Tensor:
+    """x (B, h, S, w) as (B, heads, S, width): heads repeated, zeros behind what is there."""
+    if x.size(3) < width:
+        x = F.pad(x, (0, width - x.size(3)))
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)

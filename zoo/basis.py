@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .calibrate import Moments, Statistics
-from .llama import Model
+from .model import Model
 from .rope import rotate
 
 
@@ -33,10 +33,10 @@ class Basis(NamedTuple):
 
 
 class LayerBasis(NamedTuple):
-    """The bases of one layer."""
+    """The bases of one layer. Where one latent holds keys and values it is k, and v is None."""
 
     k: Basis
-    v: Basis
+    v: Basis | None
 
 
 def solve(covariance: Tensor, metric: Tensor, mean: Tensor, damping: float) -> Basis:
@@ -62,11 +62,12 @@ def fisher(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
     Half the error is the expected second-order rise of the loss per token, in nats, one unit for
     keys, values and all layers. Needs `calibrate(..., gradients=True)`.
     """
+
+    def basis(x: Moments, grad: Moments | None) -> Basis:
+        return solve(x.covariance, _asked(grad).second, x.mean, damping=0.3)
+
     return [
-        LayerBasis(
-            solve(s.k.covariance, _asked(s.k_grad).second, s.k.mean, damping=0.3),
-            solve(s.v.covariance, _asked(s.v_grad).second, s.v.mean, damping=0.3),
-        )
+        LayerBasis(basis(s.k, s.k_grad), None if s.v is None else basis(s.v, s.v_grad))
         for s in statistics
     ]
 
@@ -74,35 +75,44 @@ def fisher(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
 def attention(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
     """Errors weighed by what reads them: queries read keys, the output projection reads values.
 
-    Keys: the Gram of the group's queries, averaged over the relative distances of the rotation.
-    Values: the sum of W_oᵀ W_o over the group's heads. Each spectrum is a share of its layer's
-    whole, since the units of keys, values and layers differ. Needs `calibrate(..., queries=True)`.
+    Keys: the Gram of the group's queries, averaged over the relative distances of the rotation if
+    there is one. Values: the sum of W_oᵀ W_o over the group's heads. Each spectrum is a share of
+    its layer's whole, since the units of keys, values and layers differ; a latent of both weighs
+    them alike. Needs `calibrate(..., queries=True)`.
     """
     bases = []
     for block, s in zip(model.layers, statistics, strict=True):
         g, d = model.config.num_key_value_heads, model.config.head_dim
         q = _asked(s.q).second.unflatten(0, (g, -1)).sum(1)  # (G, D, D)
+        q = _turned(model, q) if model.config.rotary else q
         w_o = block.attn.o_proj.weight.double().unflatten(1, (g, -1, d))  # (hidden, G, H / G, D)
-        k = solve(
-            s.k.covariance, _blocks(_turned(model, q), s.k.gram.size(0)), s.k.mean, damping=0.01
-        )
         read = torch.einsum("ogmd,ogme->gde", w_o, w_o)
-        v = solve(s.v.covariance, _blocks(read, s.v.gram.size(0)), s.v.mean, damping=0.01)
-        share = [b._replace(spectrum=b.spectrum / b.spectrum.sum()) for b in (k, v)]
-        bases.append(LayerBasis(*share))
+        if s.v is None:
+            k = solve(s.k.covariance, _both(s.k.covariance, q, read), s.k.mean, damping=0.01)
+            bases.append(LayerBasis(_shares(k), None))
+            continue
+        k = solve(s.k.covariance, _diagonal(q, len(s.k.gram)), s.k.mean, damping=0.01)
+        v = solve(s.v.covariance, _diagonal(read, len(s.v.gram)), s.v.mean, damping=0.01)
+        bases.append(LayerBasis(_shares(k), _shares(v)))
     return bases
 
 
 def eigen(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
-    """Eigen Attention for Llama (Saxena et al., arXiv 2408.05646): singular vectors, uncentred.
+    """Eigen Attention (Saxena et al., arXiv 2408.05646): singular vectors, uncentred.
 
-    Keys before the rotation: one basis a layer, shared by its kv heads. Values: one a kv head.
-    Takes one kv head per latent. The spectrum is the squared singular values, per token.
+    Without a rotation: one basis a head, of its keys and queries stacked; with one: of keys before
+    it, one basis a layer, shared by its kv heads. Values: one a kv head. Takes one kv head per
+    latent. The spectrum is the squared singular values, per token. Needs
+    `calibrate(..., queries=True)` where there is no rotation.
     """
     bases = []
     for s in statistics:
-        k, v = s.k.second, s.v.second
-        bases.append(LayerBasis(_principal(k.sum(0).expand_as(k)), _principal(v)))
+        k, v = s.k.second, _asked(s.v).second
+        if model.config.rotary:
+            k = k.sum(0).expand_as(k)
+        else:
+            k = k + _asked(s.q).second.unflatten(0, (len(k), -1)).sum(1)
+        bases.append(LayerBasis(_principal(k), _principal(v)))
     return bases
 
 
@@ -130,9 +140,23 @@ def _turned(model: Model, gram: Tensor, distances: int = 64) -> Tensor:
     return torch.einsum("n,gnij->gij", weight.double(), rotate(half.mT, cos, sin).mT)
 
 
-def _blocks(per_head: Tensor, latents: int) -> Tensor:
+def _diagonal(per_head: Tensor, latents: int) -> Tensor:
     """Block diagonals of the heads that share a latent. (G, D, D) -> (L, G / L * D, ...)."""
     return torch.stack([torch.block_diag(*x) for x in per_head.unflatten(0, (latents, -1))])
+
+
+def _both(covariance: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Metric of latents that hold keys and then values: each weighs 1 where all of it is lost."""
+    halves = [_diagonal(x, len(covariance)) for x in (keys, values)]
+    n = halves[0].size(-1)
+    corners = covariance[:, :n, :n], covariance[:, n:, n:]
+    k, v = (f / (f * c).sum((1, 2), keepdim=True) for f, c in zip(halves, corners, strict=True))
+    return torch.stack([torch.block_diag(*x) for x in zip(k, v, strict=True)])
+
+
+def _shares(basis: Basis) -> Basis:
+    """The same basis, its errors as shares of the whole."""
+    return basis._replace(spectrum=basis.spectrum / basis.spectrum.sum())
 
 
 class Method(NamedTuple):
@@ -147,5 +171,5 @@ class Method(NamedTuple):
 METHODS = {
     "fisher": Method(fisher, "latents under the Fisher metric (eigenzoo)", gradients=True),
     "attention": Method(attention, "latents under the attention metric (eigenzoo)", queries=True),
-    "eigen": Method(eigen, "Eigen Attention (Saxena et al., arXiv 2408.05646)"),
+    "eigen": Method(eigen, "Eigen Attention (Saxena et al., arXiv 2408.05646)", queries=True),
 }

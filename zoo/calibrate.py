@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .llama import Model
+from .model import Model
 
 
 class Moments:
@@ -47,10 +47,13 @@ class Moments:
 
 
 class Statistics(NamedTuple):
-    """What one layer showed. Gradients and queries are present only if they were asked for."""
+    """What one layer showed. Gradients and queries are present only if they were asked for.
+
+    Where one latent is to hold keys and values, k has both, side by side, and v is None.
+    """
 
     k: Moments  # keys before the rotation, biases included: (kv heads / heads per latent) blocks
-    v: Moments
+    v: Moments | None
     q: Moments | None  # queries before the rotation, one block per query head
     k_grad: Moments | None  # gradients of the summed loss at the keys, in the blocks of k
     v_grad: Moments | None
@@ -62,25 +65,29 @@ def calibrate(
     heads_per_latent: tuple[int, int] = (1, 1),
     gradients: bool = False,
     queries: bool = False,
+    joint: bool = False,
 ) -> list[Statistics]:
     """Run a dense model over tokens (N, T), one sequence at a time; one `Statistics` a layer.
 
     heads_per_latent: how many kv heads stand side by side in a block, for keys and for values.
     gradients: take the gradients of the summed cross entropy as well, by a backward pass that
-    reaches activations only. Raises ValueError where a statistic is not finite.
+    reaches activations only. joint: keys and values of a block side by side. Raises ValueError
+    where a statistic is not finite.
     """
     c, device = model.config, tokens.device
 
     def moments(shared: int) -> Moments:
-        return Moments(c.num_key_value_heads // shared, shared * c.head_dim, device)
+        width = shared * c.head_dim * (2 if joint else 1)
+        return Moments(c.num_key_value_heads // shared, width, device)
 
+    k_shared, v_shared = heads_per_latent
     layers = [
         Statistics(
-            moments(heads_per_latent[0]),
-            moments(heads_per_latent[1]),
+            moments(k_shared),
+            None if joint else moments(v_shared),
             Moments(c.num_attention_heads, c.head_dim, device) if queries else None,
-            moments(heads_per_latent[0]) if gradients else None,
-            moments(heads_per_latent[1]) if gradients else None,
+            moments(k_shared) if gradients else None,
+            moments(v_shared) if gradients and not joint else None,
         )
         for _ in model.layers
     ]
@@ -101,16 +108,32 @@ def calibrate(
     return layers
 
 
+class _Feed:
+    """Hands rows to moments, if any, once all parts that stand side by side in a block are here."""
+
+    def __init__(self, moments: Moments | None, parts: int = 1):
+        self.moments, self.parts = moments, parts
+        self.held: dict[int, Tensor] = {}
+
+    def put(self, part: int, x: Tensor) -> None:
+        """Take in one part, (..., blocks * width / parts)."""
+        if self.moments is None:
+            return
+        self.held[part] = x.detach().unflatten(-1, (len(self.moments.gram), -1))
+        if len(self.held) == self.parts:
+            rows = [self.held.pop(i) for i in range(self.parts)]
+            self.moments.add(torch.cat(rows, dim=-1).flatten(-2))
+
+
 @contextmanager
 def _watch(model: Model, layers: list[Statistics]) -> Iterator[None]:
     """Feed the outputs of the projections, and their gradients, to the statistics."""
 
-    def feed(values: Moments | None, grads: Moments | None):
+    def feed(values: _Feed, grads: _Feed, part: int = 0):
         def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
-            if values is not None:
-                values.add(out)
-            if grads is not None:
-                out.register_hook(grads.add)
+            values.put(part, out)
+            if grads.moments is not None:
+                out.register_hook(lambda grad: grads.put(part, grad))
 
         return hook
 
@@ -121,9 +144,16 @@ def _watch(model: Model, layers: list[Statistics]) -> Iterator[None]:
     model.requires_grad_(False)  # the backward pass reaches activations, no weight
     hooks = [model.embed.register_forward_hook(start)]
     for block, s in zip(model.layers, layers, strict=True):
-        hooks.append(block.attn.k_proj.register_forward_hook(feed(s.k, s.k_grad)))
-        hooks.append(block.attn.v_proj.register_forward_hook(feed(s.v, s.v_grad)))
-        hooks.append(block.attn.q_proj.register_forward_hook(feed(s.q, None)))
+        parts = 2 if s.v is None else 1
+        k = _Feed(s.k, parts), _Feed(s.k_grad, parts)
+        v = k if s.v is None else (_Feed(s.v), _Feed(s.v_grad))
+        q = _Feed(s.q), _Feed(None)
+        for name, to in (
+            ("q_proj", feed(*q)),
+            ("k_proj", feed(*k)),
+            ("v_proj", feed(*v, parts - 1)),
+        ):
+            hooks.append(getattr(block.attn, name).register_forward_hook(to))
     try:
         yield
     finally:

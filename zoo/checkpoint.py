@@ -1,10 +1,11 @@
-"""Read checkpoints: Hugging Face Llama folders, Hub ids, GGUF files and eigenzoo's own folders."""
+"""Read checkpoints: Hugging Face folders, Hub ids, GGUF files and eigenzoo's own folders."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -13,26 +14,21 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictData
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
     PreTrainedTokenizerBase,
 )
 
 from .allocate import kv_bytes
-from .llama import Config, Model
+from .families import FAMILIES, new_model
+from .model import Config, Model
 
-MODEL_TYPE = "eigen_llama"  # what config.json of a compressed checkpoint says
+MODEL_TYPE = "eigen"  # what config.json of a compressed checkpoint says
 FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
-NAMES = {
-    "embed_tokens": "embed",
-    "input_layernorm": "attn_norm",
-    "self_attn": "attn",
-    "post_attention_layernorm": "mlp_norm",
-    "lm_head": "head",
-}
+PICKLED = ["pytorch_model*.bin*"]  # fetched where there is nothing else
 
 
 class Checkpoint(NamedTuple):
@@ -52,7 +48,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """Load a dense Llama or a compressed model for inference.
+    """Load a dense or a compressed model for inference.
 
     source: a folder, a GGUF file or a Hub id. dtype: None keeps the checkpoint's own.
     trust_remote_code: let the tokenizer run code that comes with the checkpoint. Raises ValueError
@@ -61,12 +57,12 @@ def load(
     path = locate(source, revision)
     raw = read_config(path)
     config = native_config(raw)  # refuses what it does not know before any weight is read
-    tensors = _read_gguf(path) if path.suffix == ".gguf" else _read_safetensors(path)
-    model = build(config, tensors, dtype, device)
+    tensors = _read_gguf(path) if path.suffix == ".gguf" else _read_folder(path)
+    model = build(config, tensors, dtype, device, native=raw["model_type"] == MODEL_TYPE)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = path.parent if gguf else path
-    # a compressed Llama keeps its Llama tokenizer, which transformers chooses by the config
-    like = {"config": LlamaConfig()} if raw["model_type"] == MODEL_TYPE else {}
+    # a compressed model keeps its family's tokenizer, which transformers chooses by the config
+    like = {"config": CONFIG_MAPPING[config.family]()} if raw["model_type"] == MODEL_TYPE else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **gguf, **like
@@ -93,13 +89,14 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     return {
         "model": source,
-        "model_type": raw["model_type"],
+        "family": c.family,
         "num_hidden_layers": c.num_hidden_layers,
         "num_attention_heads": c.num_attention_heads,
         "num_key_value_heads": c.num_key_value_heads,
         "head_dim": c.head_dim,
         "dtype": dtype,
         **kv_bytes(c, getattr(torch, dtype)),
+        "joint_kv": c.joint_kv,
         "k_heads_per_latent": c.k_heads_per_latent,
         "v_heads_per_latent": c.v_heads_per_latent,
         "k_ranks": list(c.k_ranks),
@@ -121,7 +118,10 @@ def locate(source: str, revision: str | None = None, files: Sequence[str] = FILE
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"{source} does not exist: expected a folder, a .gguf file or a Hub id")
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+        if files is FILES and not list(folder.glob("*.safetensors")):
+            snapshot_download(source, revision=revision, allow_patterns=PICKLED)
+        return folder
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -147,49 +147,79 @@ def read_config(path: Path) -> dict[str, Any]:
 def native_config(raw: dict[str, Any]) -> Config:
     """The native config that a config.json describes. Refuses by name what is not supported."""
     kind = raw.get("model_type")
-    names = {f.name for f in fields(Config)}
+    family = raw.get("family") if kind == MODEL_TYPE else kind
+    if family not in FAMILIES:
+        raise ValueError(
+            f"architecture {family!r} is not supported: expected a checkpoint whose config.json "
+            f"has a model_type among {', '.join(FAMILIES)}, or '{MODEL_TYPE}'"
+        )
+    config = FAMILIES[family].config
     if kind == MODEL_TYPE:
+        names = {f.name for f in fields(config)}
         lacking = names - raw.keys()
         if lacking:
             raise ValueError(f"config.json lacks {', '.join(sorted(lacking))}")
-        return Config(**{name: raw[name] for name in names})
-    if kind != "llama":
-        raise ValueError(
-            f"architecture {kind!r} is not supported: expected a checkpoint whose config.json has "
-            f"model_type 'llama' or '{MODEL_TYPE}'"
-        )
+        return config(**{name: _frozen(raw[name]) for name in names})
     if raw.get("quantization_config"):
         raise ValueError(
             "the weights are quantised: expected plain weights; dequantise the checkpoint first"
         )
+    known = CONFIG_MAPPING[family]
+    if config.foreign:
+        return config.from_hf(known().to_dict() | raw)
     try:
-        hf = LlamaConfig.from_dict(raw)
+        return config.from_hf(raw | known.from_dict(raw).to_dict())
     except StrictDataclassError as error:
         raise ValueError(f"config.json is unsound: {error}") from error
-    if hf.hidden_act != "silu":
-        raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported: expected 'silu'")
-    known = {name: getattr(hf, name) for name in names if hasattr(hf, name)}
-    bias = {"value_bias": hf.attention_bias, "output_bias": hf.attention_bias}
-    return Config(**known | bias)
 
 
-def _read_safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    index = folder / "model.safetensors.index.json"
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a folder: safetensors, or where there are none, PyTorch's own files."""
+    if list(folder.glob("*.safetensors*")) or not list(folder.glob("pytorch_model*.bin*")):
+        yield from _read_files(folder, "model.safetensors", _open_safetensors)
+    else:
+        yield from _read_files(folder, "pytorch_model.bin", _open_pickled)
+
+
+def _read_files(
+    folder: Path, whole: str, read: Callable[[Path], Iterator[tuple[str, Tensor]]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file, or of the shards that an index beside it lists."""
+    index = folder / f"{whole}.index.json"
+    names = [whole]
     if index.exists():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
     for name in names:
         if not (folder / name).exists():
-            raise ValueError(f"{folder} lacks {name}: expected weights as safetensors")
-        try:
-            with safe_open(folder / name, "pt") as file:
-                for key in file.keys():  # noqa: SIM118, the file is no mapping
-                    yield key, file.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{folder / name} is damaged ({error}): fetch or write it again"
-            ) from error
+            raise ValueError(f"{folder} lacks {name}: expected weights as safetensors or .bin")
+        yield from read(folder / name)
+
+
+def _open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118, the file is no mapping
+                yield key, file.get_tensor(key)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch or write it again") from error
+
+
+def _open_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Tensors only: anything else in the file is refused before it runs."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no end"
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors ({reason}): fetch it again, or convert "
+            "it to safetensors where you trust it"
+        ) from error
+    while tensors:
+        yield tensors.popitem()
 
 
 def _read_gguf(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -211,37 +241,44 @@ def _generation(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
 
 def build(
     config: Config,
-    tensors: Iterator[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    native: bool = False,
 ) -> Model:
-    """A model with these weights, by Hugging Face's names; each is cast and moved as it is read.
+    """A model with these weights; each is cast and moved as it is read.
 
-    Raises ValueError where a weight is missing, unknown, of another shape, or not finite.
+    native: the names are those of our own checkpoints, else Hugging Face's. Raises ValueError
+    where a weight is missing, unknown, of another shape, or not finite.
     """
     with torch.device("meta"):
-        model = Model(config)
+        model = new_model(config)
     expected = model.state_dict()
     if config.tie_word_embeddings:
         del expected["head.weight"]
+    parts = _native_parts if native else FAMILIES[config.family].weights
     weights = {}
     for key, tensor in tensors:
-        name = ".".join(NAMES.get(part, part) for part in key.removeprefix("model.").split("."))
-        if name.endswith("inv_freq") or (name == "head.weight" and name not in expected):
-            continue  # computed, or tied
-        if name not in expected or tensor.shape != expected[name].shape:
-            want = tuple(expected[name].shape) if name in expected else "no such weight"
-            raise ValueError(
-                f"weight {key} has shape {tuple(tensor.shape)}: config.json expects {want}"
-            )
         if not tensor.isfinite().all():
             raise ValueError(f"weight {key} is not finite: the checkpoint is unsound")
-        weights[name] = tensor.to(device, dtype or tensor.dtype)
+        for name, part in parts(key, tensor):
+            if name == "head.weight" and name not in expected:
+                continue  # tied
+            if name not in expected or part.shape != expected[name].shape:
+                want = tuple(expected[name].shape) if name in expected else "no such weight"
+                raise ValueError(
+                    f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}"
+                )
+            weights[name] = part.to(device, dtype or part.dtype)
     missing = expected.keys() - weights.keys()
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
     model.load_state_dict(weights, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.head.weight = model.embed.weight
-    model.reset_rope()
+    model.reset_buffers()
     return model.eval().requires_grad_(False)
+
+
+def _native_parts(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield key.removeprefix("model."), tensor

@@ -8,9 +8,10 @@ from .allocate import check_keep, greedy
 from .basis import METHODS, LayerBasis
 from .calibrate import calibrate
 from .fold import fold
-from .llama import Config, Model
+from .model import Config, Model
 from .search import ErrorBudget, ranks_of
 
+LATENTS = ("separate", "joint-kv")
 SEARCH_TOKENS = 4096  # on so many the errors of layers are measured
 
 
@@ -20,6 +21,7 @@ class Settings(NamedTuple):
     method: a name in `METHODS`. keep: share of the KV bytes that stay. error_budget, for `eigen`
     only: the relative output error that each layer may have, instead of `keep`.
     heads_per_latent: kv heads that share a latent of keys, and of values; None chooses.
+    latent: `separate`, or `joint-kv`: one latent holds keys and values.
     """
 
     method: str = "fisher"
@@ -27,6 +29,7 @@ class Settings(NamedTuple):
     error_budget: float | None = None
     heads_per_latent: tuple[int, int] | None = None
     rank_multiple: int = 8
+    latent: str = "separate"
 
     def check(self) -> None:
         """Raise ValueError for settings that fit no model, before anything long begins."""
@@ -39,12 +42,21 @@ class Settings(NamedTuple):
             raise ValueError(f"an error budget goes with eigen, not with {self.method}: use keep")
         if self.error_budget is not None and not self.error_budget >= 0:
             raise ValueError(f"the error budget is {self.error_budget}: expected 0 or more")
+        if self.latent not in LATENTS:
+            raise ValueError(f"latent {self.latent!r} is unknown: expected {' or '.join(LATENTS)}")
+        if self.latent == "joint-kv" and self.method == "eigen":
+            raise ValueError("eigen has no joint latents: choose fisher or attention")
         check_keep(self.keep)
 
     def fit(self, config: Config) -> "Settings":
         """The settings with heads per latent filled in. Raises ValueError if they do not fit."""
         if config.kv_width != config.dense_kv_width:
             raise ValueError("the model is compressed already: take the model it was made from")
+        if self.latent == "joint-kv" and (config.rotary or any(config.nonlinear)):
+            raise ValueError(
+                "joint-kv needs keys that are linear in the layer's input: this model rotates, "
+                "clips or norms them; use separate latents"
+            )
         return self._replace(heads_per_latent=self._shared(config.num_key_value_heads))
 
     def _shared(self, kv_heads: int) -> tuple[int, int]:
@@ -55,6 +67,8 @@ class Settings(NamedTuple):
         if self.heads_per_latent is None:  # beyond four the lift costs more than sharing gains
             most = max(n for n in range(1, 5) if kv_heads % n == 0)
             return most, most
+        if self.latent == "joint-kv" and len(set(self.heads_per_latent)) > 1:
+            raise ValueError("joint-kv shares its latents among as many heads of keys as of values")
         if any(n < 1 or kv_heads % n for n in self.heads_per_latent):
             raise ValueError(
                 f"heads per latent is {self.heads_per_latent}: expected divisors of {kv_heads}, "
@@ -81,7 +95,8 @@ def compress(model: Model, tokens: Tensor, settings: Settings | None = None) -> 
     settings = settings.fit(model.config)
     shared = settings.heads_per_latent or (1, 1)
     needs = METHODS[settings.method]
-    statistics = calibrate(model, tokens, shared, needs.gradients, needs.queries)
+    joint = settings.latent == "joint-kv"
+    statistics = calibrate(model, tokens, shared, needs.gradients, needs.queries, joint)
     bases = needs.bases(model, statistics)
     found: list[dict[str, Any]] = [{} for _ in bases]
     if settings.method == "eigen":
@@ -101,10 +116,9 @@ def compress(model: Model, tokens: Tensor, settings: Settings | None = None) -> 
 
 def _report(basis: LayerBasis, k_rank: int, v_rank: int) -> dict[str, Any]:
     """Ranks, and the share of the method's own error that they leave."""
-    k, v = basis.k.errors(), basis.v.errors()
-    return {
-        "k_rank": k_rank,
-        "v_rank": v_rank,
-        "k_error": float(k[k_rank] / k[0]),
-        "v_error": float(v[v_rank] / v[0]),
-    }
+    k = basis.k.errors()
+    report = {"k_rank": k_rank, "v_rank": v_rank, "k_error": float(k[k_rank] / k[0])}
+    if basis.v is not None:
+        v = basis.v.errors()
+        report["v_error"] = float(v[v_rank] / v[0])
+    return report

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .generate import sample_text
-from .llama import Model
+from .model import Model
 
 
 def read_text(path: str | Path) -> str:

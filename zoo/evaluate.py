@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .allocate import kv_bytes
 from .generate import Generator, answer
-from .llama import Model
+from .model import Model
 
 
 class Perplexity(NamedTuple):

@@ -1,28 +1,34 @@
 """Fold bases into the projections: the same model with other numbers in its ranks."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .allocate import Ranks
 from .basis import Basis, LayerBasis
-from .llama import Attention, Config, Model
+from .families import new_model
+from .model import Config, LatentAttention, Model
 
 
 def compressed_config(config: Config, bases: Sequence[LayerBasis], ranks: Ranks) -> Config:
     """The config of the folded model."""
     heads = config.num_key_value_heads
+    k_latents, v_latents = (len(b.spectrum) for b in (bases[0].k, bases[0].v or bases[0].k))
+    mean = any(bool(b.k.mean.any()) for b in bases)
+    known = {f.name for f in fields(config)}
     return replace(
         config,
         k_ranks=ranks.k,
         v_ranks=ranks.v,
-        k_heads_per_latent=heads // len(bases[0].k.spectrum),
-        v_heads_per_latent=heads // len(bases[0].v.spectrum),
-        key_mean=any(bool(b.k.mean.any()) for b in bases),
-        value_bias=False,
+        k_heads_per_latent=heads // k_latents,
+        v_heads_per_latent=heads // v_latents,
+        joint_kv=bases[0].v is None,
+        key_bias=config.key_bias and (config.rotary or config.nonlinear[0]),
+        value_bias=config.value_bias and config.nonlinear[1],
         output_bias=True,
+        **({"key_mean": mean} if "key_mean" in known else {}),
     )
 
 
@@ -34,72 +40,121 @@ def fold(model: Model, bases: Sequence[LayerBasis], ranks: Ranks) -> Model:
     """
     config = compressed_config(model.config, bases, ranks)
     with torch.device("meta"):
-        low = Model(config)
+        low = new_model(config)
     weights = {k: v for k, v in model.state_dict().items() if ".attn." not in k}
     for i, basis in enumerate(bases):
-        folded = fold_attention(model.layers[i].attn, low.layers[i].attn, basis)
+        folded = fold_attention(config, model.layers[i].attn, low.layers[i].attn, basis)
         weights |= {f"layers.{i}.attn.{name}": x for name, x in folded.items()}
     low.load_state_dict(weights, assign=True)
     if config.tie_word_embeddings:
         low.head.weight = low.embed.weight
-    low.reset_rope()
+    low.reset_buffers()
     return low.eval().requires_grad_(False)
 
 
-def fold_attention(dense: Attention, low: Attention, basis: LayerBasis) -> dict[str, Tensor]:
-    """Weights for attention `low`, made from `dense` (at full rank) and a basis."""
-    weights = {
-        name: x for name, x in dense.state_dict().items() if name.startswith(("q_proj", "o_proj"))
-    }
-    like = dense.q_proj.weight
-    for name, x in (_keys(dense, low, basis.k) | _values(dense, low, basis.v)).items():
-        weights[name] = x.to(like.device, like.dtype).contiguous()
-    return weights
+def fold_attention(
+    config: Config, dense: LatentAttention, low: LatentAttention, basis: LayerBasis
+) -> dict[str, Tensor]:
+    """Weights for attention `low` of the folded config, made from `dense` and a basis, in fp64.
+
+    What stays the same is taken over. A block is (L, n, ...): the rows of the heads of one latent.
+    """
+    new: dict[str, Tensor] = {}
+    wanted = low.state_dict()
+    low_k, low_v = config.compressed(low.layer)
+    b_v = _bias(dense.v_proj) * (not config.nonlinear[1])  # else it is in what is encoded
+    if low_k and config.joint_kv:
+        e, d = _cut(basis.k, low.k.width)
+        rows = [_blocks(p.weight, e) for p in (dense.k_proj, dense.v_proj)]
+        new["k_proj.weight"] = _encode(e, torch.cat(rows, dim=1))
+        bias = torch.cat([_blocks(b, e) for b in (_bias(dense.k_proj), b_v)], dim=1)
+        _, b_v = (bias + _lost(basis.k.mean - bias, e, d)).chunk(2, dim=1)
+        k_decoder, v_decoder = d.chunk(2, dim=1)
+        _fold_queries(new, wanted, dense, k_decoder)
+    else:
+        if low_k:
+            _fold_keys(new, wanted, dense, _cut(basis.k, low.k.width), basis.k.mean)
+        if low_v and basis.v is not None:
+            e, v_decoder = _cut(basis.v, low.v.width)
+            if "v_down" in wanted:
+                new["v_down"] = e
+            else:
+                new["v_proj.weight"] = _encode(e, _blocks(dense.v_proj.weight, e))
+            bias = _blocks(b_v, e)
+            b_v = bias + _lost(basis.v.mean - bias, e, v_decoder)
+    queries = dense.heads // config.num_key_value_heads
+    w_o = dense.o_proj.weight.double().unflatten(1, (dense.heads, -1))  # (hidden, H, D)
+    constant = b_v.reshape(config.num_key_value_heads, -1).repeat_interleave(queries, dim=0)
+    # a row of attention weights sums to 1, so constants pass through it to the output bias
+    new["o_proj.bias"] = torch.einsum("ohd,hd->o", w_o, constant) + _bias(dense.o_proj)
+    if "v_up" in wanted:
+        new["v_up"] = v_decoder.mT
+    elif low_v:
+        read = _per_query_head(v_decoder, dense)
+        new["o_proj.weight"] = torch.einsum("ohd,hdr->ohr", w_o, read).flatten(1)
+    like, kept = dense.q_proj.weight, dense.state_dict()
+    cast = {name: x.to(like.device, like.dtype).contiguous() for name, x in new.items()}
+    return {name: (kept | cast)[name] for name in wanted}
 
 
-def _keys(dense: Attention, low: Attention, basis: Basis) -> dict[str, Tensor]:
-    w, b = dense.k_proj.weight.double(), dense.k_proj.bias
-    if low.k_up is None:
-        return {"k_proj.weight": w} | ({} if b is None else {"k_proj.bias": b})
-    e, d = basis.encoder[..., : low.k.width], basis.decoder[..., : low.k.width]
-    weights = {"k_proj.weight": _encode(e, w), "k_up": d.mT}
-    if b is not None:
-        weights["k_proj.bias"] = _encode(e, b.double()[:, None])[:, 0]
-    if low.k_mean is not None:
-        weights["k_mean"] = _lost(basis.mean, e, d).reshape(low.k_mean.shape)
-    return weights
+def _fold_keys(
+    new: dict[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    dense: LatentAttention,
+    cut: tuple[Tensor, Tensor],
+    mean: Tensor,
+) -> None:
+    e, d = cut
+    if "k_down" in wanted:
+        new["k_down"] = e
+    else:
+        new["k_proj.weight"] = _encode(e, _blocks(dense.k_proj.weight, e))
+        if "k_proj.bias" in wanted:
+            new["k_proj.bias"] = _encode(e, _blocks(_bias(dense.k_proj), e)[..., None])[:, 0]
+    if "k_mean" in wanted:
+        new["k_mean"] = _lost(mean, e, d).reshape(wanted["k_mean"].shape)
+    _fold_queries(new, wanted, dense, d)
 
 
-def _values(dense: Attention, low: Attention, basis: Basis) -> dict[str, Tensor]:
-    """A row of attention weights sums to 1, so constants pass through it to the output bias."""
-    w_v, w_o = dense.v_proj.weight.double(), dense.o_proj.weight.double()
-    bias = dense.v_proj.bias
-    constant = basis.mean.new_zeros(basis.mean.shape) if bias is None else bias.double()
-    constant = constant.reshape(basis.mean.shape)  # (L, n)
-    queries = dense.heads // dense.v.heads  # query heads of one kv head
-
-    weights = {"v_proj.weight": w_v, "o_proj.weight": w_o}
-    if low.v != dense.v:
-        e, d = basis.encoder[..., : low.v.width], basis.decoder[..., : low.v.width]
-        weights["v_proj.weight"] = _encode(e, w_v)
-        constant = constant + _lost(basis.mean - constant, e, d)
-        if low.v_up is not None:
-            weights["v_up"] = d.mT
-        else:
-            per_head = d.unflatten(1, (-1, dense.head_dim)).flatten(0, 1)  # (G, D, R)
-            read = per_head.repeat_interleave(queries, dim=0)  # (H, D, R)
-            heads = w_o.unflatten(1, (dense.heads, -1)).transpose(0, 1)  # (H, hidden, D)
-            weights["o_proj.weight"] = (heads @ read).transpose(0, 1).flatten(1)
-    per_head = constant.reshape(dense.v.heads, -1).repeat_interleave(queries, dim=0)
-    out = w_o @ per_head.flatten()
-    if dense.o_proj.bias is not None:
-        out = out + dense.o_proj.bias.double()
-    return weights | {"o_proj.bias": out}
+def _fold_queries(
+    new: dict[str, Tensor], wanted: Mapping[str, Tensor], dense: LatentAttention, decoder: Tensor
+) -> None:
+    """The lift of the keys stays a matrix of its own, or goes into the projection of queries."""
+    if "k_up" in wanted:
+        new["k_up"] = decoder.mT
+        return
+    read = _per_query_head(decoder, dense)
+    for name, x in dense.q_proj.named_parameters():
+        heads = x.double().unflatten(0, (dense.heads, -1))
+        new[f"q_proj.{name}"] = torch.einsum("hdr,hd...->hr...", read, heads).flatten(0, 1)
 
 
-def _encode(encoder: Tensor, weight: Tensor) -> Tensor:
-    """encoderᵀ weight, latent by latent. (L, n, R), (L n, m) -> (L R, m)."""
-    return (encoder.mT @ weight.unflatten(0, (len(encoder), -1))).flatten(0, 1)
+def _per_query_head(decoder: Tensor, dense: LatentAttention) -> Tensor:
+    """(L, n, R) -> (H, D, R)."""
+    per_head = decoder.unflatten(1, (-1, dense.head_dim)).flatten(0, 1)
+    return per_head.repeat_interleave(dense.heads // len(per_head), dim=0)
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    """The bias in fp64, zeros if there is none."""
+    if linear.bias is None:
+        return linear.weight.new_zeros(linear.out_features, dtype=torch.float64)
+    return linear.bias.double()
+
+
+def _blocks(x: Tensor, like: Tensor) -> Tensor:
+    """Rows (G D, ...) as (L, n, ...), for as many latents as `like` has."""
+    return x.double().unflatten(0, (len(like), -1))
+
+
+def _cut(basis: Basis, rank: int) -> tuple[Tensor, Tensor]:
+    """Encoder and decoder (L, n, rank)."""
+    return basis.encoder[..., :rank], basis.decoder[..., :rank]
+
+
+def _encode(encoder: Tensor, blocks: Tensor) -> Tensor:
+    """encoderᵀ blocks, latent by latent. (L, n, R), (L, n, m) -> (L R, m)."""
+    return (encoder.mT @ blocks).flatten(0, 1)
 
 
 def _lost(x: Tensor, encoder: Tensor, decoder: Tensor) -> Tensor:

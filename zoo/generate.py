@@ -11,7 +11,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from tqdm import tqdm
 
 from .cache import StaticCache
-from .llama import Model
+from .model import Model
 
 
 class Sampling(NamedTuple):

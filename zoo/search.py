@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from .allocate import Ranks, check_keep, kept_share, threshold_rank
 from .basis import LayerBasis
+from .families import new_model
 from .fold import compressed_config, fold_attention
-from .llama import Attention, Model
+from .model import Model
 
 STEP = 0.02  # by which the threshold falls
 
@@ -38,14 +39,12 @@ class ErrorBudget:
         """tokens: (N, T), what the errors are measured on; every layer's inputs are kept."""
         self.model, self.bases, self.multiple = model, bases, multiple
         self.settings: list[list[Setting]] = [[] for _ in bases]
-        slots = torch.arange(tokens.size(1), device=tokens.device)
-        self.pos, self.rope = slots, model.rope(slots[None], slots)
         self.inputs = []
         with torch.inference_mode():
-            x = model.embed(tokens)
+            x, self.pos, self.where = model.begin(tokens)
             for block in model.layers:
                 self.inputs.append(x)
-                x = block(x, self.pos, self.rope, None, None)
+                x = block(x, self.pos, self.where, None)
             self.inputs.append(x)
         self.bar = tqdm(desc="searching ranks", unit="setting", disable=None, leave=False)
 
@@ -58,7 +57,7 @@ class ErrorBudget:
                 d = self.model.config.head_dim
                 known.append(Setting(1.0, d, d, 0.0))
                 continue
-            k, v = (threshold_rank(b.spectrum, threshold, self.multiple) for b in basis)
+            k, v = (threshold_rank(b.spectrum, threshold, self.multiple) for b in basis if b)
             same = (k, v) == (known[-1].k_rank, known[-1].v_rank)
             error = known[-1].error if same else self._error(layer, k, v)
             known.append(Setting(threshold, k, v, error))
@@ -70,12 +69,13 @@ class ErrorBudget:
         one = replace(self.model.config, num_hidden_layers=1, k_ranks=(), v_ranks=())
         config = compressed_config(one, [basis], Ranks((k_rank,), (v_rank,)))
         with torch.device("meta"):
-            attn = Attention(config, 0)
-        attn.load_state_dict(fold_attention(block.attn, attn, basis), assign=True)
+            low = new_model(config).layers[0]
+        attn = fold_attention(config, block.attn, low.attn, basis)
+        rest = {k: x for k, x in block.state_dict().items() if not k.startswith("attn.")}
+        low.load_state_dict(rest | {f"attn.{k}": x for k, x in attn.items()}, assign=True)
         with torch.inference_mode():
-            x, want = self.inputs[layer], self.inputs[layer + 1]
-            x = x + attn(block.attn_norm(x), self.pos, self.rope, None, None)
-            got = x + block.mlp(block.mlp_norm(x))
+            got = low(self.inputs[layer], self.pos, self.where, None)
+        want = self.inputs[layer + 1]
         self.bar.update()
         return float((got - want).norm() / want.norm())
 

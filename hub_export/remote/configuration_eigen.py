@@ -1,44 +1,42 @@
-"""Config of a Llama whose KV cache is compressed. Travels with the checkpoint."""
+"""Config of a model whose KV cache is compressed. Travels with the checkpoint."""
 
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
 
 
 @strict
-class EigenLlamaConfig(PreTrainedConfig):
-    """LlamaConfig's fields, the ranks of the cache, and how they were chosen.
+class EigenConfig(PreTrainedConfig):
+    """What every family has; the other fields of its native config come along as they are.
 
-    k_ranks, v_ranks: numbers per token and latent, one a layer. k_heads_per_latent,
-    v_heads_per_latent: how many kv heads share a latent. compression: where the checkpoint comes
-    from, with method, budget, calibration, seed, versions and errors by layer.
+    family: the architecture, by transformers' model_type. k_ranks, v_ranks: numbers per token and
+    latent, one a layer. k_heads_per_latent, v_heads_per_latent: how many kv heads share a latent.
+    joint_kv: one latent holds keys and values. compression: where the checkpoint comes from, with
+    method, budget, calibration, seed, versions and errors by layer.
     """
 
-    model_type = "eigen_llama"
+    model_type = "eigen"
     keys_to_ignore_at_inference = ("past_key_values",)
 
+    family: str = "llama"
     vocab_size: int = 32000
     hidden_size: int = 4096
-    intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int = 32
     head_dim: int = 128
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_parameters: RopeParameters | dict[str, Any] | None = None
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    query_bias: bool = False
+    key_bias: bool = False
     value_bias: bool = False
     output_bias: bool = False
-    mlp_bias: bool = False
-    key_mean: bool = False
     k_ranks: list[int] | tuple[int, ...] = ()
     v_ranks: list[int] | tuple[int, ...] = ()
     k_heads_per_latent: int = 1
     v_heads_per_latent: int = 1
+    joint_kv: bool = False
     use_cache: bool = True
     initializer_range: float = 0.02
     pad_token_id: int | None = None

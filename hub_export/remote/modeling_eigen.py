@@ -1,4 +1,4 @@
-"""transformers' classes around the native Llama with a compressed KV cache.
+"""transformers' classes around the native models with a compressed KV cache.
 
 Travels with the checkpoint, beside the native files, and needs torch and transformers only.
 """
@@ -12,8 +12,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ...zoo.llama import Config, Model
-from .configuration_eigen_llama import EigenLlamaConfig
+from ...zoo.families import FAMILIES
+from ...zoo.model import Model
+from .configuration_eigen import EigenConfig
 
 
 class LatentCache:
@@ -42,11 +43,11 @@ class LatentCache:
         )
 
 
-class EigenLlamaPreTrainedModel(PreTrainedModel):
+class EigenPreTrainedModel(PreTrainedModel):
     """What the model with and without a language modelling head share."""
 
-    config: EigenLlamaConfig
-    config_class = EigenLlamaConfig
+    config: EigenConfig
+    config_class = EigenConfig
     base_model_prefix = "model"
     _no_split_modules = ["Block"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
@@ -55,16 +56,18 @@ class EigenLlamaPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False  # keys and values differ in width
     _can_compile_fullgraph = True
 
-    def __init__(self, config: EigenLlamaConfig):
+    def __init__(self, config: EigenConfig):
         super().__init__(config)
-        native = {f.name: getattr(config, f.name) for f in fields(Config)}
-        self.model = Model(Config(**native))
+        family = FAMILIES[config.family]
+        values = {f.name: getattr(config, f.name) for f in fields(family.config)}
+        lists = {name: tuple(x) for name, x in values.items() if isinstance(x, list)}
+        self.model = family.model(family.config(**values | lists))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Model):  # from_pretrained builds on meta: buffers come back empty
-            module.reset_rope()
+            module.reset_buffers()
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -130,7 +133,7 @@ def _check_positions(position_ids: Tensor, valid: Tensor | None, pos: Tensor) ->
         )
 
 
-class EigenLlamaModel(EigenLlamaPreTrainedModel):
+class EigenModel(EigenPreTrainedModel):
     """The model as an encoder of text: hidden states, no logits."""
 
     def forward(
@@ -148,7 +151,7 @@ class EigenLlamaModel(EigenLlamaPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
 
 
-class EigenLlamaForCausalLM(EigenLlamaPreTrainedModel, GenerationMixin):
+class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
     """The language model."""
 
     def get_output_embeddings(self) -> nn.Module:

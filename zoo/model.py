@@ -1,0 +1,245 @@
+"""What every family's model is: its sizes, what its cache keeps, and how state passes through it.
+
+A family's file (llama.py, opt.py, mpt.py, ...) defines `Config`, `Attention`, `Block` and `Model`,
+and says how a Hugging Face checkpoint maps to them. Parts are named alike everywhere: `embed`,
+`layers[i].attn.{q,k,v,o}_proj`, `head`, so that no step asks which family it is given.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .attention import causal_mask
+from .cache import Latent, StaticCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes that all families share, and what their caches keep.
+
+    k_ranks, v_ranks: numbers per token and latent, one a layer; empty means full rank.
+    joint_kv: one latent holds keys and values; its ranks are k_ranks, those of v_ranks are 0.
+    """
+
+    family: ClassVar[str]  # its name in `families.FAMILIES`, which is transformers' model_type
+    foreign: ClassVar[bool] = False  # config.json may hold what transformers' class refuses
+    rotary: ClassVar[bool] = False  # a rotation between projection and score: keys are lifted
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    query_bias: bool = False
+    key_bias: bool = False
+    value_bias: bool = False
+    output_bias: bool = False
+    k_ranks: tuple[int, ...] = ()
+    v_ranks: tuple[int, ...] = ()
+    k_heads_per_latent: int = 1
+    v_heads_per_latent: int = 1
+    joint_kv: bool = False
+
+    def __post_init__(self) -> None:
+        """Fill in full ranks and refuse what does not fit together."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} query heads do not divide among "
+                f"{self.num_key_value_heads} kv heads"
+            )
+        if self.joint_kv and self.k_heads_per_latent != self.v_heads_per_latent:
+            raise ValueError("joint_kv: expected as many heads per latent for keys as for values")
+        for name, shared in (("k", self.k_heads_per_latent), ("v", self.v_heads_per_latent)):
+            if shared < 1 or self.num_key_value_heads % shared:
+                raise ValueError(
+                    f"{name}_heads_per_latent is {shared}: expected a divisor of "
+                    f"{self.num_key_value_heads} kv heads"
+                )
+            full = self.full_ranks[name == "v"]
+            ranks = tuple(getattr(self, f"{name}_ranks")) or (full,) * self.num_hidden_layers
+            least = min(1, full)
+            if len(ranks) != self.num_hidden_layers or not all(least <= r <= full for r in ranks):
+                raise ValueError(
+                    f"{name}_ranks is {list(ranks)}: expected {self.num_hidden_layers} numbers "
+                    f"from {least} to {full}"
+                )
+            object.__setattr__(self, f"{name}_ranks", ranks)
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> "Config":
+        """From config.json of a dense checkpoint, defaults filled in. Refuses what it cannot run.
+
+        Raises ValueError that names the field.
+        """
+        raise NotImplementedError
+
+    @property
+    def full_ranks(self) -> tuple[int, int]:
+        """Numbers of an uncompressed latent of keys, and of values."""
+        k, v = self.k_heads_per_latent * self.head_dim, self.v_heads_per_latent * self.head_dim
+        return (k + v, 0) if self.joint_kv else (k, v)
+
+    @property
+    def nonlinear(self) -> tuple[bool, bool]:
+        """Whether keys, and values, are more than a linear map of the layer's input."""
+        return False, False
+
+    def compressed(self, layer: int) -> tuple[bool, bool]:
+        """Whether a layer holds less than whole keys, and less than whole values."""
+        k, v = self.k_ranks[layer] < self.full_ranks[0], self.v_ranks[layer] < self.full_ranks[1]
+        return k, k if self.joint_kv else v
+
+    def latents(self, layer: int) -> tuple[Latent, Latent]:
+        """What the cache keeps of keys and of values per token. Full rank keeps plain heads."""
+        heads = self.num_key_value_heads
+        low_k, low_v = self.compressed(layer)
+        plain = Latent(heads, self.head_dim)
+        k = Latent(heads // self.k_heads_per_latent, self.k_ranks[layer])
+        v = Latent(heads // self.v_heads_per_latent, self.v_ranks[layer])
+        return k if low_k else plain, v if low_v else plain
+
+    def lifted(self, layer: int) -> tuple[bool, bool]:
+        """Whether the lifts of keys, and of values, stay matrices of their own in this layer.
+
+        Folding the lift of a latent of R numbers into the projections of its query heads makes
+        them R / head_dim times as large: it is done where that is no larger than 1, and where
+        nothing stands between projection and lift.
+        """
+        low_k, low_v = self.compressed(layer)
+        k = self.k_ranks[layer]
+        v = k if self.joint_kv else self.v_ranks[layer]
+        between = self.rotary or self.nonlinear[0]
+        return low_k and (between or k > self.head_dim), low_v and v > self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers that the cache keeps per token, over all layers."""
+        pairs = (self.latents(layer) for layer in range(self.num_hidden_layers))
+        return sum(k.heads * k.width + v.heads * v.width for k, v in pairs)
+
+    @property
+    def dense_kv_width(self) -> int:
+        """The same for the uncompressed model."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+
+class LatentAttention(nn.Module):
+    """What fold and calibrate rely on in the attention of every family."""
+
+    layer: int
+    heads: int  # of queries
+    head_dim: int
+    k: Latent
+    v: Latent
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+
+
+class Model(nn.Module):
+    """A language model. State is passed in: tokens, their slots and a cache."""
+
+    config: Config
+    embed: nn.Embedding
+    layers: Sequence[Any]  # blocks: block(x, pos, where, cache) -> x, with attention in block.attn
+    head: nn.Linear
+
+    def start(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """Tokens (B, T) at positions (B or 1, T) as vectors (B, T, width)."""
+        raise NotImplementedError
+
+    def where(self, position: Tensor, pos: Tensor, mask: Tensor | None) -> Any:
+        """What the layers' attention needs of positions and masks, made once for all of them.
+
+        position: (B or 1, S) of every slot; pos: (T,) slots of the new tokens; mask: as
+        `causal_mask` makes it, None where it would be plainly causal.
+        """
+        return mask
+
+    def rope(self, position: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions, where keys are rotated: see `llama.py`."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Output of the last layer, (B, T, width), to what the head reads."""
+        raise NotImplementedError
+
+    def reset_buffers(self) -> None:
+        """Compute anew what is computed and not stored, where the weights are."""
+
+    def begin(
+        self,
+        tokens: Tensor,
+        pos: Tensor | None = None,
+        cache: StaticCache | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Any]:
+        """What the first layer is given: x (B, T, width), slots (T,), and what `where` returns."""
+        slots = tokens.size(1) if cache is None else cache.slots
+        if pos is None:
+            pos = torch.arange(tokens.size(1), device=tokens.device)
+        if cache is not None:
+            cache.check(tokens, pos)
+        slot = torch.arange(slots, device=tokens.device)[None]
+        position = slot if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
+        plain = cache is None and valid is None
+        mask = None if plain else causal_mask(pos, slots, valid)
+        where = self.where(position, pos, mask)
+        return self.start(tokens, position[:, pos]), pos, where
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        pos: Tensor | None = None,
+        cache: StaticCache | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads, (B, T, width). Arguments as in `forward`."""
+        x, pos, where = self.begin(tokens, pos, cache, valid)
+        for layer in self.layers:
+            x = layer(x, pos, where, cache)
+        return self.finish(x)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        pos: Tensor | None = None,
+        cache: StaticCache | None = None,
+        valid: Tensor | None = None,
+        last: int = 0,
+    ) -> Tensor:
+        """tokens (B, T) -> logits (B, T, vocabulary), or of the `last` tokens only.
+
+        pos: (T,) slots that the tokens take in the cache, one row for the whole batch; by default
+        the first T. Without a cache the tokens see one another only. valid: (B, S), false at
+        slots that hold padding; positions are counted over the true ones. Raises ValueError if
+        the tokens do not fit the cache.
+        """
+        return self.head(self.hidden(tokens, pos, cache, valid)[:, -last:])
+
+    def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> StaticCache:
+        """An empty cache for `batch` sequences of up to `slots` tokens, in the model's dtype."""
+        latents = [self.config.latents(i) for i in range(self.config.num_hidden_layers)]
+        return StaticCache(latents, batch, slots, dtype or self.dtype, self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights."""
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.weight.device
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """An uninitialised parameter."""
+    return nn.Parameter(torch.empty(*shape))
