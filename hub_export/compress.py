@@ -20,7 +20,7 @@ def compress_checkpoint(
     settings: Settings,
     calibration: str = "self",
     samples: int = 32,
-    seq_len: int = 1024,
+    seq_len: int | None = None,
     text: Path | None = None,
     seed: int = 0,
     force: bool = False,
@@ -28,12 +28,15 @@ def compress_checkpoint(
 ) -> dict[str, Any]:
     """Compress `original` into the folder `out`; return what its config.json says about it.
 
-    calibration, samples, seq_len: see `data.calibration_tokens`. text: a file to measure
+    calibration, samples, seq_len: see `data.calibration_tokens`; sequences are 1024 tokens long,
+    or as long as the model can read, if not told. text: a file to measure
     perplexity on, before and after; by default an eighth of the calibration sequences is held out
     for that.
     """
     model, tokenizer = original.model, original.tokenizer
     settings = settings.fit(model.config)  # before text is sampled or read
+    longest = model.config.max_position_embeddings
+    seq_len = seq_len or min(1024, longest)
     tokens = calibration_tokens(calibration, model, tokenizer, samples, seq_len, seed)
     source = calibration if calibration.startswith(("self", "hub:")) else Path(calibration).name
     if text is None:
@@ -41,7 +44,7 @@ def compress_checkpoint(
         words, window, test = f"held-out {source} text", tokens.size(1), held_out.flatten()
     else:
         test = encode(tokenizer, read_text(text)).to(tokens.device)
-        words, window = text.name, min(2048, len(test))
+        words, window = text.name, min(2048, longest, len(test))
     result = compress(model, tokens, settings)
     before, after = (perplexity(m, test, window) for m in (model, result.model))
     config = result.model.config

@@ -1,8 +1,8 @@
 from itertools import product
 
 import pytest
+import tiny
 import torch
-from test_llama import SIZES
 
 from eigenzoo.zoo.allocate import greedy, threshold_rank
 from eigenzoo.zoo.basis import Basis, LayerBasis
@@ -20,7 +20,7 @@ def bases(latents: int, n: int, layers: int = 2) -> list[LayerBasis]:
 
 
 def config(layers: int = 2) -> LlamaConfig:
-    sizes = SIZES | {"num_hidden_layers": layers}
+    sizes = tiny.ROTARY | {"head_dim": 8} | {"num_hidden_layers": layers}
     return LlamaConfig(**sizes, k_heads_per_latent=4, v_heads_per_latent=4)
 
 

@@ -30,7 +30,7 @@ def change_weights(folder, change):
 
 
 def test_shards_and_one_file_hold_the_same_model(tmp_path, dense):
-    theirs = tiny.llama(head_dim=16, attention_bias=True)
+    theirs = tiny.hf(head_dim=16, attention_bias=True)
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     tiny.tokenizer().save_pretrained(tmp_path / "shards")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
@@ -45,7 +45,7 @@ def test_tied_embeddings_are_one_tensor(tmp_path):
 
 
 def test_dtype_is_the_checkpoint_s_own_unless_asked(tmp_path):
-    tiny.llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny.hf().to(torch.bfloat16).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     assert load(str(tmp_path)).model.norm.weight.dtype == torch.bfloat16
     assert load(str(tmp_path), torch.float32).model.norm.weight.dtype == torch.float32

@@ -1,7 +1,6 @@
 import pytest
 import tiny
 import torch
-from test_llama import SIZES
 
 from eigenzoo.zoo.compress import Settings, compress
 from eigenzoo.zoo.llama import LlamaConfig
@@ -9,7 +8,9 @@ from eigenzoo.zoo.llama import LlamaConfig
 
 @pytest.mark.parametrize(("heads", "shared"), [(1, 1), (3, 3), (4, 4), (5, 1), (8, 4), (32, 4)])
 def test_up_to_four_heads_share_a_latent_unless_told(heads, shared):
-    sizes = SIZES | {"num_attention_heads": heads, "num_key_value_heads": heads}
+    sizes = (
+        tiny.ROTARY | {"head_dim": 8} | {"num_attention_heads": heads, "num_key_value_heads": heads}
+    )
     config = LlamaConfig(**sizes)
     assert Settings().fit(config).heads_per_latent == (shared, shared)
     assert Settings("eigen").fit(config).heads_per_latent == (1, 1)

@@ -10,7 +10,7 @@ from eigenzoo.zoo.evaluate import compare, perplexity
 
 @pytest.mark.parametrize("windows", [0, 2])
 def test_perplexity_is_the_papers_protocol(windows):
-    theirs, ours = tiny.llama(), tiny.native()
+    theirs, ours = tiny.hf(), tiny.native()
     x = tiny.tokens(1, 100)[0]
     rows = x[:96].view(3, 32)[: windows or 3]
     losses = [float(theirs(row[None], labels=row[None]).loss) for row in rows]

@@ -16,16 +16,24 @@ from .model import Model
 
 
 class Moments:
-    """Count, sum and Gram matrix of row vectors, for L blocks of `width` numbers side by side."""
+    """Count, mean and Gram matrix of row vectors, for L blocks of `width` numbers side by side.
+
+    Sums are kept about the mean of the first rows: about zero, a large mean would leave little of
+    the covariance in fp32.
+    """
 
     def __init__(self, blocks: int, width: int, device: torch.device):
         self.count = 0
+        self.origin = torch.zeros(blocks, width, device=device)
         self.sum = torch.zeros(blocks, width, dtype=torch.float64, device=device)
         self.gram = torch.zeros(blocks, width, width, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
         """Take in x (..., L * width)."""
         rows = x.detach().float().flatten(0, -2).unflatten(-1, self.sum.shape).transpose(0, 1)
+        if self.count == 0:
+            self.origin = rows.mean(1)
+        rows = rows - self.origin[:, None]
         self.count += rows.size(1)
         self.sum += rows.sum(1)
         self.gram += rows.mT @ rows
@@ -33,17 +41,21 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """(L, width)."""
-        return self.sum / self.count
-
-    @property
-    def second(self) -> Tensor:
-        """Mean of x xᵀ, uncentred: (L, width, width)."""
-        return self.gram / self.count
+        return self.origin + self.sum / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """The same, centred."""
-        return self.second - self.mean[:, :, None] * self.mean[:, None]
+        """Mean of x xᵀ, centred: (L, width, width)."""
+        return self.gram / self.count - _outer(self.sum / self.count)
+
+    @property
+    def second(self) -> Tensor:
+        """The same, uncentred."""
+        return self.covariance + _outer(self.mean)
+
+
+def _outer(x: Tensor) -> Tensor:
+    return x[:, :, None] * x[:, None]
 
 
 class Statistics(NamedTuple):

@@ -61,8 +61,9 @@ def load(
     model = build(config, tensors, dtype, device, native=raw["model_type"] == MODEL_TYPE)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = path.parent if gguf else path
-    # a compressed model keeps its family's tokenizer, which transformers chooses by the config
-    like = {"config": CONFIG_MAPPING[config.family]()} if raw["model_type"] == MODEL_TYPE else {}
+    # transformers chooses the tokenizer by the config, and may not take this one
+    foreign = config.foreign or raw["model_type"] == MODEL_TYPE
+    like = {"config": CONFIG_MAPPING[config.family]()} if foreign else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **gguf, **like
@@ -256,7 +257,7 @@ def build(
     expected = model.state_dict()
     if config.tie_word_embeddings:
         del expected["head.weight"]
-    parts = _native_parts if native else FAMILIES[config.family].weights
+    parts = _native_parts if native else config.weights
     weights = {}
     for key, tensor in tensors:
         if not tensor.isfinite().all():

@@ -26,7 +26,13 @@ Calibration = Annotated[
     ),
 ]
 Samples = Annotated[int, typer.Option("--samples", help="Calibration sequences.")]
-SeqLen = Annotated[int, typer.Option("--seq-len", help="Tokens of a calibration sequence.")]
+SeqLen = Annotated[
+    int | None,
+    typer.Option(
+        "--seq-len",
+        help="Tokens of a calibration sequence. [default: 1024, or what the model can read]",
+    ),
+]
 Dtype = Annotated[
     str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")
 ]
@@ -46,7 +52,7 @@ Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile t
 
 @app.callback()
 def root() -> None:
-    """Low-rank KV caches: compress a Llama, generate with it compiled, load it anywhere."""
+    """Low-rank KV caches: compress a model, generate with it compiled, load it anywhere."""
 
 
 @app.command()
@@ -65,10 +71,16 @@ def compress(
         float | None,
         typer.Option(help="eigen: relative output error a layer may have, instead of --keep."),
     ] = None,
+    latent: Annotated[
+        str,
+        typer.Option(
+            help="separate, or joint-kv: one latent for keys and values (models without rotation)."
+        ),
+    ] = "separate",
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
     calibration: Calibration = "self",
     samples: Samples = 32,
-    seq_len: SeqLen = 1024,
+    seq_len: SeqLen = None,
     text: Annotated[
         Path | None,
         typer.Option(help="File to measure perplexity on. [default: held-out calibration text]"),
@@ -89,7 +101,7 @@ def compress(
     from .compress import Settings
     from .data import read_text
 
-    settings = Settings(method, keep, error_budget, None, rank_multiple)
+    settings = Settings(method, keep, error_budget, None, rank_multiple, latent)
     settings.check()
     check_free(out, force)
     if text is not None:
@@ -126,7 +138,12 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(help="Text file. [default: the text of Python's own help]")
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens that are read together.")] = 2048,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that are read together. [default: 2048, or what the model can read]"
+        ),
+    ] = None,
     windows: Annotated[int, typer.Option(help="How many windows; 0 for all of the text.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -142,6 +159,7 @@ def evaluate(
     words = python_docs() if text is None else read_text(text)
     model, tokenizer, *_ = _load(source, dtype, device, revision, trust_remote_code)
     tokens = encode(tokenizer, words).to(model.device)
+    window = window or min(2048, model.config.max_position_embeddings)
     found = perplexity(model, tokens, window, windows)._asdict() | kv_bytes(
         model.config, model.dtype
     )

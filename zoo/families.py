@@ -1,25 +1,27 @@
 """The families that eigenzoo knows, by transformers' model_type."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Tensor
-
 from .llama import Llama, LlamaConfig
-from .llama import weights as llama_weights
 from .model import Config, Model
+from .mpt import MPT, MPTConfig
+from .opt import OPT, OPTConfig
+from .qwen2 import Qwen2, Qwen2Config
 
 
 class Family(NamedTuple):
-    """Config and model of a family, and how tensors of its Hugging Face checkpoints map to it."""
+    """Config and model of a family."""
 
     config: type[Config]
     model: Callable[..., Model]
-    weights: Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]
 
 
 FAMILIES = {
-    "llama": Family(LlamaConfig, Llama, llama_weights),
+    "llama": Family(LlamaConfig, Llama),
+    "opt": Family(OPTConfig, OPT),
+    "mpt": Family(MPTConfig, MPT),
+    "qwen2": Family(Qwen2Config, Qwen2),
 }
 
 

@@ -9,9 +9,9 @@ Beside transformers' `modeling_llama.py`, what is peculiar here:
   applied after attention, to one vector a head instead of one a cached token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -51,21 +51,21 @@ class LlamaConfig(Config):
         super().__post_init__()
 
     @classmethod
-    def from_hf(cls, raw: dict[str, Any]) -> "LlamaConfig":
+    def from_hf(cls, raw: dict[str, Any]) -> Self:
         """From transformers' LlamaConfig. Raises ValueError for what is not supported."""
         if raw["hidden_act"] != "silu":
             raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported: expected 'silu'")
         bias = dict.fromkeys(
-            ("query_bias", "key_bias", "value_bias", "output_bias"), raw.get("attention_bias")
+            ("query_bias", "key_bias", "value_bias", "output_bias"),
+            raw.get("attention_bias", False),
         )
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw} | bias)
 
-
-def weights(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The parts of one tensor of a Hugging Face checkpoint, by their names here."""
-    parts = key.removeprefix("model.").split(".")
-    if parts[-1] != "inv_freq":  # old checkpoints store what is computed
-        yield ".".join(NAMES.get(part, part) for part in parts), tensor
+    def weights(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The parts of one tensor of a Hugging Face checkpoint, by their names here."""
+        parts = key.removeprefix("model.").split(".")
+        if parts[-1] != "inv_freq":  # old checkpoints store what is computed
+            yield ".".join(NAMES.get(part, part) for part in parts), tensor
 
 
 class Where(NamedTuple):
@@ -156,12 +156,13 @@ class Llama(Model):
 
     config: LlamaConfig
     inv_freq: Tensor
+    block: ClassVar[Callable[..., nn.Module]] = Block
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = (Block(config, i) for i in range(config.num_hidden_layers))
+        blocks = (self.block(config, i) for i in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

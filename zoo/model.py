@@ -5,9 +5,9 @@ and says how a Hugging Face checkpoint maps to them. Parts are named alike every
 `layers[i].attn.{q,k,v,o}_proj`, `head`, so that no step asks which family it is given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +72,15 @@ class Config:
             object.__setattr__(self, f"{name}_ranks", ranks)
 
     @classmethod
-    def from_hf(cls, raw: dict[str, Any]) -> "Config":
+    def from_hf(cls, raw: dict[str, Any]) -> Self:
         """From config.json of a dense checkpoint, defaults filled in. Refuses what it cannot run.
 
         Raises ValueError that names the field.
         """
+        raise NotImplementedError
+
+    def weights(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The parts of one tensor of a Hugging Face checkpoint, by their names here."""
         raise NotImplementedError
 
     @property
@@ -84,6 +88,11 @@ class Config:
         """Numbers of an uncompressed latent of keys, and of values."""
         k, v = self.k_heads_per_latent * self.head_dim, self.v_heads_per_latent * self.head_dim
         return (k + v, 0) if self.joint_kv else (k, v)
+
+    @property
+    def learned_positions(self) -> int:
+        """How many positions the model has a vector for; 0 where it needs none."""
+        return 0
 
     @property
     def nonlinear(self) -> tuple[bool, bool]:
@@ -139,7 +148,7 @@ class LatentAttention(nn.Module):
     v: Latent
     q_proj: nn.Linear
     k_proj: nn.Linear
-    v_proj: nn.Linear
+    v_proj: Any  # a linear layer, or None where k holds values as well
     o_proj: nn.Linear
 
 
@@ -185,6 +194,7 @@ class Model(nn.Module):
         slots = tokens.size(1) if cache is None else cache.slots
         if pos is None:
             pos = torch.arange(tokens.size(1), device=tokens.device)
+        self._check_length(slots)
         if cache is not None:
             cache.check(tokens, pos)
         slot = torch.arange(slots, device=tokens.device)[None]
@@ -226,8 +236,17 @@ class Model(nn.Module):
 
     def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> StaticCache:
         """An empty cache for `batch` sequences of up to `slots` tokens, in the model's dtype."""
+        self._check_length(slots)
         latents = [self.config.latents(i) for i in range(self.config.num_hidden_layers)]
         return StaticCache(latents, batch, slots, dtype or self.dtype, self.device)
+
+    def _check_length(self, slots: int) -> None:
+        limit = self.config.learned_positions
+        if limit and slots > limit:
+            raise ValueError(
+                f"the model knows {limit} positions, {slots} tokens or slots do not fit: take "
+                "fewer, a smaller window or a smaller cache"
+            )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,12 +9,16 @@ from rich.table import Table
 
 def layers(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the ranks of every layer as bars, with errors and thresholds where there are any."""
-    widest = max(max(x["k_rank"], x["v_rank"]) for x in rows)
+    titles = {"k_rank": "keys", "v_rank": "values"}
+    if not any(x["v_rank"] for x in rows):
+        titles = {"k_rank": "keys and values"}
+    widest = max(x[name] for x in rows for name in titles)
     extra = [name for name in rows[0] if name not in ("k_rank", "v_rank")]
-    table = Table("layer", "keys", "", "values", "", *extra)
+    heads = [head for title in titles.values() for head in (title, "")]
+    table = Table("layer", *heads, *extra)
     for i, x in enumerate(rows):
         cells = []
-        for rank in (x["k_rank"], x["v_rank"]):
+        for rank in (x[name] for name in titles):
             cells += [str(rank), "█" * max(1, round(12 * rank / widest))]
         table.add_row(str(i), *cells, *(f"{x[name]:.4f}" for name in extra))
     Console().print(table)

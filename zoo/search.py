@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from .allocate import Ranks, check_keep, kept_share, threshold_rank
 from .basis import LayerBasis
-from .families import new_model
 from .fold import compressed_config, fold_attention
 from .model import Model
 
@@ -68,13 +67,16 @@ class ErrorBudget:
         block, basis = self.model.layers[layer], self.bases[layer]
         one = replace(self.model.config, num_hidden_layers=1, k_ranks=(), v_ranks=())
         config = compressed_config(one, [basis], Ranks((k_rank,), (v_rank,)))
+        dense = block.attn
         with torch.device("meta"):
-            low = new_model(config).layers[0]
-        attn = fold_attention(config, block.attn, low.attn, basis)
-        rest = {k: x for k, x in block.state_dict().items() if not k.startswith("attn.")}
-        low.load_state_dict(rest | {f"attn.{k}": x for k, x in attn.items()}, assign=True)
-        with torch.inference_mode():
-            got = low(self.inputs[layer], self.pos, self.where, None)
+            low = type(dense)(config, 0)
+        low.load_state_dict(fold_attention(config, dense, low, basis), assign=True)
+        try:
+            block.attn = low
+            with torch.inference_mode():
+                got = block(self.inputs[layer], self.pos, self.where, None)
+        finally:
+            block.attn = dense
         want = self.inputs[layer + 1]
         self.bar.update()
         return float((got - want).norm() / want.norm())

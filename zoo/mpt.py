@@ -1,0 +1,298 @@
+"""MPT with Eigen Attention: ALiBi instead of a rotation, so attention runs in the low-rank space.
+
+Beside llm-foundry's `modeling_mpt.py` and transformers' version of it, what is peculiar here:
+- The fused `Wqkv` of a checkpoint is split when it is read.
+- `clip_qkv` and `qk_ln` bend queries, keys and values after their projection. Then the encoder
+  stays a matrix of its own (`k_down`, `v_down`) behind the bend, else it is folded.
+- ALiBi adds to a score what depends on the distance only, so it goes with the mask.
+- Queries read the latents directly; constants in keys cancel; see `opt.py`.
+- Both config layouts are read. transformers ignores `alibi_bias_max`, `alibi: false`, `no_bias`,
+  `qk_ln`, `kv_n_heads`, `expansion_ratio`, `logit_scale` and `norm_type`; this file follows
+  llm-foundry, where they mean something.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import absorb, alibi_slopes, causal_mask, latent_attention, lift_heads
+from .cache import StaticCache
+from .model import Config, LatentAttention, Model, parameter
+
+NAMES = {
+    "wte": "embed",
+    "wpe": "positions",
+    "blocks": "layers",
+    "norm_1": "attn_norm",
+    "norm_2": "mlp_norm",
+    "norm_f": "norm",
+    "ffn": "mlp",
+    "out_proj": "o_proj",
+    "q_ln": "q_proj.norm",
+    "k_ln": "k_proj.norm",
+    "lm_head": "head",
+}
+NORMS = {
+    "layernorm": nn.LayerNorm,
+    "low_precision_layernorm": nn.LayerNorm,
+    "rmsnorm": nn.RMSNorm,
+    "low_precision_rmsnorm": nn.RMSNorm,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MPTConfig(Config):
+    """Sizes of an MPT and what its cache keeps."""
+
+    family: ClassVar[str] = "mpt"
+    foreign: ClassVar[bool] = True
+
+    ffn_hidden_size: int
+    bias: bool = False  # of feed-forward layers and norms
+    norm_type: str = "low_precision_layernorm"
+    norm_eps: float = 1e-5
+    alibi: bool = True
+    alibi_bias_max: float = 8.0
+    learned_pos_emb: bool = False
+    softmax_scale: float | None = None
+    clip_qkv: float | None = None
+    qk_ln: bool = False
+    logit_scale: float = 1.0
+
+    @property
+    def nonlinear(self) -> tuple[bool, bool]:
+        """Clipping bends keys and values, norms bend keys."""
+        return self.clip_qkv is not None or self.qk_ln, self.clip_qkv is not None
+
+    @property
+    def learned_positions(self) -> int:
+        """How many there are."""
+        return self.max_position_embeddings if self.learned_pos_emb else 0
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> Self:
+        """From transformers' config or llm-foundry's. Raises ValueError for what is not here."""
+        attn, ffn = raw.get("attn_config") or {}, raw.get("ffn_config") or {}
+        width, heads, bias = raw["d_model"], raw["n_heads"], not raw["no_bias"]
+        kinds = {"multihead_attention": heads, "multiquery_attention": 1}
+        kind = attn.get("attn_type", "multihead_attention")
+        kv_heads = attn.get("kv_n_heads") or kinds.get(kind)
+        alibi, scale = attn.get("alibi", True), raw.get("logit_scale")
+        norm = raw["norm_type"].lower()
+        _refuse(raw, attn, ffn, {"norm_type": norm not in NORMS, "attn_type": kv_heads is None})
+        return cls(
+            vocab_size=raw["vocab_size"],
+            hidden_size=width,
+            num_hidden_layers=raw["n_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads or heads,
+            head_dim=width // heads,
+            max_position_embeddings=raw["max_seq_len"],
+            tie_word_embeddings=raw["tie_word_embeddings"],
+            query_bias=bias,
+            key_bias=bias,
+            value_bias=bias,
+            output_bias=bias,
+            ffn_hidden_size=ffn.get("ffn_hidden_size") or int(raw["expansion_ratio"] * width),
+            bias=bias,
+            norm_type=norm,
+            norm_eps=raw.get("norm_eps") or raw["layer_norm_epsilon"],
+            alibi=alibi,
+            alibi_bias_max=attn.get("alibi_bias_max", 8),
+            learned_pos_emb=not alibi and raw["learned_pos_emb"],  # llm-foundry: ALiBi wins
+            softmax_scale=attn.get("softmax_scale"),
+            clip_qkv=attn.get("clip_qkv") or None,
+            qk_ln=attn.get("qk_ln", False),
+            logit_scale=width**-0.5 if scale == "inv_sqrt_d_model" else scale or 1.0,
+        )
+
+    def weights(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The parts of one tensor of a checkpoint, by their names here. `Wqkv` becomes three."""
+        parts = key.removeprefix("model.").removeprefix("transformer.").split(".")
+        name = ".".join(NAMES.get(part, part) for part in parts)
+        if "Wqkv" not in parts:
+            yield name, tensor
+            return
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        if len(tensor) != q + 2 * kv:
+            raise ValueError(f"weight {key} has {len(tensor)} rows: expected {q + 2 * kv}")
+        for part, x in zip("qkv", tensor.split([q, kv, kv]), strict=True):
+            yield name.replace("Wqkv", f"{part}_proj"), x.clone()
+
+
+def _refuse(raw: dict, attn: dict, ffn: dict, unknown: dict[str, bool]) -> None:
+    """Raise ValueError for fields that ask for what is not here."""
+    asked = {
+        "attn_config.attn_type": unknown["attn_type"],
+        "attn_config.prefix_lm": attn.get("prefix_lm"),
+        "attn_config.qk_gn": attn.get("qk_gn"),
+        "attn_config.rope": attn.get("rope"),
+        "attn_config.sliding_window_size": attn.get("sliding_window_size", -1) not in (-1, None),
+        "attn_config.attn_logit_softcapping": attn.get("attn_logit_softcapping"),
+        "attn_config.fused_qkv": attn.get("fused_qkv", True) is False,
+        "ffn_config.ffn_type": ffn.get("ffn_type", "mptmlp") != "mptmlp",
+        "ffn_config.ffn_act_fn": ffn.get("ffn_act_fn") not in (None, {"name": "gelu"}),
+        "block_overrides": raw.get("block_overrides"),
+        "final_logit_softcapping": raw.get("final_logit_softcapping"),
+        "use_norm_in_ffn": raw.get("use_norm_in_ffn"),
+        "norm_type": unknown["norm_type"],
+        "d_model that n_heads does not divide": raw["d_model"] % raw["n_heads"],
+    }
+    for name, present in asked.items():
+        if present:
+            holder = raw
+            for part in name.split(" ")[0].split("."):
+                holder = holder[part]
+            raise ValueError(f"config.json asks for {name}, {holder!r}: not supported")
+
+
+class Projection(nn.Linear):
+    """A linear layer, clipped and normed where the config asks for it: clip first."""
+
+    def __init__(self, config: MPTConfig, outputs: int, bias: bool, norm: bool):
+        super().__init__(config.hidden_size, outputs, bias=bias)
+        self.clip = config.clip_qkv
+        self.norm = _norm(config, outputs) if norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, width) -> (B, T, outputs)."""
+        x = super().forward(x)
+        if self.clip is not None:
+            x = x.clamp(-self.clip, self.clip)
+        return x if self.norm is None else self.norm(x)
+
+
+class Attention(LatentAttention):
+    """Attention of one layer in the space of its latents."""
+
+    def __init__(self, config: MPTConfig, layer: int):
+        super().__init__()
+        d, heads, width = config.head_dim, config.num_attention_heads, config.hidden_size
+        kv_width = config.num_key_value_heads * d
+        self.layer, self.heads, self.head_dim = layer, heads, d
+        self.scale = d**-0.5 if config.softmax_scale is None else config.softmax_scale
+        self.k, self.v = k, v = config.latents(layer)
+        read = v if v.width else k  # a joint latent is read twice
+        k_up, v_up = config.lifted(layer)
+        k_down, v_down = (
+            low and bent
+            for low, bent in zip(config.compressed(layer), config.nonlinear, strict=True)
+        )
+        k_n, v_n = config.k_heads_per_latent * d, config.v_heads_per_latent * d
+        k_width = kv_width if k_down else k.heads * k.width
+        v_width = kv_width if v_down else v.heads * v.width
+
+        q_width = heads * (d if k_up else k.width)
+        self.q_proj = Projection(config, q_width, config.query_bias, config.qk_ln)
+        self.k_proj = Projection(config, k_width, config.key_bias, config.qk_ln)
+        self.v_proj = Projection(config, v_width, config.value_bias, False) if v.width else None
+        self.o_proj = nn.Linear(heads * (d if v_up else read.width), width, config.output_bias)
+        self.k_up = parameter(k.heads, k.width, k_n) if k_up else None
+        self.v_up = parameter(read.heads, read.width, v_n) if v_up else None
+        self.k_down = parameter(k.heads, k_n, k.width) if k_down else None
+        self.v_down = parameter(v.heads, v_n, v.width) if v_down else None
+
+    def forward(
+        self, x: Tensor, pos: Tensor, mask: Tensor | None, cache: StaticCache | None
+    ) -> Tensor:
+        """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D or R)
+        k = _encode(self.k_proj(x), self.k.heads, self.k_down)  # (B, L, T, R)
+        v = k[..., :0]
+        if self.v_proj is not None:
+            v = _encode(self.v_proj(x), self.v.heads, self.v_down)
+        if self.k_up is not None:
+            q = absorb(q, self.k_up, self.head_dim)
+        if cache is not None:
+            k, v = cache.update(self.layer, pos, k, v)
+        y = latent_attention(q, k, v if self.v.width else k, mask, self.scale)
+        if self.v_up is not None:
+            y = lift_heads(y, self.v_up, self.head_dim)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def _encode(x: Tensor, heads: int, down: Tensor | None) -> Tensor:
+    """A projection's output (B, T, heads * n) as latents (B, heads, T, R), encoded if need be."""
+    x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x if down is None else x @ down
+
+
+class MLP(nn.Module):
+    """Feed-forward layer."""
+
+    def __init__(self, config: MPTConfig):
+        super().__init__()
+        width, hidden = config.hidden_size, config.ffn_hidden_size
+        self.up_proj = nn.Linear(width, hidden, bias=config.bias)
+        self.down_proj = nn.Linear(hidden, width, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, width) -> (B, T, width)."""
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and beside a residual."""
+
+    def __init__(self, config: MPTConfig, layer: int):
+        super().__init__()
+        self.attn_norm = _norm(config, config.hidden_size)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = _norm(config, config.hidden_size)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, pos: Tensor, mask: Tensor | None, cache: StaticCache | None
+    ) -> Tensor:
+        """x: (B, T, width) -> (B, T, width)."""
+        x = x + self.attn(self.attn_norm(x), pos, mask, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class MPT(Model):
+    """An MPT for language modelling."""
+
+    config: MPTConfig
+
+    def __init__(self, config: MPTConfig):
+        super().__init__()
+        self.config = config
+        width, places = config.hidden_size, config.learned_positions
+        self.embed = nn.Embedding(config.vocab_size, width)
+        self.positions = nn.Embedding(places, width) if places else None
+        blocks = (Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.norm = _norm(config, width)
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embed.weight
+
+    def start(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """Tokens (B, T) at positions (B or 1, T) as vectors (B, T, width)."""
+        x = self.embed(tokens)
+        return x if self.positions is None else x + self.positions(position)
+
+    def where(self, position: Tensor, pos: Tensor, mask: Tensor | None) -> Tensor | None:
+        """With ALiBi what is added to the scores, in fp32: (B or 1, H, T, S)."""
+        if not self.config.alibi:
+            return mask
+        if mask is None:
+            mask = causal_mask(pos, position.size(1))
+        slopes = alibi_slopes(self.config.num_attention_heads, self.config.alibi_bias_max)
+        ahead = position[:, None] - position[:, pos, None]  # (B or 1, T, S), 0 or less where seen
+        bias = slopes.to(position.device)[:, None, None] * ahead[:, None]
+        return bias.masked_fill(~mask, -torch.inf)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The final norm, and what the logits are scaled by."""
+        return self.norm(x) * self.config.logit_scale
+
+
+def _norm(config: MPTConfig, width: int) -> nn.Module:
+    if NORMS[config.norm_type] is nn.RMSNorm:
+        return nn.RMSNorm(width, config.norm_eps)
+    return nn.LayerNorm(width, config.norm_eps, bias=config.bias)

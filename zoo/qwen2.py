@@ -1,0 +1,63 @@
+"""Qwen2 with Eigen Attention: a Llama with biases before attention, and windows in some layers.
+
+A layer with a window sees that many slots, its own included. The cache keeps all of them.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from .attention import causal_mask
+from .cache import StaticCache
+from .llama import Block, Llama, LlamaConfig, Where
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2Config(LlamaConfig):
+    """Sizes of a Qwen2, by the names of transformers' Qwen2Config, and what its cache keeps."""
+
+    family: ClassVar[str] = "qwen2"
+
+    windows: tuple[int, ...]  # one a layer; 0 sees everything
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> Self:
+        """From transformers' Qwen2Config. Raises ValueError for what is not supported."""
+        width = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+        sizes = {"full_attention": 0, "sliding_attention": raw["sliding_window"]}
+        windows = tuple(sizes[kind] for kind in raw["layer_types"])
+        config = super().from_hf(raw | {"head_dim": width, "windows": windows})
+        return replace(config, query_bias=True, key_bias=True, value_bias=True)
+
+
+class WindowedBlock(Block):
+    """A layer of Llama that sees as far as its window."""
+
+    def __init__(self, config: Qwen2Config, layer: int):
+        super().__init__(config, layer)
+        self.window = config.windows[layer]
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, pos: Tensor, where: dict[int, Where], cache: StaticCache | None
+    ) -> Tensor:
+        """x: (B, T, width) -> (B, T, width)."""
+        return super().forward(x, pos, where[self.window], cache)
+
+
+class Qwen2(Llama):
+    """A Qwen2 for language modelling."""
+
+    config: Qwen2Config
+    block = WindowedBlock
+
+    def where(  # type: ignore[override]
+        self, position: Tensor, pos: Tensor, mask: Tensor | None
+    ) -> dict[int, Where]:
+        """What Llama's attention needs, for every window there is."""
+        full = super().where(position, pos, mask)
+        found = {0: full}
+        for window in set(self.config.windows) - {0}:
+            near = causal_mask(pos, position.size(1), window=window)
+            found[window] = full._replace(mask=near if mask is None else mask & near)
+        return found
