@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,13 @@ def export(
     weights = {f"model.{name}": x.contiguous() for name, x in low.state_dict().items()}
     if low.config.tie_word_embeddings:
         del weights["model.head.weight"]
+    generation = copy(original.generation)
+    generation.use_cache = True  # MPT's says no, and then nothing would be cached
     with new_folder(out, force) as folder:
         save_torch_state_dict(weights, folder, max_shard_size=shard_size)
         config.save_pretrained(folder)
         original.tokenizer.save_pretrained(folder)
-        original.generation.save_pretrained(folder)
+        generation.save_pretrained(folder)
         for module in TRAVELS:
             source = Path(inspect.getfile(module))
             # a Hub folder is flat: what comes from the zoo here lies beside it there

@@ -72,6 +72,72 @@ def test_a_hub_id_is_downloaded_at_its_revision(monkeypatch, dense_folder):
     assert not any("bin" in p or "*.py" in p for p in asked["allow_patterns"])
 
 
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_opt_is_read_from_pytorch_bin_files(tmp_path, shards, prefix):
+    theirs = tiny.save(tmp_path, "opt")
+    (tmp_path / "model.safetensors").unlink()
+    weights = {
+        prefix + key.removeprefix("model."): x
+        for key, x in theirs.state_dict().items()
+        if key != "lm_head.weight"
+    }
+    if shards:
+        names = sorted(weights)
+        halves = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+        for file, keys in halves.items():
+            torch.save({key: weights[key] for key in keys}, tmp_path / file)
+        where = {key: file for file, keys in halves.items() for key in keys}
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": where}))
+    else:
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    x = tiny.tokens(2, 20)
+    got = load(str(tmp_path)).model(x)
+    torch.testing.assert_close(got, theirs(x).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_there_is_used_or_known_to_be_tied(tmp_path, tied):
+    theirs = tiny.save(tmp_path, "opt", tie_word_embeddings=tied)
+    weights = {k: x.clone() for k, x in theirs.state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    model, x = load(str(tmp_path)).model, tiny.tokens(2, 20)
+    torch.testing.assert_close(model(x), theirs(x).logits, atol=1e-4, rtol=0)
+    assert (model.head.weight is model.embed.weight) == tied
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("the trap has sprung",)
+
+
+def test_a_bin_file_that_holds_code_is_refused_before_it_runs(tmp_path, capsys):
+    tiny.save(tmp_path, "opt")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"x": Trap()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is damaged, or holds more"):
+        load(str(tmp_path))
+    assert "sprung" not in capsys.readouterr().out
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no tensors at all")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is damaged, or holds more"):
+        load(str(tmp_path))
+
+
+def test_a_hub_repository_without_safetensors_gives_its_bin_files(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, **options):
+        asked.append(options["allow_patterns"])
+        return str(tmp_path)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    locate("org/model")
+    assert asked == [checkpoint.FILES, checkpoint.PICKLED]
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

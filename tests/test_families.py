@@ -15,7 +15,7 @@ VARIANTS = {
     "llama multi-query": {"num_key_value_heads": 1},
     "llama multi-head": {"num_key_value_heads": 8},
     "llama tied": {"tie_word_embeddings": True},
-    "llama biases": {"attention_bias": True, "mlp_bias": True},
+    "llama biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
     "llama wide heads": {"head_dim": 24},
     "llama linear": {"rope_parameters": rope_parameters("linear"), "head_dim": 16},
     "llama llama3": {"rope_parameters": rope_parameters("llama3"), "head_dim": 16},

@@ -11,17 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def causal_mask(pos: Tensor, slots: int, valid: Tensor | None = None, window: int = 0) -> Tensor:
+def causal_mask(pos: Tensor, slots: int, valid: Tensor | None = None) -> Tensor:
     """Which slots each new token sees: (B or 1, 1, T, S), true where it looks.
 
-    pos: (T,) slots of the new tokens. valid: (B, S), false where a slot holds padding. window:
-    how many slots a token sees, its own included; 0 for all. A token always sees its own slot: a
-    padding token that saw nothing would turn into NaN.
+    pos: (T,) slots of the new tokens. valid: (B, S), false where a slot holds padding. A token
+    always sees its own slot: a padding token that saw nothing would turn into NaN.
     """
     slot = torch.arange(slots, device=pos.device)
     seen = slot <= pos[:, None]  # (T, S)
-    if window:
-        seen = seen & (slot > pos[:, None] - window)
     if valid is None:
         return seen[None, None]
     return ((seen & valid[:, None]) | (slot == pos[:, None]))[:, None]

@@ -1,6 +1,6 @@
 """Qwen2 with Eigen Attention: a Llama with biases before attention, and windows in some layers.
 
-A layer with a window sees that many slots, its own included. The cache keeps all of them.
+A layer with a window sees that many tokens, its own included. The cache keeps all of them.
 """
 
 from dataclasses import dataclass, replace
@@ -58,6 +58,7 @@ class Qwen2(Llama):
         full = super().where(position, pos, mask)
         found = {0: full}
         for window in set(self.config.windows) - {0}:
-            near = causal_mask(pos, position.size(1), window=window)
-            found[window] = full._replace(mask=near if mask is None else mask & near)
+            seen = causal_mask(pos, position.size(1)) if mask is None else mask
+            ahead = position[:, None] - position[:, pos, None]  # (B or 1, T, S)
+            found[window] = full._replace(mask=seen & (ahead > -window)[:, None])
         return found

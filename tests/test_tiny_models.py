@@ -1,0 +1,52 @@
+"""Trained OPT and MPT checkpoints in float16, where they are present."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from eigenzoo.zoo.checkpoint import load
+from eigenzoo.zoo.compress import Settings, compress
+from eigenzoo.zoo.data import encode, read_text
+from eigenzoo.zoo.evaluate import perplexity
+
+SHARED = Path(__file__).parents[2] / "shared"
+WORDS = SHARED / "data" / "wikitext-2-valid.txt"
+
+
+@pytest.fixture(scope="module", params=["opt-tiny", "mpt-tiny"])
+def folder(request):
+    path = SHARED / "models" / request.param
+    if not (path.is_dir() and WORDS.exists()):
+        pytest.skip(f"{request.param} and wikitext are not here: they are no part of the project")
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    return encode(load(str(folder)).tokenizer, read_text(WORDS)[:200_000])
+
+
+def test_logits_of_the_float16_checkpoint_equal_transformers(folder, text):
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = load(str(folder), torch.float32).model
+    x = text[:512].view(2, 256)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=0)
+
+
+def test_at_the_same_bytes_fisher_beats_eigen_sharing_beats_that_and_joint_latents_win(
+    folder, text
+):
+    model = load(str(folder), torch.float32).model
+    rows, test = text[: 24 * 256].view(24, 256), text[-20 * 256 :]
+
+    def after(method: str, shared: tuple[int, int] | None = None, latent: str = "separate"):
+        settings = Settings(method, 0.05, heads_per_latent=shared, rank_multiple=2, latent=latent)
+        return perplexity(compress(model, rows, settings).model, test, 256).perplexity
+
+    joint = after("fisher", (4, 4), "joint-kv")
+    found = [joint, after("fisher", (4, 4)), after("fisher", (1, 1)), after("eigen")]
+    assert found == sorted(found)
+    assert joint < 1.02 * perplexity(model, test, 256).perplexity
