@@ -36,7 +36,9 @@ def low(dense_folder, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("command", ["", "compress", "evaluate", "generate", "inspect", "demo"])
+@pytest.mark.parametrize(
+    "command", ["", "compress", "evaluate", "generate", "inspect", "bench", "demo"]
+)
 def test_help_is_there(run, command):
     code, out, _ = run(*command.split(), "--help")
     assert code == 0
@@ -73,6 +75,32 @@ def test_evaluate_takes_dense_and_compressed(run, dense_folder, low):
     assert dense["kv_share"] == 1
     assert small["kv_share"] <= 0.5
     assert dense["kv_bytes_per_token"] == small["kv_bytes_per_token_dense"] == 3 * 2 * 4 * 16 * 4
+
+
+def test_bench_compares_two_checkpoints(run, dense_folder, low):
+    words = ["--context", "64", "--context", "128", "--steps", "3", "--rounds", "1"]
+    code, text, _ = run("bench", dense_folder, low, *words, "--no-compile", "--json")
+    rows = json.loads(text)
+    assert code == 0
+    assert [(x["context"], x["model"]) for x in rows] == [
+        (context, model) for context in (64, 128) for model in ("dense", "compressed")
+    ]
+    assert rows[1]["kv_bytes_read"] <= 0.5 * rows[0]["kv_bytes_read"]
+    code, text, _ = run("bench", dense_folder, low, *words, "--no-compile")
+    assert "by bytes" in text
+
+
+def test_compress_takes_joint_latents_where_nothing_rotates(run, tmp_path):
+    tiny.save(tmp_path / "opt", "opt")
+    words = [tmp_path / "opt", tmp_path / "low", "--latent", "joint-kv", "--keep", "0.4", *QUICK]
+    code, text, _ = run("compress", *words)
+    assert code == 0
+    assert "keys and values" in text
+    found = json.loads(run("inspect", tmp_path / "low", "--json")[1])
+    assert (found["family"], found["joint_kv"]) == ("opt", True)
+    assert found["kv_share"] <= 0.4
+    code, text, _ = run("evaluate", tmp_path / "low", "--windows", "1", "--json")
+    assert json.loads(text)["window"] == 256  # what it can read
 
 
 def test_generate_answers_a_batch(run, low):
@@ -138,6 +166,12 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
         ("compress", dense_folder, low): "--force",
         ("compress", dense_folder, tmp_path / "no" / "folder"): "does not exist: make it",
         ("compress", low, new, *QUICK): "compressed already",
+        ("compress", dense_folder, new, "--latent", "both"): "latent 'both' is unknown",
+        ("compress", dense_folder, new, "--latent", "joint-kv", *QUICK): "rotates",
+        ("compress", dense_folder, new, "--method", "eigen", "--latent", "joint-kv"): "no joint",
+        ("bench", dense_folder): "given 1 checkpoints",
+        ("bench", "--shape", "opt-1"): "shape 'opt-1' is unknown",
+        ("bench", "--shape", "opt-125m", "--layers", "13"): "layers is 13",
         ("generate", low, "-p", "x", "--temperature", "-1"): "expected temperature",
         ("generate", low, "-p", "x", "--max-new-tokens", "0", "--no-compile"): "do not fit",
     }

@@ -40,6 +40,27 @@ def comparison(rows: Mapping[str, Mapping[str, Any]], context: int, text: str) -
     Console().print(table)
 
 
+def bench(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what `bench.bench` measured."""
+    table = Table("context", "model", "ms/step", "floor", "tok/s", "KV read", "speed", "by bytes")
+    for x in rows:
+        table.add_row(
+            str(x["context"]),
+            x["model"],
+            f"{1e3 * x['seconds_per_step']:.2f}",
+            f"{1e3 * x['floor_seconds']:.2f}",
+            f"{x['tokens_per_second']:.2f}",
+            f"{x['kv_read_share']:.0%}",
+            f"{x['speedup']:.2f}x",
+            f"{x['speedup_of_bytes']:.2f}x",
+        )
+    Console().print(table)
+    print(
+        f"floor: all bytes read at {rows[0]['bandwidth'] / 1e9:.1f} GB/s, as a sum reads memory "
+        "here. KV read: their share.\nby bytes: the speed that fewer bytes alone would give."
+    )
+
+
 def checkpoint(found: Mapping[str, Any]) -> None:
     """Print what `checkpoint.inspect` found."""
     table = Table(show_header=False)
