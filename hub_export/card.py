@@ -33,6 +33,21 @@ def card(config: Config, compression: dict[str, Any]) -> str:
         for i, (k, v) in enumerate(zip(config.k_ranks, config.v_ranks, strict=True))
     )
     header = "\n".join(meta)
+    latents = (
+        f"{config.k_heads_per_latent} kv heads share a key latent, "
+        f"{config.v_heads_per_latent} a value latent."
+    )
+    if config.joint_kv:
+        latents = (
+            f"One latent holds keys and values of {config.k_heads_per_latent} kv heads; its rank "
+            "stands under keys."
+        )
+    cost = "Queries read the latents directly: no key is rebuilt."
+    if config.rotary:
+        cost = (
+            "Compressed keys are lifted and rotated when they are read, which costs time at "
+            "decoding."
+        )
     return f"""---
 {header}
 ---
@@ -64,7 +79,7 @@ With eigenzoo installed: `eigenzoo generate . --prompt "…"` (compiled, static 
 
 ## Ranks
 
-{config.k_heads_per_latent} kv heads share a key latent, {config.v_heads_per_latent} a value latent.
+{latents}
 
 | layer | key rank | value rank |
 |---|---|---|
@@ -72,6 +87,5 @@ With eigenzoo installed: `eigenzoo generate . --prompt "…"` (compiled, static 
 
 ## Limits
 
-Keys and values differ in width, so FlashAttention 2 and paged caches do not apply. Compressed keys
-are lifted and rotated when they are read, which costs time at decoding.
+Keys and values differ in width, so FlashAttention 2 and paged caches do not apply. {cost}
 """

@@ -9,14 +9,25 @@ from eigenzoo.zoo.generate import Generator, Sampling, answer, choose, sample_te
 PROMPTS = [[5, 9, 33, 7, 120], [8, 41], [99, 3, 17, 200, 12, 77, 64, 5, 31]]
 
 
-@pytest.fixture(scope="module", params=["dense", "lifted", "absorbed"])
+WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+LOW = {  # family, changes, settings of the compression
+    "lifted": ("llama", {"attention_bias": True}, {"heads_per_latent": (4, 4)}),
+    "folded": ("llama", {"attention_bias": True}, {"heads_per_latent": (1, 1)}),
+    "windows": ("qwen2", WINDOWS, {"heads_per_latent": (2, 2)}),
+    "absorbed": ("opt", {}, {"heads_per_latent": (4, 1)}),
+    "joint": ("opt", {}, {"heads_per_latent": (4, 4), "latent": "joint-kv"}),
+    "alibi": ("mpt", {"attn_config": {"clip_qkv": 0.4}}, {"heads_per_latent": (2, 4)}),
+}
+
+
+@pytest.fixture(scope="module", params=["dense", *LOW])
 def model(request):
-    dense = tiny.native(num_hidden_layers=2, attention_bias=True)
     if request.param == "dense":
-        return dense
-    shared = (4, 4) if request.param == "lifted" else (1, 1)
-    settings = Settings(heads_per_latent=shared, rank_multiple=2)
-    return compress(dense, tiny.tokens(8, 64), settings).model
+        return tiny.native(num_hidden_layers=2, attention_bias=True)
+    family, changes, settings = LOW[request.param]
+    layers = "n_layers" if family == "mpt" else "num_hidden_layers"
+    dense = tiny.native(family, **changes, **{layers: 2})
+    return compress(dense, tiny.tokens(8, 64), Settings(**settings, rank_multiple=2)).model
 
 
 def recomputed(model, prompt: list[int], count: int) -> list[int]:
@@ -43,6 +54,7 @@ def test_compiled_steps_equal_recomputing_and_compile_once(model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["lifted", "alibi"], indirect=True)
 def test_a_compiled_batch_of_different_lengths_answers_each_as_alone(model):
     torch._dynamo.reset()
     generator = Generator(model, 3, 40)
