@@ -180,6 +180,7 @@ def test_every_variant_survives_the_way_through_transformers(variant, tmp_path):
     torch.testing.assert_close(theirs(x).logits, native(x), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("folder", ["mpt 6 heads"], indirect=True)
 def test_registered_classes_load_it_without_remote_code(folder):
     code = (
         "import sys, eigenzoo.hub_export.register; from transformers import AutoModelForCausalLM;"
