@@ -141,24 +141,28 @@ def test_a_latent_as_wide_as_the_layer_loses_nothing(method, bias):
     torch.testing.assert_close(low(x[:2]), model(x[:2]), atol=1e-4, rtol=0)
 
 
-def test_value_bias_folds_into_the_output_bias_exactly():
-    model = tiny.native(attention_bias=True)
-    bases = METHODS["fisher"].bases(model, calibrate(model, tiny.tokens(4, 64), (4, 4), True))
-    low = fold(model, bases, Ranks((32,) * 3, (32,) * 3))
+BIASED = ["llama biases", "qwen2", "opt", "opt 350m", "mpt grouped"]
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_value_bias_folds_into_the_output_bias_exactly(name):
+    model = MODELS[name]()
+    heads = model.config.num_key_value_heads
+    width = heads * model.config.head_dim
+    low = fold(model, solved(model, "fisher", (heads, heads)), Ranks((width,) * 3, (width,) * 3))
     assert all(layer.attn.v_proj.bias is None for layer in low.layers)
-    torch.testing.assert_close(
-        low(tiny.tokens(2, 30)), model(tiny.tokens(2, 30)), atol=1e-4, rtol=0
-    )
+    close(low(tiny.tokens(2, 30)), model(tiny.tokens(2, 30)))
 
 
-def test_a_constant_in_the_values_costs_nothing_at_any_rank():
+@pytest.mark.parametrize("name", BIASED)
+def test_a_constant_in_the_values_costs_nothing_at_any_rank(name):
     def attention_outputs(shift: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the first layer, dense and at rank 12, with `shift` added to every value."""
-        model, x = tiny.native(attention_bias=True), tiny.tokens(4, 64)
+        model, x = MODELS[name](), tiny.tokens(4, 64)
         model.layers[0].attn.v_proj.bias += shift
-        bases = METHODS["attention"].bases(model, calibrate(model, x, (4, 4), queries=True))
-        low = fold(model, bases, Ranks((32,) * 3, (12,) * 3))
+        low = fold(model, solved(model, "attention", (4, 4)), Ranks((32,) * 3, (12,) * 3))
         seen, pos, where = model.begin(x)
+        where = where[0] if name == "qwen2" else where
         seen = model.layers[0].attn_norm(seen)
         return tuple(m.layers[0].attn(seen, pos, where, None) for m in (model, low))
 
