@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rope import rotate
+
 
 def causal_mask(pos: Tensor, slots: int, valid: Tensor | None = None) -> Tensor:
     """Which slots each new token sees: (B or 1, 1, T, S), true where it looks.
@@ -83,7 +85,43 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
         )
         return y[..., : v.size(3)]
     q = (q * scale).unflatten(1, (k.size(1), -1)).flatten(2, 3)  # queries of one key head together
-    scores = (q @ k.mT).flatten(1, 2)[:, :, None]  # (B, H, 1, S)
+    return _read((q @ k.mT).flatten(1, 2)[:, :, None], v, mask)
+
+
+def anchored_attention(
+    q: Tensor,
+    z: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    ahead: tuple[Tensor, Tensor],
+    up: Tensor,
+    mean: Tensor | None,
+    block: int,
+) -> Tensor:
+    """Attention of one new token over keys that are cached turned within their blocks only.
+
+    With c_b the centre of block b and i the new position, R_i q · R_j k = R_(i - c_b) q · φ_j where
+    φ_j = R_(j - c_b) k_j, and φ_j = lift(z_j) + mean. So one query a block reads all its latents.
+    q: (B, H, 1, D), not rotated; z: (B, L, S, R) latents of φ; v, mask: as in `latent_attention`;
+    ahead: cos and sin of i - c_b, (B or 1, 1, N, D / 2) for N = ceil(S / block) blocks; up:
+    (L, R, G / L * D); mean: (G, 1, D). Returns (B, H, 1, W).
+    """
+    blocks, slots = ahead[0].size(2), z.size(2)
+    turned = rotate(q.expand(-1, -1, blocks, -1), *ahead) * scale  # (B, H, N, D)
+    u = absorb(turned, up, q.size(3)).unflatten(1, (z.size(1), -1)).transpose(2, 3)
+    if slots % block:
+        z = F.pad(z, (0, 0, 0, blocks * block - slots))
+    scores = u @ z.unflatten(2, (blocks, block)).mT  # (B, L, N, H / L, block)
+    if mean is not None:  # what it adds is one number a block and query
+        added = (turned.unflatten(1, (len(mean), -1)) * mean[:, None]).sum(-1).flatten(1, 2)
+        scores = scores + added.unflatten(1, (z.size(1), -1)).transpose(2, 3)[..., None]
+    scores = scores.transpose(2, 3).flatten(3).flatten(1, 2)[:, :, None, :slots]
+    return _read(scores, v, mask)
+
+
+def _read(scores: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over scores (B, H, 1, S), and what it reads of v (B, L, S, W): (B, H, 1, W)."""
     if mask is not None:
         seen = mask.dtype == torch.bool
         scores = scores.masked_fill(~mask, -torch.inf) if seen else scores + mask

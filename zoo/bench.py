@@ -93,8 +93,14 @@ def shaped(name: str, layers: int | None, context: int) -> Config:
     )
 
 
-def uniform(config: Config, keep: float, shared: int, joint: bool, multiple: int = 8) -> Config:
-    """The config of the same model with one rank everywhere, which keeps at most `keep`."""
+def uniform(
+    config: Config, keep: float, shared: int, joint: bool, anchor: int = 1, multiple: int = 8
+) -> Config:
+    """The config of the same model with one rank everywhere, which keeps at most `keep`.
+
+    anchor: slots of a block of anchored keys; 1 rebuilds them where they are rotated.
+    """
+    rotary: dict[str, Any] = {"anchor": anchor} if config.rotary else {}
     wide = replace(
         config,
         joint_kv=joint,
@@ -105,6 +111,7 @@ def uniform(config: Config, keep: float, shared: int, joint: bool, multiple: int
         key_bias=config.key_bias and config.rotary,
         value_bias=False,
         output_bias=True,
+        **rotary,
     )
     k, v = (int(keep * n) // multiple * multiple for n in wide.full_ranks)
     layers = config.num_hidden_layers

@@ -3,7 +3,7 @@
 Only sums and Gram matrices are kept, so memory does not grow with the number of tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .model import Model
+from .rope import rotate
 
 
 class Moments:
@@ -78,13 +79,14 @@ def calibrate(
     gradients: bool = False,
     queries: bool = False,
     joint: bool = False,
+    anchor: int = 1,
 ) -> list[Statistics]:
     """Run a dense model over tokens (N, T), one sequence at a time; one `Statistics` a layer.
 
     heads_per_latent: how many kv heads stand side by side in a block, for keys and for values.
     gradients: take the gradients of the summed cross entropy as well, by a backward pass that
-    reaches activations only. joint: keys and values of a block side by side. Raises ValueError
-    where a statistic is not finite.
+    reaches activations only. joint: keys and values of a block side by side. anchor: keys are
+    turned within blocks of so many tokens. Raises ValueError where a statistic is not finite.
     """
     c, device = model.config, tokens.device
 
@@ -103,7 +105,7 @@ def calibrate(
         )
         for _ in model.layers
     ]
-    with _watch(model, layers), torch.set_grad_enabled(gradients):
+    with _watch(model, layers, anchor), torch.set_grad_enabled(gradients):
         for row in tqdm(tokens, desc="calibrating", unit="seq", disable=None, leave=False):
             if not gradients:
                 model.hidden(row[None])
@@ -138,14 +140,23 @@ class _Feed:
 
 
 @contextmanager
-def _watch(model: Model, layers: list[Statistics]) -> Iterator[None]:
+def _watch(model: Model, layers: list[Statistics], anchor: int) -> Iterator[None]:
     """Feed the outputs of the projections, and their gradients, to the statistics."""
 
-    def feed(values: _Feed, grads: _Feed, part: int = 0):
+    def same(x: Tensor) -> Tensor:
+        return x
+
+    def turned(x: Tensor) -> Tensor:  # keys, and their gradients alike
+        pos = torch.arange(x.size(1), device=x.device)
+        _, angles = model.offset(pos[None], pos, anchor)
+        heads = x.detach().unflatten(-1, (-1, model.config.head_dim)).transpose(1, 2)
+        return rotate(heads, *angles).transpose(1, 2).flatten(2)
+
+    def feed(values: _Feed, grads: _Feed, part: int = 0, seen: Callable = same):
         def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
-            values.put(part, out)
+            values.put(part, seen(out))
             if grads.moments is not None:
-                out.register_hook(lambda grad: grads.put(part, grad))
+                out.register_hook(lambda grad: grads.put(part, seen(grad)))
 
         return hook
 
@@ -162,7 +173,7 @@ def _watch(model: Model, layers: list[Statistics]) -> Iterator[None]:
         q = _Feed(s.q), _Feed(None)
         for name, to in (
             ("q_proj", feed(*q)),
-            ("k_proj", feed(*k)),
+            ("k_proj", feed(*k, seen=turned if anchor > 1 else same)),
             ("v_proj", feed(*v, parts - 1)),
         ):
             hooks.append(getattr(block.attn, name).register_forward_hook(to))

@@ -71,6 +71,13 @@ def compress(
         float | None,
         typer.Option(help="eigen: relative output error a layer may have, instead of --keep."),
     ] = None,
+    keys: Annotated[
+        str,
+        typer.Option(
+            help="With RoPE: rebuild, or anchored: turned within blocks, nearly as good, faster."
+        ),
+    ] = "rebuild",
+    anchor_block: Annotated[int, typer.Option(help="Slots of a block of anchored keys.")] = 16,
     latent: Annotated[
         str,
         typer.Option(
@@ -101,7 +108,7 @@ def compress(
     from .compress import Settings
     from .data import read_text
 
-    settings = Settings(method, keep, error_budget, None, rank_multiple, latent)
+    settings = Settings(method, keep, error_budget, None, rank_multiple, latent, keys, anchor_block)
     settings.check()
     check_free(out, force)
     if text is not None:
@@ -269,6 +276,10 @@ def bench(
         int, typer.Option(help="With --shape: kv heads that share a latent.")
     ] = 1,
     latent: Annotated[str, typer.Option(help="With --shape: separate or joint-kv.")] = "separate",
+    keys: Annotated[
+        str, typer.Option(help="With --shape and RoPE: rebuild or anchored.")
+    ] = "rebuild",
+    anchor_block: Annotated[int, typer.Option(help="With anchored keys: slots of a block.")] = 16,
     context: Annotated[
         list[int] | None, typer.Option(help="Slots, all in use; repeat for more. [default: 2048]")
     ] = None,
@@ -289,11 +300,12 @@ def bench(
 
     contexts = context or [2048]
     if shape is not None and not sources:
-        Settings(keep=keep, latent=latent).check()
+        Settings(keep=keep, latent=latent, keys=keys, anchor_block=anchor_block).check()
         import torch
 
         config = shaped(shape, layers, max(contexts))
-        low = uniform(config, keep, heads_per_latent, latent == "joint-kv")
+        anchor = anchor_block if keys == "anchored" else 1
+        low = uniform(config, keep, heads_per_latent, latent == "joint-kv", anchor)
         kind, place = _dtype(dtype) or torch.float32, _device(device)
         models = {
             "dense": random_model(config, kind, place),

@@ -12,6 +12,7 @@ from .model import Config, Model
 from .search import ErrorBudget, ranks_of
 
 LATENTS = ("separate", "joint-kv")
+KEYS = ("rebuild", "anchored")
 SEARCH_TOKENS = 4096  # on so many the errors of layers are measured
 
 
@@ -21,6 +22,7 @@ class Settings(NamedTuple):
     method: a name in `METHODS`. keep: share of the KV bytes that stay. error_budget, for `eigen`
     only: the relative output error that each layer may have, instead of `keep`.
     heads_per_latent: kv heads that share a latent of keys, and of values; None chooses.
+    keys: how rotated keys are kept: `rebuild`, or `anchored` in blocks of `anchor_block` slots.
     latent: `separate`, or `joint-kv`: one latent holds keys and values.
     """
 
@@ -30,6 +32,8 @@ class Settings(NamedTuple):
     heads_per_latent: tuple[int, int] | None = None
     rank_multiple: int = 8
     latent: str = "separate"
+    keys: str = "rebuild"
+    anchor_block: int = 16
 
     def check(self) -> None:
         """Raise ValueError for settings that fit no model, before anything long begins."""
@@ -42,6 +46,12 @@ class Settings(NamedTuple):
             raise ValueError(f"an error budget goes with eigen, not with {self.method}: use keep")
         if self.error_budget is not None and not self.error_budget >= 0:
             raise ValueError(f"the error budget is {self.error_budget}: expected 0 or more")
+        if self.keys not in KEYS:
+            raise ValueError(f"keys {self.keys!r} is unknown: expected {' or '.join(KEYS)}")
+        if self.anchor_block < 2:
+            raise ValueError(f"anchor block is {self.anchor_block}: expected at least 2 slots")
+        if self.keys == "anchored" and self.method == "eigen":
+            raise ValueError("eigen rebuilds its keys: choose fisher or attention to anchor them")
         if self.latent not in LATENTS:
             raise ValueError(f"latent {self.latent!r} is unknown: expected {' or '.join(LATENTS)}")
         if self.latent == "joint-kv" and self.method == "eigen":
@@ -52,6 +62,8 @@ class Settings(NamedTuple):
         """The settings with heads per latent filled in. Raises ValueError if they do not fit."""
         if config.kv_width != config.dense_kv_width:
             raise ValueError("the model is compressed already: take the model it was made from")
+        if self.keys == "anchored" and not config.rotary:
+            raise ValueError("nothing rotates the keys of this model: there is nothing to anchor")
         if self.latent == "joint-kv" and (config.rotary or any(config.nonlinear)):
             raise ValueError(
                 "joint-kv needs keys that are linear in the layer's input: this model rotates, "
@@ -96,7 +108,8 @@ def compress(model: Model, tokens: Tensor, settings: Settings | None = None) -> 
     shared = settings.heads_per_latent or (1, 1)
     needs = METHODS[settings.method]
     joint = settings.latent == "joint-kv"
-    statistics = calibrate(model, tokens, shared, needs.gradients, needs.queries, joint)
+    anchor = settings.anchor_block if settings.keys == "anchored" else 1
+    statistics = calibrate(model, tokens, shared, needs.gradients, needs.queries, joint, anchor)
     bases = needs.bases(model, statistics)
     found: list[dict[str, Any]] = [{} for _ in bases]
     if settings.method == "eigen":
@@ -111,7 +124,7 @@ def compress(model: Model, tokens: Tensor, settings: Settings | None = None) -> 
         ranks = greedy(model.config, bases, settings.keep, settings.rank_multiple)
     layers = [_report(*x) for x in zip(bases, *ranks, strict=True)]
     layers = [a | b for a, b in zip(layers, found, strict=True)]
-    return Compressed(fold(model, bases, ranks), layers, settings)
+    return Compressed(fold(model, bases, ranks, anchor), layers, settings)
 
 
 def _report(basis: LayerBasis, k_rank: int, v_rank: int) -> dict[str, Any]:

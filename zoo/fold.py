@@ -1,7 +1,8 @@
 """Fold bases into the projections: the same model with other numbers in its ranks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,14 @@ from .families import new_model
 from .model import Config, LatentAttention, Model
 
 
-def compressed_config(config: Config, bases: Sequence[LayerBasis], ranks: Ranks) -> Config:
+def compressed_config(
+    config: Config, bases: Sequence[LayerBasis], ranks: Ranks, anchor: int = 1
+) -> Config:
     """The config of the folded model."""
     heads = config.num_key_value_heads
     k_latents, v_latents = (len(b.spectrum) for b in (bases[0].k, bases[0].v or bases[0].k))
     mean = any(bool(b.k.mean.any()) for b in bases)
-    known = {f.name for f in fields(config)}
+    rotary: dict[str, Any] = {"key_mean": mean, "anchor": anchor} if config.rotary else {}
     return replace(
         config,
         k_ranks=ranks.k,
@@ -28,17 +31,18 @@ def compressed_config(config: Config, bases: Sequence[LayerBasis], ranks: Ranks)
         key_bias=config.key_bias and (config.rotary or config.nonlinear[0]),
         value_bias=config.value_bias and config.nonlinear[1],
         output_bias=True,
-        **({"key_mean": mean} if "key_mean" in known else {}),
+        **rotary,
     )
 
 
 @torch.no_grad()
-def fold(model: Model, bases: Sequence[LayerBasis], ranks: Ranks) -> Model:
+def fold(model: Model, bases: Sequence[LayerBasis], ranks: Ranks, anchor: int = 1) -> Model:
     """A new model whose cache holds latents of `ranks`; weights that do not change are shared.
 
-    Raises ValueError where the ranks do not fit the bases.
+    anchor: slots of a block within which rotated keys are turned before they are encoded; the
+    bases must be of statistics taken so. Raises ValueError where the ranks do not fit the bases.
     """
-    config = compressed_config(model.config, bases, ranks)
+    config = compressed_config(model.config, bases, ranks, anchor)
     with torch.device("meta"):
         low = new_model(config)
     weights = {k: v for k, v in model.state_dict().items() if ".attn." not in k}

@@ -5,6 +5,8 @@ Beside transformers' `modeling_llama.py`, what is peculiar here:
   serve several kv heads. A dense model is the same class at full rank: nothing is lifted there.
 - Compressed keys are cached before the rotation, and lifted and rotated when they are read;
   whole keys are cached rotated, as everywhere.
+- With `anchor` > 1 they are turned within their block of slots and then encoded, so that decoding
+  needs one query a block instead of one lifted key a token.
 - Values stay latent: the lift is folded into `o_proj` where that makes it no larger, else it is
   applied after attention, to one vector a head instead of one a cached token.
 """
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import latent_attention, lift, lift_heads
+from .attention import anchored_attention, latent_attention, lift, lift_heads
 from .cache import StaticCache
 from .model import Config, LatentAttention, Model, parameter
 from .rope import frequencies, rotate
@@ -42,12 +44,19 @@ class LlamaConfig(Config):
     rms_norm_eps: float = 1e-6
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_theta": 10_000.0})
     mlp_bias: bool = False
+    anchor: int = 1  # compressed keys are turned within blocks of so many slots when cached
     key_mean: bool = False  # lifted keys get back what the basis leaves of their mean
 
     def __post_init__(self) -> None:
         """Refuse what rotated keys cannot do."""
         if self.joint_kv:
             raise ValueError("joint_kv is not supported where keys are rotated")
+        if self.anchor < 1:
+            raise ValueError(f"anchor is {self.anchor}: expected the slots of a block, 1 or more")
+        if self.anchor > 1 and self.rope_parameters.get("rope_type") == "longrope":
+            raise ValueError(
+                "longrope turns by other angles in long texts: keys cannot be anchored"
+            )
         super().__post_init__()
 
     @classmethod
@@ -68,12 +77,20 @@ class LlamaConfig(Config):
             yield ".".join(NAMES.get(part, part) for part in parts), tensor
 
 
-class Where(NamedTuple):
-    """What attention needs of positions: of every slot, of the new tokens, and who sees whom."""
+Angles = tuple[Tensor, Tensor]  # cos, sin: (B or 1, 1, positions, D / 2)
 
-    slots: tuple[Tensor, Tensor]  # cos, sin: (B or 1, 1, S, D / 2)
-    new: tuple[Tensor, Tensor]  # (B or 1, 1, T, D / 2)
+
+class Where(NamedTuple):
+    """What attention needs of positions: of every slot, of the new tokens, and who sees whom.
+
+    Where keys are anchored, `slots` are the centres of their blocks.
+    """
+
+    slots: Angles
+    new: Angles
     mask: Tensor | None
+    offset: Angles | None = None  # of the new tokens within their blocks
+    ahead: Angles | None = None  # of the one new token from the centre of every block
 
 
 class Attention(LatentAttention):
@@ -87,37 +104,54 @@ class Attention(LatentAttention):
         k_up, v_up = config.lifted(layer)
         shared = config.k_heads_per_latent, config.v_heads_per_latent
 
+        anchored = k_up and config.anchor > 1
         self.q_proj = nn.Linear(width, heads * d, bias=config.query_bias)
-        self.k_proj = nn.Linear(width, k.heads * k.width, bias=config.key_bias)
+        k_width = config.num_key_value_heads * d if anchored else k.heads * k.width
+        self.k_proj = nn.Linear(width, k_width, bias=config.key_bias)
         self.v_proj = nn.Linear(width, v.heads * v.width, bias=config.value_bias)
         self.o_proj = nn.Linear(heads * (d if v_up else v.width), width, bias=config.output_bias)
         self.k_up = parameter(k.heads, k.width, shared[0] * d) if k_up else None
         mean = k_up and config.key_mean
+        self.anchor = config.anchor
+        self.k_down = parameter(k.heads, shared[0] * d, k.width) if anchored else None
         self.k_mean = parameter(config.num_key_value_heads, 1, d) if mean else None
         self.v_up = parameter(v.heads, v.width, shared[1] * d) if v_up else None
 
     def forward(self, x: Tensor, pos: Tensor, where: Where, cache: StaticCache | None) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).unflatten(-1, (self.k.heads, -1)).transpose(1, 2)  # (B, L, T, R)
+        k = self.k_proj(x)
+        if self.k_down is not None and where.offset is not None:
+            k = _encode(k, where.offset, self.k_down, self.head_dim)
+        else:
+            k = k.unflatten(-1, (self.k.heads, -1)).transpose(1, 2)  # (B, L, T, R)
         v = self.v_proj(x).unflatten(-1, (self.v.heads, -1)).transpose(1, 2)  # (B, L, T, R)
 
-        q = rotate(q, *where.new)
         if self.k_up is None:
             k = rotate(k, *where.new)
         if cache is not None:
             k, v = cache.update(self.layer, pos, k, v)
-        if self.k_up is not None:
-            k = lift(k, self.k_up, self.head_dim)
-            k = rotate(k if self.k_mean is None else k + self.k_mean, *where.slots)
-
         prompt = x.size(1) > 1  # for one token, lifting what it read is less work than all values
         if self.v_up is not None and prompt:
             v = lift(v, self.v_up, self.head_dim)
-        y = latent_attention(q, k, v, where.mask, self.scale)
+        if self.k_down is not None and self.k_up is not None and where.ahead is not None:
+            y = anchored_attention(
+                *(q, k, v, where.mask, self.scale, where.ahead, self.k_up, self.k_mean, self.anchor)
+            )
+        else:
+            if self.k_up is not None:
+                k = lift(k, self.k_up, self.head_dim)
+                k = rotate(k if self.k_mean is None else k + self.k_mean, *where.slots)
+            y = latent_attention(rotate(q, *where.new), k, v, where.mask, self.scale)
         if self.v_up is not None and not prompt:
             y = lift_heads(y, self.v_up, self.head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def _encode(k: Tensor, offset: Angles, down: Tensor, head_dim: int) -> Tensor:
+    """Keys (B, T, G * D), turned within their blocks and encoded: (B, L, T, R)."""
+    turned = rotate(k.unflatten(-1, (-1, head_dim)).transpose(1, 2), *offset)  # (B, G, T, D)
+    return turned.unflatten(1, (len(down), -1)).transpose(2, 3).flatten(3) @ down
 
 
 class MLP(nn.Module):
@@ -196,14 +230,35 @@ class Llama(Model):
         angle = position[:, None, :, None].float() * inv_freq
         return angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
 
+    def offset(self, position: Tensor, pos: Tensor, anchor: int) -> tuple[Tensor, Angles]:
+        """Centre of the block of every slot, (B or 1, S), and angles of the new tokens from it.
+
+        A block begins at the position of its first slot. Keys turned by these angles keep their
+        length: the factor on cos and sin comes with the centre.
+        """
+        first = torch.arange(position.size(1), device=pos.device) // anchor * anchor
+        centre = position[:, first] + anchor // 2
+        cos, sin = self.rope((position - centre)[:, pos], position)
+        return centre, (cos / self.rope_scale, sin / self.rope_scale)
+
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Tokens (B, T) as vectors (B, T, width)."""
         return self.embed(tokens)
 
     def where(self, position: Tensor, pos: Tensor, mask: Tensor | None) -> Where:
         """Angles of every slot and of the new tokens, and the mask."""
-        cos, sin = self.rope(position, position[:, pos])
-        return Where((cos, sin), (cos[:, :, pos], sin[:, :, pos]), mask)
+        new = position[:, pos]
+        cos, sin = self.rope(position, new)
+        where = Where((cos, sin), (cos[:, :, pos], sin[:, :, pos]), mask)
+        anchor = self.config.anchor
+        if anchor == 1:
+            return where
+        centre, offset = self.offset(position, pos, anchor)
+        where = where._replace(slots=self.rope(centre, new), offset=offset)
+        if len(pos) > 1:
+            return where
+        cos, sin = self.rope(new - centre[:, ::anchor], new)
+        return where._replace(ahead=(cos * self.rope_scale, sin * self.rope_scale))
 
     def finish(self, x: Tensor) -> Tensor:
         """The final norm."""

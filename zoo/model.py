@@ -176,6 +176,10 @@ class Model(nn.Module):
         """Cosines and sines of positions, where keys are rotated: see `llama.py`."""
         raise NotImplementedError
 
+    def offset(self, position: Tensor, pos: Tensor, anchor: int) -> tuple[Tensor, Any]:
+        """Angles within blocks of slots, where keys are rotated: see `llama.py`."""
+        raise NotImplementedError
+
     def finish(self, x: Tensor) -> Tensor:
         """Output of the last layer, (B, T, width), to what the head reads."""
         raise NotImplementedError
