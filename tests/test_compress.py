@@ -25,6 +25,27 @@ def test_every_method_meets_the_bytes_asked_for(method, keep):
     assert keep - 0.1 < kept <= keep
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "mpt"])
+@pytest.mark.parametrize("merged", [2, 4])
+def test_kv_heads_makes_one_head_of_a_group(family, merged):
+    dense, x = tiny.native(family), tiny.tokens(4, 64)
+    heads = dense.config.num_key_value_heads // merged
+    low = compress(dense, x, Settings("kv-heads", 1 / merged)).model
+    assert all(k.shape[1:] == (heads, 7, 8) for k in low.new_cache(1, 7).keys)
+    assert low.config.kv_width * merged == dense.config.kv_width
+    if family != "llama":  # what is left is grouped-query attention, and nothing else
+        assert not any(x.attn.k_up is not None or x.attn.v_up is not None for x in low.layers)
+    cache, y = low.new_cache(2, 20), tiny.tokens(2, 20)
+    steps = [low(y[:, p], p, cache) for p in torch.arange(20).split([11, *[1] * 9])]
+    torch.testing.assert_close(torch.cat(steps, 1), low(y), atol=1e-4, rtol=0)
+
+
+def test_merging_a_part_of_a_head_is_refused():
+    config = tiny.native().config
+    with pytest.raises(ValueError, match=r"whole heads, of 4 here; expected one of 0.5, 0.25"):
+        Settings("kv-heads", 0.6).fit(config)
+
+
 def test_the_same_tokens_give_the_same_model():
     x = tiny.tokens(4, 64)
     one, two = (compress(tiny.native(), x).model.state_dict() for _ in range(2))

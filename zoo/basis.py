@@ -116,6 +116,15 @@ def eigen(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
     return bases
 
 
+def kv_heads(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+    """Effectively Compress KV Heads (Yu et al., arXiv 2406.07056): singular vectors, uncentred.
+
+    Of the calibrated keys, and values, of a group's heads side by side. The paper keeps as many as
+    a head has: the group becomes one head.
+    """
+    return [LayerBasis(_principal(s.k.second), _principal(_asked(s.v).second)) for s in statistics]
+
+
 def _asked(moments: Moments | None) -> Moments:
     """Statistics that a method needs. Raises ValueError if they were not taken."""
     if moments is None:
@@ -171,5 +180,6 @@ class Method(NamedTuple):
 METHODS = {
     "fisher": Method(fisher, "latents under the Fisher metric (eigenzoo)", gradients=True),
     "attention": Method(attention, "latents under the attention metric (eigenzoo)", queries=True),
+    "kv-heads": Method(kv_heads, "Effectively Compress KV Heads (Yu et al., arXiv 2406.07056)"),
     "eigen": Method(eigen, "Eigen Attention (Saxena et al., arXiv 2408.05646)", queries=True),
 }

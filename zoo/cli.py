@@ -16,7 +16,7 @@ app = typer.Typer(
 )
 
 Source = Annotated[str, typer.Argument(help="Folder, GGUF file or Hugging Face id.")]
-Method = Annotated[str, typer.Option("--method", help="fisher, attention or eigen.")]
+Method = Annotated[str, typer.Option("--method", help="fisher, attention, eigen or kv-heads.")]
 Keep = Annotated[float, typer.Option("--keep", help="Share of the KV bytes that stay, 0 to 1.")]
 Calibration = Annotated[
     str,

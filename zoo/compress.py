@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .allocate import check_keep, greedy
+from .allocate import Ranks, check_keep, greedy
 from .basis import METHODS, LayerBasis
 from .calibrate import calibrate
 from .fold import fold
@@ -54,8 +54,8 @@ class Settings(NamedTuple):
             raise ValueError("eigen rebuilds its keys: choose fisher or attention to anchor them")
         if self.latent not in LATENTS:
             raise ValueError(f"latent {self.latent!r} is unknown: expected {' or '.join(LATENTS)}")
-        if self.latent == "joint-kv" and self.method == "eigen":
-            raise ValueError("eigen has no joint latents: choose fisher or attention")
+        if self.latent == "joint-kv" and self.method in ("eigen", "kv-heads"):
+            raise ValueError(f"{self.method} has no joint latents: choose fisher or attention")
         check_keep(self.keep)
 
     def fit(self, config: Config) -> "Settings":
@@ -76,6 +76,17 @@ class Settings(NamedTuple):
             if self.heads_per_latent not in (None, (1, 1)):
                 raise ValueError("eigen keeps one latent a kv head: leave heads per latent at 1")
             return 1, 1
+        if self.method == "kv-heads":
+            merged = round(1 / self.keep)
+            if kv_heads % merged or abs(merged * self.keep - 1) > 0.02:
+                shares = [f"{1 / n:.3g}" for n in range(2, kv_heads + 1) if kv_heads % n == 0]
+                raise ValueError(
+                    f"keep is {self.keep}: kv-heads merges whole heads, of {kv_heads} here; "
+                    f"expected one of {', '.join(shares) or '1 (there is but one)'}"
+                )
+            if self.heads_per_latent not in (None, (merged, merged)):
+                raise ValueError("kv-heads takes its groups from keep: leave heads per latent out")
+            return merged, merged
         if self.heads_per_latent is None:  # beyond four the lift costs more than sharing gains
             most = max(n for n in range(1, 5) if kv_heads % n == 0)
             return most, most
@@ -120,6 +131,9 @@ def compress(model: Model, tokens: Tensor, settings: Settings | None = None) -> 
         settings, chosen = settings._replace(error_budget=budget), search.choose(budget)
         ranks = ranks_of(chosen)
         found = [{"threshold": s.threshold, "output_error": s.error} for s in chosen]
+    elif settings.method == "kv-heads":  # one head for every group
+        width = (model.config.head_dim,) * len(bases)
+        ranks = Ranks(width, width)
     else:
         ranks = greedy(model.config, bases, settings.keep, settings.rank_multiple)
     layers = [_report(*x) for x in zip(bases, *ranks, strict=True)]
