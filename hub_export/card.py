@@ -48,6 +48,10 @@ def card(config: Config, compression: dict[str, Any]) -> str:
             "Compressed keys are lifted and rotated when they are read, which costs time at "
             "decoding."
         )
+        if config.anchor > 1:
+            cost = (
+                f"Keys are anchored: one query reads each block of {config.anchor} cached tokens."
+            )
     return f"""---
 {header}
 ---

@@ -291,6 +291,7 @@ def bench(
     device: Device = "auto",
     as_json: AsJson = False,
     revision: Revision = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Decode speed, uncompressed against compressed in one run, beside what memory allows."""
     from . import report
@@ -314,7 +315,7 @@ def bench(
     elif shape is None and len(sources or []) == 2:
         names = ("dense", "compressed")
         models = {
-            n: _load(s, dtype, device, revision).model
+            n: _load(s, dtype, device, revision, trust_remote_code).model
             for n, s in zip(names, sources or [], strict=True)
         }
     else:
