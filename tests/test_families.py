@@ -164,6 +164,7 @@ def test_positions_that_were_not_learned_are_refused(variant, tmp_path):
         {"attn_config": {"alibi": False}},
         {"attn_config": {"qk_ln": True}},
         {"attn_config": {"attn_type": "multiquery_attention"}},
+        {"attn_config": {"kv_n_heads": 2}},
         {"no_bias": False},
         {"expansion_ratio": 2},
         {"logit_scale": 0.5},
