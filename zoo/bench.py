@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .allocate import Ranks
 from .evaluate import decode_speed
 from .families import new_model
+from .fold import low_config
 from .generate import Generator
 from .llama import LlamaConfig
 from .model import Config, Model
@@ -18,14 +20,20 @@ from .mpt import MPTConfig
 from .opt import OPTConfig
 
 
+def _sizes(vocab: int, width: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": width // heads,
+    }
+
+
 def _opt(width: int, layers: int, heads: int) -> Config:
     return OPTConfig(
-        vocab_size=50272,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=width // heads,
+        **_sizes(50272, width, layers, heads, heads),
         tie_word_embeddings=True,
         query_bias=True,
         key_bias=True,
@@ -37,28 +45,12 @@ def _opt(width: int, layers: int, heads: int) -> Config:
 
 
 def _mpt(width: int, layers: int, heads: int) -> Config:
-    return MPTConfig(
-        vocab_size=50432,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=width // heads,
-        tie_word_embeddings=True,
-        ffn_hidden_size=4 * width,
-    )
+    sizes = _sizes(50432, width, layers, heads, heads)
+    return MPTConfig(**sizes, tie_word_embeddings=True, ffn_hidden_size=4 * width)
 
 
 def _llama(width: int, layers: int, heads: int, kv: int, hidden: int, vocab: int) -> Config:
-    return LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        head_dim=width // heads,
-        intermediate_size=hidden,
-    )
+    return LlamaConfig(**_sizes(vocab, width, layers, heads, kv), intermediate_size=hidden)
 
 
 SHAPES = {
@@ -100,22 +92,10 @@ def uniform(
 
     anchor: slots of a block of anchored keys; 1 rebuilds them where they are rotated.
     """
-    rotary: dict[str, Any] = {"anchor": anchor} if config.rotary else {}
-    wide = replace(
-        config,
-        joint_kv=joint,
-        k_heads_per_latent=shared,
-        v_heads_per_latent=shared,
-        k_ranks=(),
-        v_ranks=(),
-        key_bias=config.key_bias and config.rotary,
-        value_bias=False,
-        output_bias=True,
-        **rotary,
-    )
-    k, v = (int(keep * n) // multiple * multiple for n in wide.full_ranks)
+    full = low_config(config, Ranks((), ()), (shared, shared), joint).full_ranks
     layers = config.num_hidden_layers
-    return replace(wide, k_ranks=(k,) * layers, v_ranks=(v,) * layers)
+    k, v = ((int(keep * n) // multiple * multiple,) * layers for n in full)
+    return low_config(config, Ranks(k, v), (shared, shared), joint, anchor)
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Model:

@@ -160,7 +160,7 @@ def native_config(raw: dict[str, Any]) -> Config:
         lacking = names - raw.keys()
         if lacking:
             raise ValueError(f"config.json lacks {', '.join(sorted(lacking))}")
-        return config(**{name: _frozen(raw[name]) for name in names})
+        return config(**{name: raw[name] for name in names})
     if raw.get("quantization_config"):
         raise ValueError(
             "the weights are quantised: expected plain weights; dequantise the checkpoint first"
@@ -172,10 +172,6 @@ def native_config(raw: dict[str, Any]) -> Config:
         return config.from_hf(raw | known.from_dict(raw).to_dict())
     except StrictDataclassError as error:
         raise ValueError(f"config.json is unsound: {error}") from error
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -17,17 +17,29 @@ def compressed_config(
     config: Config, bases: Sequence[LayerBasis], ranks: Ranks, anchor: int = 1
 ) -> Config:
     """The config of the folded model."""
-    heads = config.num_key_value_heads
-    k_latents, v_latents = (len(b.spectrum) for b in (bases[0].k, bases[0].v or bases[0].k))
+    k, v = bases[0]
+    shared = [config.num_key_value_heads // len(b.spectrum) for b in (k, v or k)]
     mean = any(bool(b.k.mean.any()) for b in bases)
-    rotary: dict[str, Any] = {"key_mean": mean, "anchor": anchor} if config.rotary else {}
+    return low_config(config, ranks, (shared[0], shared[1]), v is None, anchor, mean)
+
+
+def low_config(
+    config: Config,
+    ranks: Ranks,
+    heads_per_latent: tuple[int, int],
+    joint: bool = False,
+    anchor: int = 1,
+    key_mean: bool = False,
+) -> Config:
+    """The config of `config`'s model with such ranks: its biases are where folding leaves them."""
+    rotary: dict[str, Any] = {"key_mean": key_mean, "anchor": anchor} if config.rotary else {}
     return replace(
         config,
         k_ranks=ranks.k,
         v_ranks=ranks.v,
-        k_heads_per_latent=heads // k_latents,
-        v_heads_per_latent=heads // v_latents,
-        joint_kv=bases[0].v is None,
+        k_heads_per_latent=heads_per_latent[0],
+        v_heads_per_latent=heads_per_latent[1],
+        joint_kv=joint,
         key_bias=config.key_bias and (config.rotary or config.nonlinear[0]),
         value_bias=config.value_bias and config.nonlinear[1],
         output_bias=True,

@@ -83,7 +83,7 @@ Angles = tuple[Tensor, Tensor]  # cos, sin: (B or 1, 1, positions, D / 2)
 class Where(NamedTuple):
     """What attention needs of positions: of every slot, of the new tokens, and who sees whom.
 
-    Where keys are anchored, `slots` are the centres of their blocks.
+    Where keys are anchored, a prompt's `slots` are the centres of their blocks.
     """
 
     slots: Angles
@@ -254,9 +254,9 @@ class Llama(Model):
         if anchor == 1:
             return where
         centre, offset = self.offset(position, pos, anchor)
-        where = where._replace(slots=self.rope(centre, new), offset=offset)
+        where = where._replace(offset=offset)
         if len(pos) > 1:
-            return where
+            return where._replace(slots=self.rope(centre, new))
         cos, sin = self.rope(new - centre[:, ::anchor], new)
         return where._replace(ahead=(cos * self.rope_scale, sin * self.rope_scale))
 

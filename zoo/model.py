@@ -6,7 +6,7 @@ and says how a Hugging Face checkpoint maps to them. Parts are named alike every
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 import torch
@@ -48,6 +48,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Fill in full ranks and refuse what does not fit together."""
+        for f in fields(self):  # JSON knows lists only
+            if isinstance(value := getattr(self, f.name), list):
+                object.__setattr__(self, f.name, tuple(value))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} query heads do not divide among "
@@ -62,7 +65,7 @@ class Config:
                     f"{self.num_key_value_heads} kv heads"
                 )
             full = self.full_ranks[name == "v"]
-            ranks = tuple(getattr(self, f"{name}_ranks")) or (full,) * self.num_hidden_layers
+            ranks = getattr(self, f"{name}_ranks") or (full,) * self.num_hidden_layers
             least = min(1, full)
             if len(ranks) != self.num_hidden_layers or not all(least <= r <= full for r in ranks):
                 raise ValueError(

@@ -36,6 +36,8 @@ NAMES = {
     "k_ln": "k_proj.norm",
     "lm_head": "head",
 }
+MULTI_HEAD = "multihead_attention"
+KV_HEADS = {MULTI_HEAD: None, "multiquery_attention": 1}  # None: as many as there are queries
 NORMS = {
     "layernorm": nn.LayerNorm,
     "low_precision_layernorm": nn.LayerNorm,
@@ -78,18 +80,15 @@ class MPTConfig(Config):
         """From transformers' config or llm-foundry's. Raises ValueError for what is not here."""
         attn, ffn = raw.get("attn_config") or {}, raw.get("ffn_config") or {}
         width, heads, bias = raw["d_model"], raw["n_heads"], not raw["no_bias"]
-        kinds = {"multihead_attention": heads, "multiquery_attention": 1}
-        kind = attn.get("attn_type", "multihead_attention")
-        kv_heads = attn.get("kv_n_heads") or kinds.get(kind)
+        _refuse(raw, attn, ffn)
+        kv_heads = attn.get("kv_n_heads") or KV_HEADS[attn.get("attn_type", MULTI_HEAD)] or heads
         alibi, scale = attn.get("alibi", True), raw.get("logit_scale")
-        norm = raw["norm_type"].lower()
-        _refuse(raw, attn, ffn, {"norm_type": norm not in NORMS, "attn_type": kv_heads is None})
         return cls(
             vocab_size=raw["vocab_size"],
             hidden_size=width,
             num_hidden_layers=raw["n_layers"],
             num_attention_heads=heads,
-            num_key_value_heads=kv_heads or heads,
+            num_key_value_heads=kv_heads,
             head_dim=width // heads,
             max_position_embeddings=raw["max_seq_len"],
             tie_word_embeddings=raw["tie_word_embeddings"],
@@ -99,7 +98,7 @@ class MPTConfig(Config):
             output_bias=bias,
             ffn_hidden_size=ffn.get("ffn_hidden_size") or int(raw["expansion_ratio"] * width),
             bias=bias,
-            norm_type=norm,
+            norm_type=raw["norm_type"].lower(),
             norm_eps=raw.get("norm_eps") or raw["layer_norm_epsilon"],
             alibi=alibi,
             alibi_bias_max=attn.get("alibi_bias_max", 8),
@@ -124,30 +123,31 @@ class MPTConfig(Config):
             yield name.replace("Wqkv", f"{part}_proj"), x.clone()
 
 
-def _refuse(raw: dict, attn: dict, ffn: dict, unknown: dict[str, bool]) -> None:
+def _refuse(raw: dict, attn: dict, ffn: dict) -> None:
     """Raise ValueError for fields that ask for what is not here."""
+    known_type = attn.get("kv_n_heads") or attn.get("attn_type", MULTI_HEAD) in KV_HEADS
+    ffn_type = ffn.get("ffn_type", "mptmlp")
+    window, activation = attn.get("sliding_window_size"), ffn.get("ffn_act_fn")
     asked = {
-        "attn_config.attn_type": unknown["attn_type"],
-        "attn_config.prefix_lm": attn.get("prefix_lm"),
-        "attn_config.qk_gn": attn.get("qk_gn"),
-        "attn_config.rope": attn.get("rope"),
-        "attn_config.sliding_window_size": attn.get("sliding_window_size", -1) not in (-1, None),
-        "attn_config.attn_logit_softcapping": attn.get("attn_logit_softcapping"),
-        "attn_config.fused_qkv": attn.get("fused_qkv", True) is False,
-        "ffn_config.ffn_type": ffn.get("ffn_type", "mptmlp") != "mptmlp",
-        "ffn_config.ffn_act_fn": ffn.get("ffn_act_fn") not in (None, {"name": "gelu"}),
-        "block_overrides": raw.get("block_overrides"),
-        "final_logit_softcapping": raw.get("final_logit_softcapping"),
-        "use_norm_in_ffn": raw.get("use_norm_in_ffn"),
-        "norm_type": unknown["norm_type"],
-        "d_model that n_heads does not divide": raw["d_model"] % raw["n_heads"],
+        "attn_config.attn_type": None if known_type else str(attn["attn_type"]),
+        "attn_config.prefix_lm": attn.get("prefix_lm") or None,
+        "attn_config.qk_gn": attn.get("qk_gn") or None,
+        "attn_config.rope": attn.get("rope") or None,
+        "attn_config.sliding_window_size": None if window == -1 else window,
+        "attn_config.attn_logit_softcapping": attn.get("attn_logit_softcapping") or None,
+        "attn_config.fused_qkv": "false" if attn.get("fused_qkv") is False else None,
+        "ffn_config.ffn_type": None if ffn_type == "mptmlp" else str(ffn_type),
+        "ffn_config.ffn_act_fn": None if activation == {"name": "gelu"} else activation,
+        "block_overrides": raw.get("block_overrides") or None,
+        "final_logit_softcapping": raw.get("final_logit_softcapping") or None,
+        "use_norm_in_ffn": raw.get("use_norm_in_ffn") or None,
+        "norm_type": None if raw["norm_type"].lower() in NORMS else raw["norm_type"],
     }
-    for name, present in asked.items():
-        if present:
-            holder = raw
-            for part in name.split(" ")[0].split("."):
-                holder = holder[part]
-            raise ValueError(f"config.json asks for {name}, {holder!r}: not supported")
+    for name, value in asked.items():
+        if value is not None:
+            raise ValueError(f"config.json asks for {name}, {value!r}: not supported")
+    if raw["d_model"] % raw["n_heads"]:
+        raise ValueError(f"d_model {raw['d_model']} does not divide by {raw['n_heads']} heads")
 
 
 class Projection(nn.Linear):

@@ -60,8 +60,7 @@ class EigenPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         family = FAMILIES[config.family]
         values = {f.name: getattr(config, f.name) for f in fields(family.config)}
-        lists = {name: tuple(x) for name, x in values.items() if isinstance(x, list)}
-        self.model = family.model(family.config(**values | lists))
+        self.model = family.model(family.config(**values))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
