@@ -31,6 +31,33 @@ def test_streamed_moments_equal_direct_ones():
     torch.testing.assert_close(m.covariance, want, atol=1e-5, rtol=0)
 
 
+def test_weighted_moments_count_a_row_as_often_as_its_weight():
+    x, often = torch.randn(1, 6, 4), torch.tensor([[3.0, 1, 0, 2, 1, 1]])
+    m, repeated = (Moments(1, 4, x.device) for _ in range(2))
+    m.add(x[:, :2], often[:, :2])
+    m.add(x[:, 2:], often[:, 2:])
+    repeated.add(x.repeat_interleave(often[0].long(), dim=1))
+    torch.testing.assert_close(m.mean, repeated.mean, atol=1e-6, rtol=0)
+    torch.testing.assert_close(m.covariance, repeated.covariance, atol=1e-6, rtol=0)
+
+
+def test_length_of_rows_is_one_on_average_whatever_their_scale():
+    x = torch.randn(4000, 2 * 5) @ torch.diag(torch.logspace(-2, 2, 10)) + 3
+    m = Moments(2, 5, x.device)
+    m.add(x)
+    squares = m.length(x, centred=True, damping=0).square()
+    torch.testing.assert_close(squares.mean(1), torch.ones(2), atol=0.01, rtol=0)
+
+
+def test_rows_count_by_the_length_of_their_gradients(model):
+    x = tiny.tokens(4, 32)
+    s = calibrate(model, x, (4, 4), gradients=True)[1]
+    x_plain, g_plain, g = s.v.covariance, s.v_grad.second, s.v_grad_weighted.second
+    assert s.v_weighted.count != s.v.count
+    assert not torch.allclose(x_plain, s.v_weighted.covariance, rtol=1e-3)
+    assert not torch.allclose(g_plain, g, rtol=1e-3)
+
+
 def test_keys_values_and_queries_are_counted_once(model):
     x = tiny.tokens(3, 20)
     s = calibrate(model, x, (2, 4), queries=True)[1]

@@ -181,7 +181,10 @@ def test_centring_is_better_where_means_are_not_zero(name):
     ranks, want = Ranks((12,) * 3, (12,) * 3), model(x)
     needs = METHODS["fisher"]
     found = calibrate(model, x, (4, 4), True)
-    plain = [s._replace(k=uncentred(s.k), v=uncentred(s.v)) for s in found]
+    plain = [
+        s._replace(k_weighted=uncentred(s.k_weighted), v_weighted=uncentred(s.v_weighted))
+        for s in found
+    ]
     error = [
         (fold(model, needs.bases(model, s), ranks)(x) - want).square().mean()
         for s in (found, plain)
@@ -192,7 +195,7 @@ def test_centring_is_better_where_means_are_not_zero(name):
 def uncentred(moments: Moments) -> Moments:
     """The same moments as if the mean were nothing."""
     other = copy.copy(moments)
-    other.gram = moments.second * moments.count
+    other.gram = moments.second * moments.count[:, None, None]
     other.origin = other.sum = torch.zeros_like(moments.sum)
     return other
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .calibrate import Moments, Statistics
+from .calibrate import DAMPING, Moments, Statistics, damped
 from .model import Model
 from .rope import rotate
 
@@ -46,10 +46,7 @@ def solve(covariance: Tensor, metric: Tensor, mean: Tensor, damping: float) -> B
     F = metric, both (L, n, n): with F = L Lᵀ and eigh(Lᵀ C L) = W Λ Wᵀ, E = L W and D = L⁻ᵀ W.
     `damping` times the mean of its diagonal is added to F, for directions no gradient has seen.
     """
-    n = covariance.size(-1)
-    level = metric.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
-    eye = torch.eye(n, dtype=metric.dtype, device=metric.device)
-    root = torch.linalg.cholesky(metric + damping * level[:, None, None] * eye)
+    root = torch.linalg.cholesky(damped(metric, damping))
     values, vectors = torch.linalg.eigh(root.mT @ covariance @ root)
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
     decoder = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
@@ -57,19 +54,38 @@ def solve(covariance: Tensor, metric: Tensor, mean: Tensor, damping: float) -> B
 
 
 def fisher(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
-    """Errors weighed by the gradients of the loss: F = E[g gᵀ] with g = ∂loss/∂k or ∂loss/∂v.
+    """Errors weighed by the gradients of the loss, token by token: see `calibrate`.
 
-    Half the error is the expected second-order rise of the loss per token, in nats, one unit for
-    keys, values and all layers. Needs `calibrate(..., gradients=True)`.
+    F = E[g gᵀ] with g = ∂loss/∂k or ∂loss/∂v, and C, each weighed by the other's lengths. Half the
+    error is the expected second-order rise of the loss per token, in nats, one unit for keys,
+    values and all layers. Needs `calibrate(..., gradients=True)`.
     """
 
-    def basis(x: Moments, grad: Moments | None) -> Basis:
-        return solve(x.covariance, _asked(grad).second, x.mean, damping=0.3)
+    def basis(x: Moments | None, grad: Moments | None) -> Basis:
+        x = _asked(x)
+        return solve(x.covariance, _asked(grad).second, x.mean, DAMPING)
 
     return [
-        LayerBasis(basis(s.k, s.k_grad), None if s.v is None else basis(s.v, s.v_grad))
+        LayerBasis(
+            basis(s.k_weighted, s.k_grad_weighted),
+            None if s.v is None else basis(s.v_weighted, s.v_grad_weighted),
+        )
         for s in statistics
     ]
+
+
+def fisher_plain(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+    """`fisher` without the weights: as if rows and their gradients were independent.
+
+    What token weights are worth, for comparison. Needs `calibrate(..., gradients=True)`.
+    """
+    plain = [
+        s._replace(
+            k_weighted=s.k, v_weighted=s.v, k_grad_weighted=s.k_grad, v_grad_weighted=s.v_grad
+        )
+        for s in statistics
+    ]
+    return fisher(model, plain)
 
 
 def attention(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
@@ -179,6 +195,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "fisher": Method(fisher, "latents under the Fisher metric (eigenzoo)", gradients=True),
+    "fisher-plain": Method(fisher_plain, "fisher without token weights (eigenzoo)", gradients=True),
     "attention": Method(attention, "latents under the attention metric (eigenzoo)", queries=True),
     "kv-heads": Method(kv_heads, "Effectively Compress KV Heads (Yu et al., arXiv 2406.07056)"),
     "eigen": Method(eigen, "Eigen Attention (Saxena et al., arXiv 2408.05646)", queries=True),

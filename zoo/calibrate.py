@@ -5,7 +5,8 @@ Only sums and Gram matrices are kept, so memory does not grow with the number of
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from tqdm import tqdm
 
 from .model import Model
 from .rope import rotate
+
+DAMPING = 0.3  # of the Fisher metric, in units of its mean diagonal: gradients are heavy-tailed
 
 
 class Moments:
@@ -24,35 +27,70 @@ class Moments:
     """
 
     def __init__(self, blocks: int, width: int, device: torch.device):
-        self.count = 0
+        self.count = torch.zeros(blocks, dtype=torch.float64, device=device)
         self.origin = torch.zeros(blocks, width, device=device)
         self.sum = torch.zeros(blocks, width, dtype=torch.float64, device=device)
         self.gram = torch.zeros(blocks, width, width, dtype=torch.float64, device=device)
 
-    def add(self, x: Tensor) -> None:
-        """Take in x (..., L * width)."""
-        rows = x.detach().float().flatten(0, -2).unflatten(-1, self.sum.shape).transpose(0, 1)
-        if self.count == 0:
+    def rows(self, x: Tensor) -> Tensor:
+        """x (..., L * width) as (L, rows, width) in fp32."""
+        return x.detach().float().flatten(0, -2).unflatten(-1, self.sum.shape).transpose(0, 1)
+
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Take in x (..., L * width), where a row counts as `weight` (L, rows) of them, or once."""
+        rows = self.rows(x)
+        if not self.count.any():
             self.origin = rows.mean(1)
         rows = rows - self.origin[:, None]
-        self.count += rows.size(1)
-        self.sum += rows.sum(1)
-        self.gram += rows.mT @ rows
+        weight = rows.new_ones(rows.shape[:2]) if weight is None else weight
+        weighed = rows * weight[..., None]
+        self.count += weight.sum(1)
+        self.sum += weighed.sum(1)
+        self.gram += weighed.mT @ rows
+
+    def length(self, x: Tensor, centred: bool, damping: float) -> Tensor:
+        """How long rows are, beside what is usual in their direction. (..., L * width) -> (L, rows)
+
+        √(xᵀ M⁻¹ x / width), at least 0.001, with M the mean of x xᵀ, centred or not, and `damping`
+        times the mean of its diagonal added to the diagonal.
+        """
+        m = self.covariance if centred else self.second
+        noise = 1e-6 * float(usual(self.second).max())  # of fp32 sums, where nothing varies
+        root = torch.linalg.cholesky(damped(m, damping) + noise * torch.eye(m.size(-1)).to(m))
+        rows = self.rows(x) - self.mean.float()[:, None] * centred
+        back = torch.linalg.solve_triangular(root.float(), rows.mT, upper=False)
+        return back.square().mean(1).sqrt().clamp(min=1e-3)
 
     @property
     def mean(self) -> Tensor:
         """(L, width)."""
-        return self.origin + self.sum / self.count
+        return self.origin + self._shift
 
     @property
     def covariance(self) -> Tensor:
         """Mean of x xᵀ, centred: (L, width, width)."""
-        return self.gram / self.count - _outer(self.sum / self.count)
+        return self.gram / self.count[:, None, None] - _outer(self._shift)
 
     @property
     def second(self) -> Tensor:
         """The same, uncentred."""
         return self.covariance + _outer(self.mean)
+
+    @property
+    def _shift(self) -> Tensor:
+        return self.sum / self.count[:, None]
+
+
+def damped(matrix: Tensor, damping: float) -> Tensor:
+    """(L, n, n) with `damping` times the mean of its diagonal added to the diagonal."""
+    return matrix + damping * usual(matrix)[:, None, None] * torch.eye(
+        matrix.size(-1), dtype=matrix.dtype, device=matrix.device
+    )
+
+
+def usual(matrix: Tensor) -> Tensor:
+    """Mean of the diagonal of (L, n, n), above 0: (L,)."""
+    return matrix.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _outer(x: Tensor) -> Tensor:
@@ -62,7 +100,9 @@ def _outer(x: Tensor) -> Tensor:
 class Statistics(NamedTuple):
     """What one layer showed. Gradients and queries are present only if they were asked for.
 
-    Where one latent is to hold keys and values, k has both, side by side, and v is None.
+    Where one latent is to hold keys and values, k has both, side by side, and v is None. The
+    weighted ones are those of k, v and of their gradients where a row of x counts by the length
+    of its gradient, and a gradient by the length of its row: see `calibrate`.
     """
 
     k: Moments  # keys before the rotation, biases included: (kv heads / heads per latent) blocks
@@ -70,6 +110,10 @@ class Statistics(NamedTuple):
     q: Moments | None  # queries before the rotation, one block per query head
     k_grad: Moments | None  # gradients of the summed loss at the keys, in the blocks of k
     v_grad: Moments | None
+    k_weighted: Moments | None
+    v_weighted: Moments | None
+    k_grad_weighted: Moments | None
+    v_grad_weighted: Moments | None
 
 
 def calibrate(
@@ -87,26 +131,51 @@ def calibrate(
     gradients: take the gradients of the summed cross entropy as well, by a backward pass that
     reaches activations only. joint: keys and values of a block side by side. anchor: keys are
     turned within blocks of so many tokens. Raises ValueError where a statistic is not finite.
+
+    With gradients g, what an error εx costs is E[(gᵀ ε x)²] = tr of ε against E[g gᵀ ⊗ x xᵀ], and
+    g and x of a token are far from independent: the longest keys are those of sinks, which the
+    loss hardly minds. The product that fits this best, C ⊗ F, takes x xᵀ weighed by gᵀ F⁻¹ g and
+    g gᵀ weighed by xᵀ C⁻¹ x; we weigh by the roots of these, which bear heavy tails. Two passes
+    over every fourth sequence find C and F for the weights, each by those before it.
     """
-    c, device = model.config, tokens.device
-
-    def moments(shared: int) -> Moments:
-        width = shared * c.head_dim * (2 if joint else 1)
-        return Moments(c.num_key_value_heads // shared, width, device)
-
+    width = model.config.head_dim * (2 if joint else 1)
     k_shared, v_shared = heads_per_latent
-    layers = [
-        Statistics(
-            moments(k_shared),
-            None if joint else moments(v_shared),
-            Moments(c.num_attention_heads, c.head_dim, device) if queries else None,
-            moments(k_shared) if gradients else None,
-            moments(v_shared) if gradients and not joint else None,
-        )
-        for _ in model.layers
-    ]
-    with _watch(model, layers, anchor), torch.set_grad_enabled(gradients):
-        for row in tqdm(tokens, desc="calibrating", unit="seq", disable=None, leave=False):
+
+    def empty() -> list[Statistics]:
+        c, heads = model.config, model.config.num_key_value_heads
+        k = partial(Moments, heads // k_shared, k_shared * width, tokens.device)
+        v = partial(Moments, heads // v_shared, v_shared * width, tokens.device)
+        q = partial(Moments, c.num_attention_heads, c.head_dim, tokens.device)
+        return [
+            _empty(k, None if joint else v, q if queries else None, gradients) for _ in model.layers
+        ]
+
+    before = None
+    for _ in range(2 if gradients else 0):
+        before = _read(model, tokens[::4], empty(), before, anchor, "weighing")
+    return _read(model, tokens, empty(), before, anchor, "calibrating")
+
+
+def _empty(
+    k: Callable[[], Moments], v: Callable[[], Moments] | None, q: Callable | None, gradients: bool
+) -> Statistics:
+    k_also, v_also = k if gradients else None, v if gradients else None
+    made = [make and make() for make in (k_also, v_also) * 3]
+    return Statistics(k(), v and v(), q and q(), *made)
+
+
+def _read(
+    model: Model,
+    tokens: Tensor,
+    layers: list[Statistics],
+    before: list[Statistics] | None,
+    anchor: int,
+    doing: str,
+) -> list[Statistics]:
+    """One pass over the tokens into `layers`, weighed by what was found before."""
+    gradients = layers[0].k_grad is not None
+    with _watch(model, layers, before, anchor), torch.set_grad_enabled(gradients):
+        for row in tqdm(tokens, desc=doing, unit="seq", disable=None, leave=False):
             if not gradients:
                 model.hidden(row[None])
                 continue
@@ -123,24 +192,50 @@ def calibrate(
 
 
 class _Feed:
-    """Hands rows to moments, if any, once all parts that stand side by side in a block are here."""
+    """Hands rows, and their gradients, to moments once all that stands side by side is here."""
 
-    def __init__(self, moments: Moments | None, parts: int = 1):
-        self.moments, self.parts = moments, parts
+    def __init__(self, layer: Statistics, before: Statistics | None, name: str, parts: int):
+        self.x, self.grad, self.x_weighted, self.grad_weighted = _four(layer, name)
+        self.before = before and _four(before, name)
+        self.parts = parts
         self.held: dict[int, Tensor] = {}
+        self.last: Tensor | None = None
 
     def put(self, part: int, x: Tensor) -> None:
-        """Take in one part, (..., blocks * width / parts)."""
-        if self.moments is None:
+        """Take in one part of the rows, (..., blocks * width / parts)."""
+        if (rows := self._whole(part, x)) is not None:
+            self.x.add(rows)
+            self.last = rows if self.grad else None
+
+    def put_grad(self, part: int, grad: Tensor) -> None:
+        """Take in one part of the gradients of the rows that came last."""
+        if (grads := self._whole(part, grad)) is None:
             return
-        self.held[part] = x.detach().unflatten(-1, (len(self.moments.gram), -1))
-        if len(self.held) == self.parts:
-            rows = [self.held.pop(i) for i in range(self.parts)]
-            self.moments.add(torch.cat(rows, dim=-1).flatten(-2))
+        self.grad.add(grads)
+        by_grad = by_row = None
+        if self.before:
+            by_row = self.before[2].length(self.last, True, 1e-3)
+            by_grad = self.before[3].length(grads, False, DAMPING)
+        self.x_weighted.add(self.last, by_grad)
+        self.grad_weighted.add(grads, by_row)
+        self.last = None
+
+    def _whole(self, part: int, x: Tensor) -> Tensor | None:
+        self.held[part] = x.detach().unflatten(-1, (len(self.x.gram), -1))
+        if len(self.held) < self.parts:
+            return None
+        rows = [self.held.pop(i) for i in range(self.parts)]
+        return torch.cat(rows, dim=-1).flatten(-2)
+
+
+def _four(s: Statistics, name: str) -> list[Any]:
+    return [getattr(s, name + end) for end in ("", "_grad", "_weighted", "_grad_weighted")]
 
 
 @contextmanager
-def _watch(model: Model, layers: list[Statistics], anchor: int) -> Iterator[None]:
+def _watch(
+    model: Model, layers: list[Statistics], before: list[Statistics] | None, anchor: int
+) -> Iterator[None]:
     """Feed the outputs of the projections, and their gradients, to the statistics."""
 
     def same(x: Tensor) -> Tensor:
@@ -152,13 +247,16 @@ def _watch(model: Model, layers: list[Statistics], anchor: int) -> Iterator[None
         heads = x.detach().unflatten(-1, (-1, model.config.head_dim)).transpose(1, 2)
         return rotate(heads, *angles).transpose(1, 2).flatten(2)
 
-    def feed(values: _Feed, grads: _Feed, part: int = 0, seen: Callable = same):
+    def feed(to: _Feed, part: int = 0, seen: Callable = same):
         def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
-            values.put(part, seen(out))
-            if grads.moments is not None:
-                out.register_hook(lambda grad: grads.put(part, seen(grad)))
+            to.put(part, seen(out))
+            if to.grad is not None:
+                out.register_hook(lambda grad: to.put_grad(part, seen(grad)))
 
         return hook
+
+    def queries(to: Moments):
+        return lambda module, args, out: to.add(out)
 
     def start(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
         return out.requires_grad_(torch.is_grad_enabled())
@@ -166,17 +264,17 @@ def _watch(model: Model, layers: list[Statistics], anchor: int) -> Iterator[None
     flags = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)  # the backward pass reaches activations, no weight
     hooks = [model.embed.register_forward_hook(start)]
-    for block, s in zip(model.layers, layers, strict=True):
+    for i, (block, s) in enumerate(zip(model.layers, layers, strict=True)):
+        earlier = before[i] if before else None
         parts = 2 if s.v is None else 1
-        k = _Feed(s.k, parts), _Feed(s.k_grad, parts)
-        v = k if s.v is None else (_Feed(s.v), _Feed(s.v_grad))
-        q = _Feed(s.q), _Feed(None)
-        for name, to in (
-            ("q_proj", feed(*q)),
-            ("k_proj", feed(*k, seen=turned if anchor > 1 else same)),
-            ("v_proj", feed(*v, parts - 1)),
-        ):
-            hooks.append(getattr(block.attn, name).register_forward_hook(to))
+        k = _Feed(s, earlier, "k", parts)
+        v = k if s.v is None else _Feed(s, earlier, "v", 1)
+        attn = block.attn
+        keys = feed(k, seen=turned if anchor > 1 else same)
+        hooks.append(attn.k_proj.register_forward_hook(keys))
+        hooks.append(attn.v_proj.register_forward_hook(feed(v, parts - 1)))
+        if s.q is not None:
+            hooks.append(attn.q_proj.register_forward_hook(queries(s.q)))
     try:
         yield
     finally:
