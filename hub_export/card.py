@@ -52,6 +52,10 @@ def card(config: Config, compression: dict[str, Any]) -> str:
             cost = (
                 f"Keys are anchored: one query reads each block of {config.anchor} cached tokens."
             )
+        if config.pairs:
+            cost = "Latents of keys are cached rotated: queries read them directly."
+    if not any(config.compressed(i)[0] for i in range(config.num_hidden_layers)):
+        cost = "Keys are whole: only values are compressed."
     return f"""---
 {header}
 ---

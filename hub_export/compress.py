@@ -34,7 +34,7 @@ def compress_checkpoint(
     for that.
     """
     model, tokenizer = original.model, original.tokenizer
-    settings = settings.fit(model.config)  # before text is sampled or read
+    settings = settings.fit(model.config, model.device.type)  # before text is sampled or read
     longest = model.config.max_position_embeddings
     seq_len = seq_len or min(1024, longest)
     tokens = calibration_tokens(calibration, model, tokenizer, samples, seq_len, seed)

@@ -35,6 +35,23 @@ def test_the_budget_is_met_and_not_exceeded(keep):
     assert all(r % 4 == 0 for r in (*ranks.k, *ranks.v))
 
 
+@pytest.mark.parametrize("multiple", [1, 3, 4])
+def test_pairs_get_even_ranks(multiple):
+    paired = [x._replace(k=x.k._replace(pairs=torch.zeros(1, 16))) for x in bases(1, 32)]
+    ranks = greedy(config(), paired, 0.5, multiple)
+    assert all(r % 2 == 0 and (r % multiple == 0 or r == 32) for r in ranks.k)
+    assert cost(ranks) <= 64
+
+
+def test_whole_keys_are_a_fixed_cost():
+    units = bases(1, 32)
+    ranks = greedy(config(), units, 0.75, multiple=2, whole_keys=True)
+    assert ranks.k == (32, 32)
+    assert sum(ranks.v) == 32
+    heavy = [units[0]._replace(k=units[0].k._replace(spectrum=units[0].k.spectrum * 50)), units[1]]
+    assert greedy(config(), heavy, 0.75, multiple=2, whole_keys=True) == ranks
+
+
 def test_greedy_finds_what_trying_everything_finds():
     units, choices = bases(1, 32), range(8, 33, 8)
     errors = [b.errors() for layer in units for b in layer]

@@ -3,7 +3,9 @@ import tiny
 import torch
 
 from eigenzoo.zoo.bench import SHAPES, bench, random_model, shaped, uniform, weight_bytes
+from eigenzoo.zoo.compress import Settings
 from eigenzoo.zoo.families import new_model
+from eigenzoo.zoo.keys import KEYS
 
 BILLIONS = {
     "opt-125m": 0.125,
@@ -27,9 +29,27 @@ def test_shapes_have_the_published_number_of_parameters(name):
 @pytest.mark.parametrize("name", ["opt-1.3b", "mpt-7b", "llama-3.1-8b"])
 @pytest.mark.parametrize("shared", [1, 4])
 def test_uniform_ranks_keep_what_was_asked(name, shared):
-    low = uniform(shaped(name, 4, 8192), 0.6, shared, joint=False)
+    config = shaped(name, 4, 8192)
+    low = uniform(config, Settings(heads_per_latent=(shared, shared)).fit(config))
     assert 0.49 < low.kv_width / low.dense_kv_width <= 0.6
     assert low.max_position_embeddings >= 8192
+
+
+@pytest.mark.parametrize("keys", KEYS)
+def test_random_models_decode_whatever_the_keys(keys):
+    config = tiny.native(head_dim=16).config
+    low = uniform(config, Settings(keep=0.7, keys=keys, rank_multiple=3).fit(config))
+    assert 0.6 < low.kv_width / low.dense_kv_width <= 0.7
+    model = random_model(low, torch.float32, torch.device("cpu"))
+    rows = bench({"low": model}, [20], steps=3, rounds=1, compile=False)
+    assert rows[0]["kv_bytes_read"] == 20 * 4 * low.kv_width
+    assert model(tiny.tokens(1, 20)).isfinite().all()
+
+
+def test_whole_keys_are_more_than_half_of_the_bytes():
+    config = tiny.native().config
+    with pytest.raises(ValueError, match=r"keep is 0.5: keys that stay full"):
+        uniform(config, Settings(keep=0.5, keys="full").fit(config))
 
 
 def test_a_step_reads_all_weights_but_the_tables_it_looks_up():
@@ -44,7 +64,8 @@ def test_a_step_reads_all_weights_but_the_tables_it_looks_up():
 
 def test_rows_hold_ratios_of_one_run():
     config = tiny.native("opt").config
-    low = uniform(config, 0.5, 2, joint=False, multiple=1)
+    settings = Settings(keep=0.5, heads_per_latent=(2, 2), rank_multiple=1)
+    low = uniform(config, settings.fit(config))
     kind = torch.float32, torch.device("cpu")
     models = {"dense": random_model(config, *kind), "compressed": random_model(low, *kind)}
     dense, small = bench(models, [64], batch=2, steps=3, rounds=2, compile=False)

@@ -103,6 +103,19 @@ def test_compress_takes_joint_latents_where_nothing_rotates(run, tmp_path):
     assert json.loads(text)["window"] == 256  # what it can read
 
 
+def test_auto_keys_say_what_they_are_and_why(run, dense_folder, tmp_path):
+    code, text, error = run(
+        "compress", dense_folder, tmp_path / "low", "--keys", "auto", "--json", *QUICK
+    )
+    found = json.loads(text)
+    assert code == 0
+    assert (found["keys"], found["anchor_block"]) == ("anchored", 16)
+    assert f"keys: anchored in blocks of 16, since {found['keys_reason']}" in error
+    raw = json.loads((tmp_path / "low" / "config.json").read_text())
+    assert raw["compression"]["keys_reason"] == found["keys_reason"]
+    assert found["keys_reason"] in " ".join(run("inspect", tmp_path / "low", "--json")[1].split())
+
+
 def test_generate_answers_a_batch(run, low):
     words = ["-p", "the cat", "-p", "a mat and saw", "--no-compile", "--max-new-tokens", "6"]
     code, text, _ = run("generate", low, *words, "--json")
@@ -169,6 +182,9 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
         ("compress", dense_folder, new, "--latent", "both"): "latent 'both' is unknown",
         ("compress", dense_folder, new, "--latent", "joint-kv", *QUICK): "rotates",
         ("compress", dense_folder, new, "--method", "eigen", "--latent", "joint-kv"): "no joint",
+        ("compress", dense_folder, new, "--keys", "turned"): "expected one of rebuild, anchored",
+        ("compress", dense_folder, new, "--keys", "full", "--keep", "0.5"): "beside whole keys",
+        ("bench", "--shape", "opt-125m", "--keys", "pairs"): "nothing rotates",
         ("bench", dense_folder): "given 1 checkpoints",
         ("bench", "--shape", "opt-1"): "shape 'opt-1' is unknown",
         ("bench", "--shape", "opt-125m", "--layers", "13"): "layers is 13",

@@ -98,24 +98,28 @@ def test_no_key_is_rebuilt(name, shared):
     """Whatever decoding makes that is as long as the cache is a row of scores or a mask."""
     model, slots = MODELS[name](), 37
     low = folded(model, "fisher", shared, 5 * shared[0], 6 * shared[1])
+    longest = max(shape.numel() for shape in made(low, slots) if slots in shape)
+    assert longest == slots * model.config.num_attention_heads
+
+
+def made(low: Model, slots: int) -> list[torch.Size]:
+    """Shapes of all that decoding a token makes, with so many slots, beside what is cached."""
     cache = low.new_cache(1, slots)
     low(tiny.tokens(1, 30), torch.arange(30), cache)
     stored = {x.untyped_storage().data_ptr() for x in cache.keys + cache.values}
-    widest = 0
+    shapes = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            nonlocal widest
             out = op(*args, **(kwargs or {}))
             for x in out if isinstance(out, tuple) else (out,):
-                long = isinstance(x, torch.Tensor) and slots in x.shape
-                if long and x.untyped_storage().data_ptr() not in stored:
-                    widest = max(widest, x.numel())
+                if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in stored:
+                    shapes.append(x.shape)
             return out
 
     with Watch():
         low(tiny.tokens(1, 1), torch.tensor([30]), cache)
-    assert widest == slots * model.config.num_attention_heads
+    return shapes
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import lcm
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .basis import LayerBasis
 from .model import Config
+from .solve import Basis
 
 NOISE = 1e-7  # of a unit's error: what sums in fp32 leave of nothing
 
@@ -20,24 +22,34 @@ class Ranks(NamedTuple):
     v: tuple[int, ...]
 
 
-def greedy(config: Config, bases: Sequence[LayerBasis], keep: float, multiple: int = 8) -> Ranks:
+def greedy(
+    config: Config,
+    bases: Sequence[LayerBasis],
+    keep: float,
+    multiple: int = 8,
+    whole_keys: bool = False,
+) -> Ranks:
     """Spend one budget over all layers, keys and values where it takes away most error per byte.
 
     keep: share of the dense model's KV numbers, in (0, 1]; never exceeded. Ranks are multiples of
-    `multiple`, at least one multiple each, or full. Since gains fall along every spectrum, the
-    order of gain per number is optimal up to rounding. Raises ValueError if `keep` is too small.
+    `multiple`, at least one multiple each, or full; even where columns are pairs. Since gains fall
+    along every spectrum, the order of gain per number is optimal up to rounding. whole_keys: keys
+    stay at full rank, and values get what is left. Raises ValueError if `keep` is too small.
     """
     check_keep(keep)
     units = [b for layer in bases for b in layer if b is not None]  # k and v of layer 0, of 1, ...
-    sizes = [_cuts(b.spectrum, multiple) for b in units]
+    sizes = [_cuts(b, multiple) for b in units]
+    if whole_keys:
+        sizes[0::2] = [cut[-1:] for cut in sizes[0::2]]
     ranks = [cut[0] for cut in sizes]
     left = int(keep * config.dense_kv_width)
     left -= sum(r * len(b.spectrum) for r, b in zip(ranks, units, strict=True))
     if left < 0:
         least = (int(keep * config.dense_kv_width) - left) / config.dense_kv_width
+        beside = " beside whole keys" if whole_keys else ""
         raise ValueError(
-            f"keep {keep} leaves less than rank {multiple} in every layer: expected at least "
-            f"{least:.3f}, or a smaller rank multiple"
+            f"keep {keep} leaves less than rank {multiple} in every layer{beside}: expected at "
+            f"least {least:.3f}, or a smaller rank multiple"
         )
     steps = []
     for u, (basis, cut) in enumerate(zip(units, sizes, strict=True)):
@@ -54,10 +66,11 @@ def greedy(config: Config, bases: Sequence[LayerBasis], keep: float, multiple: i
     return Ranks(tuple(ranks[0::2]), tuple(ranks[1::2]))
 
 
-def _cuts(spectrum: Tensor, multiple: int) -> list[int]:
+def _cuts(basis: Basis, multiple: int) -> list[int]:
     """The ranks that a unit may take."""
-    full = spectrum.size(1)
-    return [*range(multiple, full, multiple), full]
+    full = basis.spectrum.size(1)
+    step = multiple if basis.pairs is None else lcm(multiple, 2)
+    return [*range(step, full, step), full]
 
 
 def check_keep(keep: float) -> None:

@@ -108,6 +108,7 @@ def anchored_attention(
     (L, R, G / L * D); mean: (G, 1, D). Returns (B, H, 1, W).
     """
     blocks, slots = ahead[0].size(2), z.size(2)
+    block = min(block, slots)
     turned = rotate(q.expand(-1, -1, blocks, -1), *ahead) * scale  # (B, H, N, D)
     u = absorb(turned, up, q.size(3)).unflatten(1, (z.size(1), -1)).transpose(2, 3)
     if slots % block:

@@ -1,8 +1,4 @@
-"""From statistics to bases: one function a method.
-
-A basis holds every rank at once: its columns are sorted by importance, a smaller rank is a slice,
-and `spectrum` says what each column is worth.
-"""
+"""From statistics to bases: one function a method."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,26 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .calibrate import DAMPING, Moments, Statistics, damped
+from .calibrate import DAMPING, Moments, Statistics
 from .model import Model
 from .rope import rotate
-
-
-class Basis(NamedTuple):
-    """z = encoderᵀ x holds x, decoder z gives it back; L latents of up to n numbers, fp64.
-
-    At rank r only the first r columns are kept. What is lost of the mean of x is added back.
-    """
-
-    encoder: Tensor  # (L, n, n)
-    decoder: Tensor  # (L, n, n)
-    spectrum: Tensor  # (L, n): the error, per token, that each column takes away
-    mean: Tensor  # (L, n): zero where the method does not centre
-
-    def errors(self) -> Tensor:
-        """Error per token left at rank 0, 1, ..., n, summed over the latents: (n + 1,)."""
-        gone = self.spectrum.sum(0).flip(0).cumsum(0).flip(0)
-        return torch.cat((gone, gone.new_zeros(1)))
+from .solve import Basis, solve, solve_pairs
 
 
 class LayerBasis(NamedTuple):
@@ -39,42 +19,37 @@ class LayerBasis(NamedTuple):
     v: Basis | None
 
 
-def solve(covariance: Tensor, metric: Tensor, mean: Tensor, damping: float) -> Basis:
-    """The latents that lose least of x under a metric, at every rank at once.
-
-    Minimises tr(F (I - P) C (I - P)ᵀ) over maps P = D Eᵀ of rank r, for C = covariance and
-    F = metric, both (L, n, n): with F = L Lᵀ and eigh(Lᵀ C L) = W Λ Wᵀ, E = L W and D = L⁻ᵀ W.
-    `damping` times the mean of its diagonal is added to F, for directions no gradient has seen.
-    """
-    root = torch.linalg.cholesky(damped(metric, damping))
-    values, vectors = torch.linalg.eigh(root.mT @ covariance @ root)
-    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
-    decoder = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
-    return Basis(root @ vectors, decoder, values, mean)
+def _solve(x: Moments, metric: Tensor, damping: float, paired: int = 0) -> Basis:
+    """Latents of what was counted; paired: the size of the heads whose rotation they let pass."""
+    if paired:  # a constant that turns is none: it stays in
+        return solve_pairs(x.second, metric, paired, damping)
+    return solve(x.covariance, metric, x.mean, damping)
 
 
-def fisher(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+def fisher(model: Model, statistics: list[Statistics], pairs: bool = False) -> list[LayerBasis]:
     """Errors weighed by the gradients of the loss, token by token: see `calibrate`.
 
     F = E[g gᵀ] with g = ∂loss/∂k or ∂loss/∂v, and C, each weighed by the other's lengths. Half the
     error is the expected second-order rise of the loss per token, in nats, one unit for keys,
-    values and all layers. Needs `calibrate(..., gradients=True)`.
+    values and all layers. pairs: keys by `solve_pairs`. Needs `calibrate(..., gradients=True)`.
     """
 
-    def basis(x: Moments | None, grad: Moments | None) -> Basis:
-        x = _asked(x)
-        return solve(x.covariance, _asked(grad).second, x.mean, DAMPING)
+    def basis(x: Moments | None, grad: Moments | None, paired: int = 0) -> Basis:
+        return _solve(_asked(x), _asked(grad).second, DAMPING, paired)
 
+    paired = model.config.head_dim if pairs else 0
     return [
         LayerBasis(
-            basis(s.k_weighted, s.k_grad_weighted),
+            basis(s.k_weighted, s.k_grad_weighted, paired),
             None if s.v is None else basis(s.v_weighted, s.v_grad_weighted),
         )
         for s in statistics
     ]
 
 
-def fisher_plain(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+def fisher_plain(
+    model: Model, statistics: list[Statistics], pairs: bool = False
+) -> list[LayerBasis]:
     """`fisher` without the weights: as if rows and their gradients were independent.
 
     What token weights are worth, for comparison. Needs `calibrate(..., gradients=True)`.
@@ -85,18 +60,18 @@ def fisher_plain(model: Model, statistics: list[Statistics]) -> list[LayerBasis]
         )
         for s in statistics
     ]
-    return fisher(model, plain)
+    return fisher(model, plain, pairs)
 
 
-def attention(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+def attention(model: Model, statistics: list[Statistics], pairs: bool = False) -> list[LayerBasis]:
     """Errors weighed by what reads them: queries read keys, the output projection reads values.
 
     Keys: the Gram of the group's queries, averaged over the relative distances of the rotation if
     there is one. Values: the sum of W_oᵀ W_o over the group's heads. Each spectrum is a share of
     its layer's whole, since the units of keys, values and layers differ; a latent of both weighs
-    them alike. Needs `calibrate(..., queries=True)`.
+    them alike. pairs: keys by `solve_pairs`. Needs `calibrate(..., queries=True)`.
     """
-    bases = []
+    bases, paired = [], model.config.head_dim if pairs else 0
     for block, s in zip(model.layers, statistics, strict=True):
         g, d = model.config.num_key_value_heads, model.config.head_dim
         q = _asked(s.q).second.unflatten(0, (g, -1)).sum(1)  # (G, D, D)
@@ -104,11 +79,11 @@ def attention(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
         w_o = block.attn.o_proj.weight.double().unflatten(1, (g, -1, d))  # (hidden, G, H / G, D)
         read = torch.einsum("ogmd,ogme->gde", w_o, w_o)
         if s.v is None:
-            k = solve(s.k.covariance, _both(s.k.covariance, q, read), s.k.mean, damping=0.01)
+            k = _solve(s.k, _both(s.k.covariance, q, read), 0.01)
             bases.append(LayerBasis(_shares(k), None))
             continue
-        k = solve(s.k.covariance, _diagonal(q, len(s.k.gram)), s.k.mean, damping=0.01)
-        v = solve(s.v.covariance, _diagonal(read, len(s.v.gram)), s.v.mean, damping=0.01)
+        k = _solve(s.k, _diagonal(q, len(s.k.gram)), 0.01, paired)
+        v = _solve(s.v, _diagonal(read, len(s.v.gram)), 0.01)
         bases.append(LayerBasis(_shares(k), _shares(v)))
     return bases
 
@@ -187,7 +162,7 @@ def _shares(basis: Basis) -> Basis:
 class Method(NamedTuple):
     """A way to choose bases, where it comes from, and the statistics that it needs."""
 
-    bases: Callable[[Model, list[Statistics]], list[LayerBasis]]
+    bases: Callable[..., list[LayerBasis]]  # of a model and its statistics
     source: str
     gradients: bool = False
     queries: bool = False

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from math import lcm
 from statistics import median
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from .allocate import Ranks
+from .compress import Settings
 from .evaluate import decode_speed
 from .families import new_model
 from .fold import low_config
@@ -85,17 +88,25 @@ def shaped(name: str, layers: int | None, context: int) -> Config:
     )
 
 
-def uniform(
-    config: Config, keep: float, shared: int, joint: bool, anchor: int = 1, multiple: int = 8
-) -> Config:
-    """The config of the same model with one rank everywhere, which keeps at most `keep`.
+def uniform(config: Config, settings: Settings) -> Config:
+    """The config of the same model with one rank everywhere, which keeps at most `settings.keep`.
 
-    anchor: slots of a block of anchored keys; 1 rebuilds them where they are rotated.
+    settings: fitted to the config; of the method only the shape of its latents counts. Raises
+    ValueError where so little cannot be kept.
     """
-    full = low_config(config, Ranks((), ()), (shared, shared), joint).full_ranks
-    layers = config.num_hidden_layers
-    k, v = ((int(keep * n) // multiple * multiple,) * layers for n in full)
-    return low_config(config, Ranks(k, v), (shared, shared), joint, anchor)
+    shared, keep = settings.heads_per_latent or (1, 1), settings.keep
+    shares, step = (keep, keep), settings.rank_multiple
+    if settings.keys == "full":
+        shares = 1.0, 2 * keep - 1
+        if keep <= 0.5:
+            raise ValueError(f"keep is {keep}: keys that stay full are half of it, expected more")
+    if settings.keys == "pairs":
+        step = lcm(step, 2)
+    low = partial(low_config, config, heads_per_latent=shared, joint=settings.latent == "joint-kv")
+    full = low(Ranks((), ())).full_ranks
+    ranks = [int(share * n) // step * step for share, n in zip(shares, full, strict=True)]
+    k, v = ((rank,) * config.num_hidden_layers for rank in ranks)
+    return low(Ranks(k, v), **settings.rotary(config))
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Model:
@@ -106,6 +117,8 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device, seed:
     random = torch.Generator(device).manual_seed(seed)
     for p in model.parameters():
         nn.init.normal_(p, std=0.02, generator=random)
+    for b in model.buffers():
+        b.zero_()  # any frequencies will do
     if config.tie_word_embeddings:
         model.head.weight = model.embed.weight
     model.reset_buffers()

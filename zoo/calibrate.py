@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .model import Model
 from .rope import rotate
+from .solve import damped, usual
 
 DAMPING = 0.3  # of the Fisher metric, in units of its mean diagonal: gradients are heavy-tailed
 
@@ -79,18 +80,6 @@ class Moments:
     @property
     def _shift(self) -> Tensor:
         return self.sum / self.count[:, None]
-
-
-def damped(matrix: Tensor, damping: float) -> Tensor:
-    """(L, n, n) with `damping` times the mean of its diagonal added to the diagonal."""
-    return matrix + damping * usual(matrix)[:, None, None] * torch.eye(
-        matrix.size(-1), dtype=matrix.dtype, device=matrix.device
-    )
-
-
-def usual(matrix: Tensor) -> Tensor:
-    """Mean of the diagonal of (L, n, n), above 0: (L,)."""
-    return matrix.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _outer(x: Tensor) -> Tensor:

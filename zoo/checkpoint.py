@@ -266,7 +266,8 @@ def build(
                 raise ValueError(
                     f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}"
                 )
-            weights[name] = part.to(device, dtype or part.dtype)
+            kind = dtype if part.is_floating_point() else None
+            weights[name] = part.to(device, kind or part.dtype)
     missing = expected.keys() - weights.keys()
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")

@@ -1,5 +1,6 @@
 """The main job in one call: calibrate, solve, choose ranks, fold."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -8,11 +9,11 @@ from .allocate import Ranks, check_keep, greedy
 from .basis import METHODS, LayerBasis
 from .calibrate import Statistics, calibrate
 from .fold import fold
+from .keys import BLOCK, KEYS, TURNED, choose_keys
 from .model import Config, Model
 from .search import ErrorBudget, ranks_of
 
 LATENTS = ("separate", "joint-kv")
-KEYS = ("rebuild", "anchored")
 SEARCH_TOKENS = 4096  # on so many the errors of layers are measured
 
 
@@ -22,8 +23,9 @@ class Settings(NamedTuple):
     method: a name in `METHODS`. keep: share of the KV bytes that stay. error_budget, for `eigen`
     only: the relative output error that each layer may have, instead of `keep`.
     heads_per_latent: kv heads that share a latent of keys, and of values; None chooses.
-    keys: how rotated keys are kept: `rebuild`, or `anchored` in blocks of `anchor_block` slots.
-    latent: `separate`, or `joint-kv`: one latent holds keys and values.
+    latent: `separate`, or `joint-kv`: one latent holds keys and values. keys: how they are held, a
+    name in `KEYS`; `anchored` in blocks of `anchor_block` slots, None chooses. keys_reason: why
+    `auto` chose them, filled in by `fit`.
     """
 
     method: str = "fisher"
@@ -33,7 +35,8 @@ class Settings(NamedTuple):
     rank_multiple: int = 8
     latent: str = "separate"
     keys: str = "rebuild"
-    anchor_block: int = 16
+    anchor_block: int | None = None
+    keys_reason: str | None = None
 
     def check(self) -> None:
         """Raise ValueError for settings that fit no model, before anything long begins."""
@@ -47,23 +50,42 @@ class Settings(NamedTuple):
         if self.error_budget is not None and not self.error_budget >= 0:
             raise ValueError(f"the error budget is {self.error_budget}: expected 0 or more")
         if self.keys not in KEYS:
-            raise ValueError(f"keys {self.keys!r} is unknown: expected {' or '.join(KEYS)}")
-        if self.anchor_block < 2:
+            raise ValueError(f"keys {self.keys!r} is unknown: expected one of {', '.join(KEYS)}")
+        if self.anchor_block is not None and self.anchor_block < 2:
             raise ValueError(f"anchor block is {self.anchor_block}: expected at least 2 slots")
-        if self.keys == "anchored" and self.method == "eigen":
-            raise ValueError("eigen rebuilds its keys: choose fisher or attention to anchor them")
+        if self.method == "eigen" and self.keys not in ("rebuild", "auto"):
+            raise ValueError(f"eigen rebuilds its keys: choose fisher or attention for {self.keys}")
+        if self.method == "kv-heads" and self.keys in ("pairs", "full"):
+            raise ValueError(
+                f"kv-heads merges whole heads: choose fisher or attention for {self.keys}"
+            )
         if self.latent not in LATENTS:
             raise ValueError(f"latent {self.latent!r} is unknown: expected {' or '.join(LATENTS)}")
         if self.latent == "joint-kv" and self.method in ("eigen", "kv-heads"):
             raise ValueError(f"{self.method} has no joint latents: choose fisher or attention")
+        if self.latent == "joint-kv" and self.keys == "full":
+            raise ValueError("joint-kv compresses keys with values: keys cannot stay full")
         check_keep(self.keep)
 
-    def fit(self, config: Config) -> "Settings":
-        """The settings with heads per latent filled in. Raises ValueError if they do not fit."""
+    def fit(self, config: Config, device: str = "cpu") -> "Settings":
+        """The settings with what is to be chosen filled in. Raises ValueError if they do not fit.
+
+        device: what kind the model runs on, which `auto` keys may depend on.
+        """
         if config.kv_width != config.dense_kv_width:
             raise ValueError("the model is compressed already: take the model it was made from")
-        if self.keys == "anchored" and not config.rotary:
-            raise ValueError("nothing rotates the keys of this model: there is nothing to anchor")
+        if self.keys == "auto":
+            choice = choose_keys(config, device, self.method == "eigen")
+            block = self.anchor_block or choice.block
+            chosen = self._replace(keys=choice.keys, anchor_block=block, keys_reason=choice.reason)
+            return chosen.fit(config, device)
+        if self.keys in TURNED:
+            if not config.rotary:
+                raise ValueError(
+                    f"nothing rotates the keys of this model, so none can be {self.keys}: expected "
+                    "rebuild, full or auto"
+                )
+            replace(config, **self.rotary(config))  # refuses what does not fit
         if self.latent == "joint-kv" and (config.rotary or any(config.nonlinear)):
             raise ValueError(
                 "joint-kv needs keys that are linear in the layer's input: this model rotates, "
@@ -71,12 +93,22 @@ class Settings(NamedTuple):
             )
         return self._replace(heads_per_latent=self._shared(config.num_key_value_heads))
 
-    @property
-    def anchor(self) -> int:
+    def anchor(self, config: Config) -> int:
         """Slots of a block within which keys are turned when cached; 1 where they are not."""
-        return self.anchor_block if self.keys == "anchored" else 1
+        if self.keys == "rotated":
+            return config.max_position_embeddings
+        return self.anchor_block or BLOCK if self.keys == "anchored" else 1
+
+    def rotary(self, config: Config) -> dict[str, Any]:
+        """What the config of a model with a rotation says of its keys."""
+        return {"anchor": self.anchor(config), "pairs": self.keys == "pairs"}
 
     def _shared(self, kv_heads: int) -> tuple[int, int]:
+        """Heads per latent of keys and of values; keys that stay full share none."""
+        k, v = self._asked(kv_heads)
+        return (1 if self.keys == "full" else k), v
+
+    def _asked(self, kv_heads: int) -> tuple[int, int]:
         if self.method == "eigen":
             if self.heads_per_latent not in (None, (1, 1)):
                 raise ValueError("eigen keeps one latent a kv head: leave heads per latent at 1")
@@ -117,8 +149,8 @@ def gather(model: Model, tokens: Tensor, settings: Settings) -> list[Statistics]
     """The statistics of tokens (N, T) that `settings`, fitted to the model, need."""
     shared = settings.heads_per_latent or (1, 1)
     needs = METHODS[settings.method]
-    joint = settings.latent == "joint-kv"
-    return calibrate(model, tokens, shared, needs.gradients, needs.queries, joint, settings.anchor)
+    joint, anchor = settings.latent == "joint-kv", settings.anchor(model.config)
+    return calibrate(model, tokens, shared, needs.gradients, needs.queries, joint, anchor)
 
 
 def compress(
@@ -134,8 +166,10 @@ def compress(
     """
     settings = settings or Settings()
     settings.check()
-    settings = settings.fit(model.config)
-    bases = METHODS[settings.method].bases(model, statistics or gather(model, tokens, settings))
+    settings = settings.fit(model.config, model.device.type)
+    statistics = statistics or gather(model, tokens, settings)
+    options = {"pairs": True} if settings.keys == "pairs" else {}
+    bases = METHODS[settings.method].bases(model, statistics, **options)
     found: list[dict[str, Any]] = [{} for _ in bases]
     if settings.method == "eigen":
         rows = max(1, SEARCH_TOKENS // tokens.size(1))
@@ -149,10 +183,11 @@ def compress(
         width = (model.config.head_dim,) * len(bases)
         ranks = Ranks(width, width)
     else:
-        ranks = greedy(model.config, bases, settings.keep, settings.rank_multiple)
+        whole = settings.keys == "full"
+        ranks = greedy(model.config, bases, settings.keep, settings.rank_multiple, whole)
     layers = [_report(*x) for x in zip(bases, *ranks, strict=True)]
     layers = [a | b for a, b in zip(layers, found, strict=True)]
-    return Compressed(fold(model, bases, ranks, settings.anchor), layers, settings)
+    return Compressed(fold(model, bases, ranks, settings.anchor(model.config)), layers, settings)
 
 
 def _report(basis: LayerBasis, k_rank: int, v_rank: int) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .allocate import Ranks
-from .basis import Basis, LayerBasis
+from .basis import LayerBasis
 from .families import new_model
 from .model import Config, LatentAttention, Model
+from .solve import Basis
 
 
 def compressed_config(
@@ -20,7 +21,8 @@ def compressed_config(
     k, v = bases[0]
     shared = [config.num_key_value_heads // len(b.spectrum) for b in (k, v or k)]
     mean = any(bool(b.k.mean.any()) for b in bases)
-    return low_config(config, ranks, (shared[0], shared[1]), v is None, anchor, mean)
+    pairs = k.pairs is not None
+    return low_config(config, ranks, (shared[0], shared[1]), v is None, anchor, mean, pairs)
 
 
 def low_config(
@@ -30,9 +32,10 @@ def low_config(
     joint: bool = False,
     anchor: int = 1,
     key_mean: bool = False,
+    pairs: bool = False,
 ) -> Config:
     """The config of `config`'s model with such ranks: its biases are where folding leaves them."""
-    rotary: dict[str, Any] = {"key_mean": key_mean, "anchor": anchor} if config.rotary else {}
+    rotary: dict[str, Any] = {"key_mean": key_mean, "anchor": anchor, "pairs": pairs}
     return replace(
         config,
         k_ranks=ranks.k,
@@ -43,7 +46,7 @@ def low_config(
         key_bias=config.key_bias and (config.rotary or config.nonlinear[0]),
         value_bias=config.value_bias and config.nonlinear[1],
         output_bias=True,
-        **rotary,
+        **(rotary if config.rotary else {}),
     )
 
 
@@ -89,7 +92,7 @@ def fold_attention(
         _fold_queries(new, wanted, dense, k_decoder)
     else:
         if low_k:
-            _fold_keys(new, wanted, dense, _cut(basis.k, low.k.width), basis.k.mean)
+            _fold_keys(new, wanted, dense, basis.k, low.k.width)
         if low_v and basis.v is not None:
             e, v_decoder = _cut(basis.v, low.v.width)
             if "v_down" in wanted:
@@ -109,7 +112,10 @@ def fold_attention(
         read = _per_query_head(v_decoder, dense)
         new["o_proj.weight"] = torch.einsum("ohd,hdr->ohr", w_o, read).flatten(1)
     like, kept = dense.q_proj.weight, dense.state_dict()
-    cast = {name: x.to(like.device, like.dtype).contiguous() for name, x in new.items()}
+    cast = {
+        name: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype).contiguous()
+        for name, x in new.items()
+    }
     return {name: (kept | cast)[name] for name in wanted}
 
 
@@ -117,10 +123,12 @@ def _fold_keys(
     new: dict[str, Tensor],
     wanted: Mapping[str, Tensor],
     dense: LatentAttention,
-    cut: tuple[Tensor, Tensor],
-    mean: Tensor,
+    basis: Basis,
+    rank: int,
 ) -> None:
-    e, d = cut
+    e, d = _cut(basis, rank)
+    if basis.pairs is not None:
+        new["k_pairs"] = basis.pairs[:, : rank // 2].clone()
     if "k_down" in wanted:
         new["k_down"] = e
     else:
@@ -128,7 +136,7 @@ def _fold_keys(
         if "k_proj.bias" in wanted:
             new["k_proj.bias"] = _encode(e, _blocks(_bias(dense.k_proj), e)[..., None])[:, 0]
     if "k_mean" in wanted:
-        new["k_mean"] = _lost(mean, e, d).reshape(wanted["k_mean"].shape)
+        new["k_mean"] = _lost(basis.mean, e, d).reshape(wanted["k_mean"].shape)
     _fold_queries(new, wanted, dense, d)
 
 
@@ -164,8 +172,11 @@ def _blocks(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _cut(basis: Basis, rank: int) -> tuple[Tensor, Tensor]:
-    """Encoder and decoder (L, n, rank)."""
-    return basis.encoder[..., :rank], basis.decoder[..., :rank]
+    """Encoder and decoder (L, n, rank). Pairs are put in halves, as the rotation wants them."""
+    order = torch.arange(rank)
+    if basis.pairs is not None:
+        order = order.unflatten(0, (-1, 2)).mT.flatten()
+    return basis.encoder[..., order], basis.decoder[..., order]
 
 
 def _encode(encoder: Tensor, blocks: Tensor) -> Tensor:

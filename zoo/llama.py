@@ -7,6 +7,8 @@ Beside transformers' `modeling_llama.py`, what is peculiar here:
   whole keys are cached rotated, as everywhere.
 - With `anchor` > 1 they are turned within their block of slots and then encoded, so that decoding
   needs one query a block instead of one lifted key a token.
+- With `pairs` a basis mixes heads, never frequencies. It lets the rotation pass, so that latents
+  are cached rotated, as keys are, and queries read them directly.
 - Values stay latent: the lift is folded into `o_proj` where that makes it no larger, else it is
   applied after attention, to one vector a head instead of one a cached token.
 """
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import anchored_attention, latent_attention, lift, lift_heads
+from .attention import absorb, anchored_attention, latent_attention, lift, lift_heads
 from .cache import StaticCache
 from .model import Config, LatentAttention, Model, parameter
 from .rope import frequencies, rotate
@@ -46,6 +48,7 @@ class LlamaConfig(Config):
     mlp_bias: bool = False
     anchor: int = 1  # compressed keys are turned within blocks of so many slots when cached
     key_mean: bool = False  # lifted keys get back what the basis leaves of their mean
+    pairs: bool = False  # a latent holds complex numbers, each of one rotation frequency
 
     def __post_init__(self) -> None:
         """Refuse what rotated keys cannot do."""
@@ -53,11 +56,22 @@ class LlamaConfig(Config):
             raise ValueError("joint_kv is not supported where keys are rotated")
         if self.anchor < 1:
             raise ValueError(f"anchor is {self.anchor}: expected the slots of a block, 1 or more")
-        if self.anchor > 1 and self.rope_parameters.get("rope_type") == "longrope":
+        if (self.anchor > 1 or self.pairs) and not self.fixed_angles:
             raise ValueError(
-                "longrope turns by other angles in long texts: keys cannot be anchored"
+                "longrope turns by other angles in long texts: compressed keys cannot be cached "
+                "turned; rebuild them, or keep them in full"
+            )
+        if self.pairs and (self.anchor > 1 or any(r % 2 for r in self.k_ranks)):
+            raise ValueError(
+                f"anchor is {self.anchor}, k_ranks is {list(self.k_ranks)}: expected anchor 1 and "
+                "even ranks where latents of keys are pairs"
             )
         super().__post_init__()
+
+    @property
+    def fixed_angles(self) -> bool:
+        """Whether a position turns by the same angles however long the text becomes."""
+        return self.rope_parameters.get("rope_type") != "longrope"
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
@@ -96,6 +110,8 @@ class Where(NamedTuple):
 class Attention(LatentAttention):
     """Attention of one layer over latents. Weights are named as in a Hugging Face checkpoint."""
 
+    k_pairs: Tensor | None  # the frequency of every pair of columns, (L, R / 2): kept, never cast
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         d, heads, width = config.head_dim, config.num_attention_heads, config.hidden_size
@@ -104,7 +120,7 @@ class Attention(LatentAttention):
         k_up, v_up = config.lifted(layer)
         shared = config.k_heads_per_latent, config.v_heads_per_latent
 
-        anchored = k_up and config.anchor > 1
+        anchored, paired = k_up and config.anchor > 1, k_up and config.pairs
         self.q_proj = nn.Linear(width, heads * d, bias=config.query_bias)
         k_width = config.num_key_value_heads * d if anchored else k.heads * k.width
         self.k_proj = nn.Linear(width, k_width, bias=config.key_bias)
@@ -115,20 +131,15 @@ class Attention(LatentAttention):
         self.anchor = config.anchor
         self.k_down = parameter(k.heads, shared[0] * d, k.width) if anchored else None
         self.k_mean = parameter(config.num_key_value_heads, 1, d) if mean else None
+        pairs = torch.zeros(k.heads, k.width // 2, dtype=torch.long) if paired else None
+        self.register_buffer("k_pairs", pairs)
         self.v_up = parameter(v.heads, v.width, shared[1] * d) if v_up else None
 
     def forward(self, x: Tensor, pos: Tensor, where: Where, cache: StaticCache | None) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x)
-        if self.k_down is not None and where.offset is not None:
-            k = _encode(k, where.offset, self.k_down, self.head_dim)
-        else:
-            k = k.unflatten(-1, (self.k.heads, -1)).transpose(1, 2)  # (B, L, T, R)
+        k = self._cached(self.k_proj(x), where)  # (B, L, T, R)
         v = self.v_proj(x).unflatten(-1, (self.v.heads, -1)).transpose(1, 2)  # (B, L, T, R)
-
-        if self.k_up is None:
-            k = rotate(k, *where.new)
         if cache is not None:
             k, v = cache.update(self.layer, pos, k, v)
         prompt = x.size(1) > 1  # for one token, lifting what it read is less work than all values
@@ -139,19 +150,32 @@ class Attention(LatentAttention):
                 *(q, k, v, where.mask, self.scale, where.ahead, self.k_up, self.k_mean, self.anchor)
             )
         else:
-            if self.k_up is not None:
-                k = lift(k, self.k_up, self.head_dim)
-                k = rotate(k if self.k_mean is None else k + self.k_mean, *where.slots)
-            y = latent_attention(rotate(q, *where.new), k, v, where.mask, self.scale)
+            q, k = self._read(rotate(q, *where.new), k, where)
+            y = latent_attention(q, k, v, where.mask, self.scale)
         if self.v_up is not None and not prompt:
             y = lift_heads(y, self.v_up, self.head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
+    def _cached(self, k: Tensor, where: Where) -> Tensor:
+        """What the cache keeps of keys as they are projected, (B, T, width): (B, L, T, R)."""
+        if self.k_down is not None and where.offset is not None:
+            turned = rotate(k.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), *where.offset)
+            grouped = turned.unflatten(1, (self.k.heads, -1))  # (B, L, G / L, T, D)
+            return grouped.transpose(2, 3).flatten(3) @ self.k_down
+        k = k.unflatten(-1, (self.k.heads, -1)).transpose(1, 2)
+        if self.k_pairs is not None:
+            cos, sin = (x[:, 0][..., self.k_pairs].transpose(1, 2) for x in where.new)
+            return rotate(k, cos, sin)
+        return rotate(k, *where.new) if self.k_up is None else k
 
-def _encode(k: Tensor, offset: Angles, down: Tensor, head_dim: int) -> Tensor:
-    """Keys (B, T, G * D), turned within their blocks and encoded: (B, L, T, R)."""
-    turned = rotate(k.unflatten(-1, (-1, head_dim)).transpose(1, 2), *offset)  # (B, G, T, D)
-    return turned.unflatten(1, (len(down), -1)).transpose(2, 3).flatten(3) @ down
+    def _read(self, q: Tensor, k: Tensor, where: Where) -> tuple[Tensor, Tensor]:
+        """Rotated queries (B, H, T, D) and cached keys, as attention can compare them."""
+        if self.k_up is None:
+            return q, k
+        if self.k_pairs is not None:
+            return absorb(q, self.k_up, self.head_dim), k
+        k = lift(k, self.k_up, self.head_dim)
+        return q, rotate(k if self.k_mean is None else k + self.k_mean, *where.slots)
 
 
 class MLP(nn.Module):

@@ -98,6 +98,11 @@ class Config:
         return 0
 
     @property
+    def fixed_angles(self) -> bool:
+        """Whether a rotation, if there is one, never depends on the length of the text."""
+        return True
+
+    @property
     def nonlinear(self) -> tuple[bool, bool]:
         """Whether keys, and values, are more than a linear map of the layer's input."""
         return False, False

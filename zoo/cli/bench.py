@@ -6,14 +6,17 @@ from typing import Annotated
 import typer
 
 from .options import (
+    AnchorBlock,
     AsJson,
     Compile,
     Device,
     Dtype,
+    Keys,
     Revision,
     Trust,
     load,
     say,
+    say_keys,
     torch_device,
     torch_dtype,
 )
@@ -33,10 +36,8 @@ def bench(
         int, typer.Option(help="With --shape: kv heads that share a latent.")
     ] = 1,
     latent: Annotated[str, typer.Option(help="With --shape: separate or joint-kv.")] = "separate",
-    keys: Annotated[
-        str, typer.Option(help="With --shape and RoPE: rebuild or anchored.")
-    ] = "rebuild",
-    anchor_block: Annotated[int, typer.Option(help="With anchored keys: slots of a block.")] = 16,
+    keys: Keys = "rebuild",
+    anchor_block: AnchorBlock = None,
     context: Annotated[
         list[int] | None, typer.Option(help="Slots, all in use; repeat for more. [default: 2048]")
     ] = None,
@@ -58,13 +59,16 @@ def bench(
 
     contexts = context or [2048]
     if shape is not None and not sources:
-        Settings(keep=keep, latent=latent, keys=keys, anchor_block=anchor_block).check()
+        shared = heads_per_latent, heads_per_latent
+        settings = Settings("fisher", keep, None, shared, 8, latent, keys, anchor_block)
+        settings.check()
         import torch
 
         config = shaped(shape, layers, max(contexts))
-        anchor = anchor_block if keys == "anchored" else 1
-        low = uniform(config, keep, heads_per_latent, latent == "joint-kv", anchor)
         kind, place = torch_dtype(dtype) or torch.float32, torch_device(device)
+        settings = settings.fit(config, place.type)
+        say_keys(settings)
+        low = uniform(config, settings)
         models = {
             "dense": random_model(config, kind, place),
             "compressed": random_model(low, kind, place),

@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from .options import (
+    AnchorBlock,
     AsJson,
     Calibration,
     Device,
     Dtype,
     Force,
     Keep,
+    Keys,
     Method,
     Revision,
     Samples,
@@ -21,6 +23,7 @@ from .options import (
     Source,
     Trust,
     load,
+    say_keys,
 )
 
 
@@ -39,13 +42,8 @@ def compress(
         float | None,
         typer.Option(help="eigen: relative output error a layer may have, instead of --keep."),
     ] = None,
-    keys: Annotated[
-        str,
-        typer.Option(
-            help="With RoPE: rebuild, or anchored: turned within blocks, nearly as good, faster."
-        ),
-    ] = "rebuild",
-    anchor_block: Annotated[int, typer.Option(help="Slots of a block of anchored keys.")] = 16,
+    keys: Keys = "rebuild",
+    anchor_block: AnchorBlock = None,
     latent: Annotated[
         str,
         typer.Option(
@@ -82,11 +80,14 @@ def compress(
     if text is not None:
         read_text(text)  # a missing file is found before the long work
     original = load(source, dtype, device, revision, trust_remote_code)
-    shared = _shared(heads_per_latent, original.model.config.num_key_value_heads)
+    model = original.model
+    shared = _shared(heads_per_latent, model.config.num_key_value_heads)
+    settings = settings._replace(heads_per_latent=shared).fit(model.config, model.device.type)
+    say_keys(settings)
     record = compress_checkpoint(
         original,
         out,
-        settings._replace(heads_per_latent=shared),
+        settings,
         calibration,
         samples,
         seq_len,

@@ -9,6 +9,18 @@ import typer
 Source = Annotated[str, typer.Argument(help="Folder, GGUF file or Hugging Face id.")]
 Method = Annotated[str, typer.Option("--method", help="fisher, attention, eigen or kv-heads.")]
 Keep = Annotated[float, typer.Option("--keep", help="Share of the KV bytes that stay, 0 to 1.")]
+Keys = Annotated[
+    str,
+    typer.Option(
+        "--keys",
+        help="With RoPE: rebuild (best), anchored (nearly, and faster), pairs or rotated (read as "
+        "they are), auto; and everywhere full: only values are compressed.",
+    ),
+]
+AnchorBlock = Annotated[
+    int | None,
+    typer.Option("--anchor-block", help="Slots of a block of anchored keys. [default: 16]"),
+]
 Calibration = Annotated[
     str,
     typer.Option(
@@ -85,6 +97,13 @@ def torch_device(name: str) -> Any:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used: {reason}") from None
     return device
+
+
+def say_keys(settings: Any) -> None:
+    """What `auto` keys have become, and why; nothing if they were chosen by hand."""
+    if settings.keys_reason is not None:
+        block = f" in blocks of {settings.anchor_block}" * (settings.keys == "anchored")
+        say(f"keys: {settings.keys}{block}, since {settings.keys_reason}")
 
 
 def name_of(path: Path | str | None) -> str:
