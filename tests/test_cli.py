@@ -1,4 +1,5 @@
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -75,6 +76,51 @@ def test_evaluate_takes_dense_and_compressed(run, dense_folder, low):
     assert dense["kv_share"] == 1
     assert small["kv_share"] <= 0.5
     assert dense["kv_bytes_per_token"] == small["kv_bytes_per_token_dense"] == 3 * 2 * 4 * 16 * 4
+
+
+def test_evaluate_shows_perplexity_by_position(run, low, tmp_path):
+    (tmp_path / "a.txt").write_text(tiny.WORDS * 20)
+    words = [
+        "evaluate",
+        low,
+        "--text",
+        tmp_path / "a.txt",
+        "--by-position",
+        "--window",
+        "200",
+        "--windows",
+        "2",
+    ]
+    found = json.loads(run(*words, "--json")[1])
+    rows = found["by_position"]
+    assert [(x["start"], x["stop"]) for x in rows] == [(1, 64), (64, 128), (128, 200)]
+    mean = sum(x["tokens"] * x["loss"] for x in rows) / found["tokens"]
+    assert math.exp(mean) == pytest.approx(found["perplexity"])
+    assert "64 to 127" in run(*words)[1]
+
+
+def test_evaluate_asks_for_planted_facts(run, low, tmp_path):
+    (tmp_path / "a.txt").write_text(tiny.WORDS * 20)
+    words = [
+        "evaluate",
+        low,
+        "--text",
+        tmp_path / "a.txt",
+        "--retrieval",
+        "--length",
+        "150",
+        "--length",
+        "200",
+        "--facts",
+        "1",
+    ]
+    found = json.loads(run(*words, "--json")[1])
+    assert {x["length"] for x in found["retrieval"]} == {150, 200}
+    assert {x["right"] for x in found["retrieval"]} == {0.0}
+    assert "perplexity" not in found
+    text = run(*words)[1]
+    assert "depth 75%" in text
+    assert "0% (-" in text
 
 
 def test_bench_compares_two_checkpoints(run, dense_folder, low):
@@ -157,6 +203,8 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
         ("evaluate", tmp_path / "none"): "does not exist",
         ("evaluate", dense_folder, "--text", tmp_path / "none.txt"): "none.txt does not exist",
         ("evaluate", dense_folder, "--text", tmp_path / "short.txt"): "less than one window",
+        ("evaluate", dense_folder, "--length", "64"): "goes with --retrieval",
+        ("evaluate", dense_folder, "--retrieval", "--length", "20"): "length is 20",
         ("evaluate", dense_folder, "--dtype", "int8"): "dtype 'int8' is unknown",
         ("evaluate", dense_folder, "--device", "tpu"): "device 'tpu' cannot be used",
         ("compress", dense_folder, new, "--keep", "0"): "keep is 0.0",

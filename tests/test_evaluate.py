@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from eigenzoo.zoo.compress import Settings, compress
-from eigenzoo.zoo.evaluate import compare, perplexity
+from eigenzoo.zoo.evaluate import compare, mean_perplexity, perplexity, token_losses
 
 
 @pytest.mark.parametrize("windows", [0, 2])
@@ -17,6 +17,17 @@ def test_perplexity_is_the_papers_protocol(windows):
     got = perplexity(ours, x, 32, windows)
     assert got.tokens == 31 * len(rows)
     assert got.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mpt"])
+def test_losses_are_of_every_token_though_logits_come_in_pieces(family):
+    model = tiny.native(family, max_position_embeddings=1200)
+    rows = tiny.tokens(1, 2 * 1100)[0].view(2, 1100)
+    logs = model(rows[:, :-1]).log_softmax(-1)
+    want = -logs.gather(2, rows[:, 1:, None])[..., 0]
+    got = token_losses(model, rows.flatten(), 1100)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert mean_perplexity(got) == perplexity(model, rows.flatten(), 1100)
 
 
 @pytest.mark.parametrize(("length", "window"), [(31, 32), (40, 1)])

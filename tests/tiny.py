@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -61,8 +61,8 @@ def hf(family: str = "llama", seed: int = 0, **changes):
     return stir(AutoModelForCausalLM.from_config(config), seed)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE."""
+def tokenizer(begin: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE. begin: put the first token before every text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -71,6 +71,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
         vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
     )
     bpe.train_from_iterator([WORDS], trainer)
+    if begin:
+        bpe.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )

@@ -23,13 +23,24 @@ class Perplexity(NamedTuple):
     tokens: int
 
 
-@torch.inference_mode()
 def perplexity(model: Model, tokens: Tensor, window: int = 2048, windows: int = 0) -> Perplexity:
-    """The papers' protocol: cut tokens (N,) into windows that do not overlap, predict each
-    from its second token on.
+    """Perplexity by the papers' protocol. Arguments as in `token_losses`."""
+    return mean_perplexity(token_losses(model, tokens, window, windows))
 
-    windows: how many to take at most; 0 takes all. A last piece shorter than a window is left
-    out. Raises ValueError if the text is shorter than one window.
+
+def mean_perplexity(losses: Tensor) -> Perplexity:
+    """Perplexity of negative log-likelihoods in nats, of any shape."""
+    return Perplexity(math.exp(losses.double().mean().item()), losses.numel())
+
+
+@torch.inference_mode()
+def token_losses(model: Model, tokens: Tensor, window: int = 2048, windows: int = 0) -> Tensor:
+    """Negative log-likelihoods in nats, (windows, window - 1), on the CPU.
+
+    The papers' protocol: tokens (N,) are cut into windows that do not overlap, and each is
+    predicted from its second token on. windows: how many to take at most; 0 takes all. A last
+    piece shorter than a window is left out. Raises ValueError if the text is shorter than one
+    window.
     """
     if window < 2:
         raise ValueError(f"window is {window}: expected at least 2 tokens")
@@ -40,13 +51,13 @@ def perplexity(model: Model, tokens: Tensor, window: int = 2048, windows: int = 
             "give a longer text or a smaller --window"
         )
     count = min(count, windows or count)
-    total = 0.0
     rows = tokens[: count * window].view(count, window)
+    losses = []
     for row in tqdm(rows, desc="evaluating", unit="window", disable=None, leave=False):
-        logits = model(row[None, :-1])[0]
-        for piece, target in zip(logits.split(512), row[1:].split(512), strict=True):
-            total += F.cross_entropy(piece.float(), target, reduction="sum").item()
-    return Perplexity(math.exp(total / (count * (window - 1))), count * (window - 1))
+        pieces = model.hidden(row[None, :-1])[0].split(512)  # all logits at once take gigabytes
+        for piece, target in zip(pieces, row[1:].split(512), strict=True):
+            losses.append(F.cross_entropy(model.head(piece).float(), target, reduction="none"))
+    return torch.cat(losses).view(count, window - 1).cpu()
 
 
 def decode_speed(generators: Sequence[Generator], steps: int = 32, rounds: int = 3) -> list[float]:

@@ -61,6 +61,47 @@ def bench(rows: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
+def evaluation(found: Mapping[str, Any]) -> None:
+    """Print what `eigenzoo evaluate` found: of perplexity, positions, retrieval."""
+    if "perplexity" in found:
+        print(
+            f"perplexity {found['perplexity']:.4f} on {found['tokens']} tokens of {found['text']} "
+            f"in windows of {found['window']}"
+        )
+    print(
+        f"{found['kv_bytes_per_token']} KV bytes per token, {found['kv_share']:.1%} of the "
+        f"uncompressed {found['kv_bytes_per_token_dense']}"
+    )
+    if "by_position" in found:
+        positions(found["by_position"])
+    if "retrieval" in found:
+        retrieval(found["retrieval"])
+
+
+def positions(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what `probe.by_position` measured."""
+    table = Table("tokens before", "predicted", "loss in nats", "perplexity")
+    for x in rows:
+        place = f"{x['start']} to {x['stop'] - 1}"
+        table.add_row(place, str(x["tokens"]), f"{x['loss']:.4f}", f"{x['perplexity']:.4f}")
+    Console().print(table)
+
+
+def retrieval(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what `probe.retrieval` measured, one line a length and one column a depth."""
+    depths = sorted({x["depth"] for x in rows})
+    table = Table("tokens", *(f"depth {depth:.0%}" for depth in depths))
+    for length in sorted({x["length"] for x in rows}):
+        cells = {x["depth"]: x for x in rows if x["length"] == length}
+        shown = (f"{x['right']:.0%} ({x['loglikelihood']:.3f})" for _, x in sorted(cells.items()))
+        table.add_row(str(length), *shown)
+    Console().print(table)
+    print(
+        f"share of {rows[0]['facts']} facts that greedy decoding gives, and mean log-likelihood of "
+        "their tokens in nats"
+    )
+
+
 def checkpoint(found: Mapping[str, Any]) -> None:
     """Print what `checkpoint.inspect` found."""
     table = Table(show_header=False)

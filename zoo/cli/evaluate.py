@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from .options import AsJson, Device, Dtype, Revision, Source, Trust, load, name_of
+from .options import AsJson, Device, Dtype, Revision, Seed, Source, Trust, load, name_of
+
+LENGTHS = (256, 512, 1024, 2048)
 
 
 def evaluate(
@@ -21,29 +23,48 @@ def evaluate(
         ),
     ] = None,
     windows: Annotated[int, typer.Option(help="How many windows; 0 for all of the text.")] = 0,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="Perplexity by the number of tokens before, too.")
+    ] = False,
+    retrieval: Annotated[
+        bool, typer.Option("--retrieval", help="Ask for facts planted in the text, instead.")
+    ] = False,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens of a text with a fact in it; repeat. [default: 256, 512, ... up to 2048, "
+            "or what the model can read]"
+        ),
+    ] = None,
+    facts: Annotated[int, typer.Option(min=1, help="Facts to plant a length and depth.")] = 5,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    seed: Seed = 0,
     as_json: AsJson = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Perplexity of SOURCE, dense or compressed, on a text."""
+    """Perplexity of SOURCE, dense or compressed, on a text, and what perplexity alone hides."""
+    from .. import probe, report
     from ..allocate import kv_bytes
     from ..data import encode, python_docs, read_text
-    from ..evaluate import perplexity
+    from ..evaluate import mean_perplexity, token_losses
 
+    if length and not retrieval:
+        raise ValueError("--length goes with --retrieval")
     words = python_docs() if text is None else read_text(text)
     model, tokenizer, *_ = load(source, dtype, device, revision, trust_remote_code)
-    tokens = encode(tokenizer, words).to(model.device)
-    window = window or min(2048, model.config.max_position_embeddings)
-    found = perplexity(model, tokens, window, windows)._asdict() | kv_bytes(
-        model.config, model.dtype
-    )
-    if as_json:
-        print(json.dumps(found | {"model": source, "text": name_of(text), "window": window}))
-        return
-    typer.echo(
-        f"perplexity {found['perplexity']:.4f} on {found['tokens']} tokens of {name_of(text)} in "
-        f"windows of {window}\n{found['kv_bytes_per_token']} KV bytes per token, "
-        f"{found['kv_share']:.1%} of the uncompressed {found['kv_bytes_per_token_dense']}"
-    )
+    longest = model.config.max_position_embeddings
+    found = {"model": source} | kv_bytes(model.config, model.dtype)
+    if by_position or not retrieval:
+        window = window or min(2048, longest)
+        tokens = encode(tokenizer, words).to(model.device)
+        losses = token_losses(model, tokens, window, windows)
+        found |= mean_perplexity(losses)._asdict() | {"text": name_of(text), "window": window}
+        if by_position:
+            found["by_position"] = [x._asdict() for x in probe.by_position(losses)]
+    if retrieval:
+        length = length or [n for n in LENGTHS if n <= longest] or [longest]
+        rows = probe.retrieval(model, tokenizer, words, length, facts=facts, seed=seed)
+        found |= {"text": name_of(text), "retrieval": [x._asdict() for x in rows]}
+    print(json.dumps(found)) if as_json else report.evaluation(found)
