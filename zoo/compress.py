@@ -34,7 +34,7 @@ class Settings(NamedTuple):
     heads_per_latent: tuple[int, int] | None = None
     rank_multiple: int = 8
     latent: str = "separate"
-    keys: str = "rebuild"
+    keys: str = "auto"
     anchor_block: int | None = None
     keys_reason: str | None = None
 

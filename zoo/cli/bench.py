@@ -36,7 +36,7 @@ def bench(
         int, typer.Option(help="With --shape: kv heads that share a latent.")
     ] = 1,
     latent: Annotated[str, typer.Option(help="With --shape: separate or joint-kv.")] = "separate",
-    keys: Keys = "rebuild",
+    keys: Keys = "auto",
     anchor_block: AnchorBlock = None,
     context: Annotated[
         list[int] | None, typer.Option(help="Slots, all in use; repeat for more. [default: 2048]")

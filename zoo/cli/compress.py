@@ -42,7 +42,7 @@ def compress(
         float | None,
         typer.Option(help="eigen: relative output error a layer may have, instead of --keep."),
     ] = None,
-    keys: Keys = "rebuild",
+    keys: Keys = "auto",
     anchor_block: AnchorBlock = None,
     latent: Annotated[
         str,
