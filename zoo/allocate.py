@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .basis import LayerBasis
+from .basis import Basis, LayerBasis
 from .model import Config
 
 NOISE = 1e-7  # of a unit's error: what sums in fp32 leave of nothing
@@ -52,6 +52,31 @@ def greedy(config: Config, bases: Sequence[LayerBasis], keep: float, multiple: i
     if bases[0].v is None:
         return Ranks(tuple(ranks), (0,) * len(ranks))
     return Ranks(tuple(ranks[0::2]), tuple(ranks[1::2]))
+
+
+def proportional(
+    config: Config,
+    bases: Sequence[LayerBasis],
+    weights: Sequence[tuple[float, float]],
+    keep: float,
+    multiple: int = 8,
+) -> Ranks:
+    """Spend one budget so that latents of keys, and of values, get ranks as their weights are.
+
+    weights: one pair a layer. A unit whose next rank r gains weight / r makes `greedy` the divisor
+    method of apportionment (D'Hondt), and what one that is full cannot take goes to the others.
+    Limits, rounding and errors are those of `greedy`.
+    """
+
+    def falling(basis: Basis, weight: float) -> Basis:
+        gain = weight / torch.arange(1, basis.spectrum.size(1) + 1, dtype=torch.float64)
+        return basis._replace(spectrum=gain.expand_as(basis.spectrum))
+
+    given = [
+        LayerBasis(falling(k, w_k), None if v is None else falling(v, w_v))
+        for (k, v), (w_k, w_v) in zip(bases, weights, strict=True)
+    ]
+    return greedy(config, given, keep, multiple)
 
 
 def _cuts(spectrum: Tensor, multiple: int) -> list[int]:

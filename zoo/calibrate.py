@@ -52,7 +52,11 @@ class Moments:
     @property
     def second(self) -> Tensor:
         """The same, uncentred."""
-        return self.covariance + _outer(self.mean)
+        return self.about(torch.zeros_like(self.sum))
+
+    def about(self, point: Tensor) -> Tensor:
+        """Mean of (x - point)(x - point)ᵀ, for a point (L, width)."""
+        return self.covariance + _outer(self.mean - point)
 
 
 def _outer(x: Tensor) -> Tensor:
@@ -60,7 +64,7 @@ def _outer(x: Tensor) -> Tensor:
 
 
 class Statistics(NamedTuple):
-    """What one layer showed. Gradients and queries are present only if they were asked for.
+    """What one layer showed. Queries and gradients are present only if they were asked for.
 
     Where one latent is to hold keys and values, k has both, side by side, and v is None.
     """
@@ -70,6 +74,8 @@ class Statistics(NamedTuple):
     q: Moments | None  # queries before the rotation, one block per query head
     k_grad: Moments | None  # gradients of the summed loss at the keys, in the blocks of k
     v_grad: Moments | None
+    k_weight: Moments | None = None  # of a sequence's loss by the key weight, number by number
+    v_weight: Moments | None = None
 
 
 def calibrate(
@@ -80,13 +86,15 @@ def calibrate(
     queries: bool = False,
     joint: bool = False,
     anchor: int = 1,
+    weights: bool = False,
 ) -> list[Statistics]:
     """Run a dense model over tokens (N, T), one sequence at a time; one `Statistics` a layer.
 
     heads_per_latent: how many kv heads stand side by side in a block, for keys and for values.
     gradients: take the gradients of the summed cross entropy as well, by a backward pass that
     reaches activations only. joint: keys and values of a block side by side. anchor: keys are
-    turned within blocks of so many tokens. Raises ValueError where a statistic is not finite.
+    turned within blocks of so many tokens. weights: take the gradients of the key and the value
+    weights, by the same backward pass. Raises ValueError where a statistic is not finite.
     """
     c, device = model.config, tokens.device
 
@@ -102,12 +110,15 @@ def calibrate(
             Moments(c.num_attention_heads, c.head_dim, device) if queries else None,
             moments(k_shared) if gradients else None,
             moments(v_shared) if gradients and not joint else None,
+            Moments(1, 1, device) if weights else None,
+            Moments(1, 1, device) if weights else None,
         )
         for _ in model.layers
     ]
-    with _watch(model, layers, anchor), torch.set_grad_enabled(gradients):
+    backward = gradients or weights
+    with _watch(model, layers, anchor), torch.set_grad_enabled(backward):
         for row in tqdm(tokens, desc="calibrating", unit="seq", disable=None, leave=False):
-            if not gradients:
+            if not backward:
                 model.hidden(row[None])
                 continue
             logits = model(row[None, :-1]).float()
@@ -160,11 +171,19 @@ def _watch(model: Model, layers: list[Statistics], anchor: int) -> Iterator[None
 
         return hook
 
+    def taken(moments: Moments) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            if weight.grad is not None:
+                moments.add(weight.grad[..., None])
+            weight.grad = None  # freed before the next layer's is made
+
+        return hook
+
     def start(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
         return out.requires_grad_(torch.is_grad_enabled())
 
     flags = [p.requires_grad for p in model.parameters()]
-    model.requires_grad_(False)  # the backward pass reaches activations, no weight
+    model.requires_grad_(False)  # the backward pass reaches activations, and weights if asked
     hooks = [model.embed.register_forward_hook(start)]
     for block, s in zip(model.layers, layers, strict=True):
         parts = 2 if s.v is None else 1
@@ -177,6 +196,13 @@ def _watch(model: Model, layers: list[Statistics], anchor: int) -> Iterator[None
             ("v_proj", feed(*v, parts - 1)),
         ):
             hooks.append(getattr(block.attn, name).register_forward_hook(to))
+        for weight, moments in (
+            (block.attn.k_proj.weight, s.k_weight),
+            (block.attn.v_proj.weight, s.v_weight),
+        ):
+            if moments is not None:
+                weight.requires_grad_(True)
+                hooks.append(weight.register_post_accumulate_grad_hook(taken(moments)))
     try:
         yield
     finally:

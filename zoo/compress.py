@@ -1,11 +1,12 @@
 """The main job in one call: calibrate, solve, choose ranks, fold."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .allocate import Ranks, check_keep, greedy
-from .basis import METHODS, LayerBasis
+from .allocate import Ranks, check_keep, greedy, proportional
+from .basis import METHODS, LayerBasis, Method
 from .calibrate import Statistics, calibrate
 from .fold import fold
 from .model import Config, Model
@@ -50,12 +51,14 @@ class Settings(NamedTuple):
             raise ValueError(f"keys {self.keys!r} is unknown: expected {' or '.join(KEYS)}")
         if self.anchor_block < 2:
             raise ValueError(f"anchor block is {self.anchor_block}: expected at least 2 slots")
-        if self.keys == "anchored" and self.method == "eigen":
-            raise ValueError("eigen rebuilds its keys: choose fisher or attention to anchor them")
+        if self.keys != "rebuild" and METHODS[self.method].rebuilds:
+            others = _names(lambda method: not method.rebuilds)
+            raise ValueError(f"{self.method} rebuilds its keys: leave keys, or choose {others}")
         if self.latent not in LATENTS:
             raise ValueError(f"latent {self.latent!r} is unknown: expected {' or '.join(LATENTS)}")
-        if self.latent == "joint-kv" and self.method in ("eigen", "kv-heads"):
-            raise ValueError(f"{self.method} has no joint latents: choose fisher or attention")
+        if self.latent == "joint-kv" and not METHODS[self.method].joint:
+            others = _names(lambda method: method.joint)
+            raise ValueError(f"{self.method} has no joint latents: choose {others}")
         check_keep(self.keep)
 
     def fit(self, config: Config) -> "Settings":
@@ -92,8 +95,9 @@ class Settings(NamedTuple):
             if self.heads_per_latent not in (None, (merged, merged)):
                 raise ValueError("kv-heads takes its groups from keep: leave heads per latent out")
             return merged, merged
-        if self.heads_per_latent is None:  # beyond four the lift costs more than sharing gains
-            most = max(n for n in range(1, 5) if kv_heads % n == 0)
+        if self.heads_per_latent is None:
+            limit = METHODS[self.method].shared or kv_heads
+            most = max(n for n in range(1, limit + 1) if kv_heads % n == 0)
             return most, most
         if self.latent == "joint-kv" and len(set(self.heads_per_latent)) > 1:
             raise ValueError("joint-kv shares its latents among as many heads of keys as of values")
@@ -105,6 +109,11 @@ class Settings(NamedTuple):
         return self.heads_per_latent
 
 
+def _names(fits: Callable[[Method], bool]) -> str:
+    """The methods that fit, for messages."""
+    return " or ".join(name for name, method in METHODS.items() if fits(method))
+
+
 class Compressed(NamedTuple):
     """A model with a smaller cache, and for every layer its ranks and errors, ready for JSON."""
 
@@ -114,11 +123,22 @@ class Compressed(NamedTuple):
 
 
 def gather(model: Model, tokens: Tensor, settings: Settings) -> list[Statistics]:
-    """The statistics of tokens (N, T) that `settings`, fitted to the model, need."""
+    """The statistics of tokens (N, T) that `settings`, fitted to the model, need.
+
+    A method without data is given none: its statistics are empty, and the model is not run.
+    """
     shared = settings.heads_per_latent or (1, 1)
     needs = METHODS[settings.method]
-    joint = settings.latent == "joint-kv"
-    return calibrate(model, tokens, shared, needs.gradients, needs.queries, joint, settings.anchor)
+    return calibrate(
+        model,
+        tokens if needs.data else tokens[:0],
+        shared,
+        needs.gradients,
+        needs.queries,
+        settings.latent == "joint-kv",
+        settings.anchor,
+        needs.weights,
+    )
 
 
 def compress(
@@ -135,7 +155,8 @@ def compress(
     settings = settings or Settings()
     settings.check()
     settings = settings.fit(model.config)
-    bases = METHODS[settings.method].bases(model, statistics or gather(model, tokens, settings))
+    method, seen = METHODS[settings.method], statistics or gather(model, tokens, settings)
+    bases = method.bases(model, seen)
     found: list[dict[str, Any]] = [{} for _ in bases]
     if settings.method == "eigen":
         rows = max(1, SEARCH_TOKENS // tokens.size(1))
@@ -148,6 +169,9 @@ def compress(
     elif settings.method == "kv-heads":  # one head for every group
         width = (model.config.head_dim,) * len(bases)
         ranks = Ranks(width, width)
+    elif method.ranks is not None:
+        weights, multiple = method.ranks(model, seen), settings.rank_multiple
+        ranks = proportional(model.config, bases, weights, settings.keep, multiple)
     else:
         ranks = greedy(model.config, bases, settings.keep, settings.rank_multiple)
     layers = [_report(*x) for x in zip(bases, *ranks, strict=True)]
