@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.allocate import greedy, threshold_rank
+from eigenzoo.zoo.allocate import greedy, proportional, threshold_rank
 from eigenzoo.zoo.basis import Basis, LayerBasis
 from eigenzoo.zoo.llama import LlamaConfig
 
@@ -71,6 +71,23 @@ def test_a_layer_that_matters_more_gets_more():
     before, after = (greedy(config(), b, 0.5, 4) for b in (plain, heavy))
     assert after.k[1] > before.k[1]
     assert after.k[0] <= before.k[0]
+
+
+def test_ranks_are_in_proportion_to_weights():
+    ranks = proportional(config(), bases(1, 32), [(1, 2), (4, 3)], keep=60 / 128, multiple=1)
+    assert (ranks.k, ranks.v) == ((6, 24), (12, 18))
+
+
+def test_what_a_full_unit_cannot_take_goes_to_the_others():
+    ranks = proportional(config(), bases(1, 32), [(1, 2), (97, 0)], keep=60 / 128, multiple=1)
+    assert (ranks.k, ranks.v) == ((9, 32), (18, 1))
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.77, 1.0])
+def test_proportional_ranks_meet_the_budget(keep):
+    ranks = proportional(config(), bases(1, 32), [(1, 2), (90, 0.1)], keep, multiple=4)
+    assert keep * 128 - 4 < cost(ranks) <= keep * 128
+    assert all(r % 4 == 0 for r in (*ranks.k, *ranks.v))
 
 
 @pytest.mark.parametrize("keep", [0, -0.1, 1.01, float("nan")])

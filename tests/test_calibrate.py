@@ -87,10 +87,34 @@ def test_memory_does_not_grow_with_tokens(model):
     assert held(2) == held(9)
 
 
-def test_no_weight_gets_a_gradient_and_no_hook_stays(model):
-    calibrate(model, tiny.tokens(2, 16), gradients=True)
-    assert all(p.grad is None for p in model.parameters())
+def test_gradients_of_weights_are_those_of_each_sequence(model):
+    x = tiny.tokens(3, 12)
+    weight, squares = model.layers[1].attn.k_proj.weight, 0.0
+    weight.requires_grad_(True)
+    for row in x:
+        loss = torch.nn.functional.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="sum")
+        squares += torch.autograd.grad(loss, weight)[0].square().sum()
+    weight.requires_grad_(False)
+    got = calibrate(model, x, weights=True)[1].k_weight
+    assert got.count == 3 * weight.numel()
+    assert float(got.second) * got.count == pytest.approx(float(squares), rel=1e-4)
+
+
+def test_no_weight_keeps_a_gradient_and_no_hook_stays(model):
+    calibrate(model, tiny.tokens(2, 16), gradients=True, weights=True)
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_no_sequences_run_no_model(model):
+    def refuse(module, args):
+        raise AssertionError("the model was run")
+
+    hook = model.layers[0].attn.q_proj.register_forward_pre_hook(refuse)
+    found = calibrate(model, tiny.tokens(2, 16)[:0], (2, 4))
+    hook.remove()
+    assert [len(s.k.gram) for s in found] == [2, 2, 2]
 
 
 def test_statistics_that_are_not_finite_are_refused():

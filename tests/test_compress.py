@@ -2,6 +2,7 @@ import pytest
 import tiny
 import torch
 
+from eigenzoo.zoo.basis import METHODS
 from eigenzoo.zoo.compress import Settings, compress
 from eigenzoo.zoo.llama import LlamaConfig
 
@@ -16,7 +17,18 @@ def test_up_to_four_heads_share_a_latent_unless_told(heads, shared):
     assert Settings("eigen").fit(config).heads_per_latent == (1, 1)
 
 
-@pytest.mark.parametrize("method", ["fisher", "attention", "eigen"])
+def test_heads_that_share_a_latent_are_as_published_unless_told():
+    config = LlamaConfig(
+        **tiny.ROTARY | {"head_dim": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
+    )
+    found = {m: Settings(m).fit(config).heads_per_latent for m in METHODS if m != "kv-heads"}
+    assert found.pop("lorc") == (8, 8)
+    assert (found.pop("eigen"), found.pop("kq-svd")) == ((1, 1), (1, 1))
+    assert set(found.values()) == {(4, 4)}
+    assert Settings("lorc", heads_per_latent=(2, 1)).fit(config).heads_per_latent == (2, 1)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "kv-heads"])
 @pytest.mark.parametrize("keep", [0.5, 0.8])
 def test_every_method_meets_the_bytes_asked_for(method, keep):
     dense, x = tiny.native(head_dim=16), tiny.tokens(4, 64)
@@ -44,6 +56,41 @@ def test_merging_a_part_of_a_head_is_refused():
     config = tiny.native().config
     with pytest.raises(ValueError, match=r"whole heads, of 4 here; expected one of 0.5, 0.25"):
         Settings("kv-heads", 0.6).fit(config)
+
+
+def test_kv_heads_may_be_anchored():
+    dense, x = tiny.native(head_dim=16), tiny.tokens(4, 64)
+    settings = Settings("kv-heads", 0.5, keys="anchored", anchor_block=8)
+    low, y = compress(dense, x, settings).model, tiny.tokens(2, 20)
+    assert low.config.anchor == 8
+    cache = low.new_cache(2, 20)
+    steps = [low(y[:, p], p, cache) for p in torch.arange(20).split([11, *[1] * 9])]
+    torch.testing.assert_close(torch.cat(steps, 1), low(y), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["eigen", "palu", "lorc"])
+def test_methods_that_rebuild_their_keys_are_not_anchored(method):
+    with pytest.raises(ValueError, match=f"{method} rebuilds its keys: .* kv-heads or kq-svd"):
+        Settings(method, keys="anchored").check()
+
+
+@pytest.mark.parametrize("method", ["pca", "eigen", "kv-heads", "palu", "lorc", "kq-svd"])
+def test_methods_without_joint_latents_say_so(method):
+    with pytest.raises(ValueError, match=r"no joint latents: choose fisher"):
+        Settings(method, latent="joint-kv").check()
+
+
+def test_lorc_runs_no_model_and_reads_no_tokens():
+    def refuse(module, args):
+        raise AssertionError("the model was run")
+
+    dense = tiny.native()
+    dense.layers[0].attn.q_proj.register_forward_pre_hook(refuse)
+    one, two = (
+        compress(dense, tiny.tokens(4, 64, seed), Settings("lorc")).model.state_dict()
+        for seed in (1, 2)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_the_same_tokens_give_the_same_model():

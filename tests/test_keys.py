@@ -385,7 +385,7 @@ def longrope() -> Model:
         (Settings(keys="anchored", anchor_block=1), "anchor block is 1"),
         (Settings("eigen", keys="anchored"), "eigen rebuilds"),
         (Settings("eigen", keys="full"), "eigen rebuilds"),
-        (Settings("kv-heads", 0.5, keys="pairs"), "kv-heads merges whole heads"),
+        (Settings("kv-heads", 0.5, keys="pairs"), "kv-heads cannot make pairs"),
         (Settings(keys="full", latent="joint-kv"), "keys cannot stay full"),
     ],
 )

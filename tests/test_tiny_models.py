@@ -1,11 +1,13 @@
 """Trained OPT and MPT checkpoints in float16, where they are present."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from eigenzoo.zoo.basis import METHODS
 from eigenzoo.zoo.checkpoint import load
 from eigenzoo.zoo.compress import Settings, compress
 from eigenzoo.zoo.data import encode, read_text
@@ -50,3 +52,18 @@ def test_at_the_same_bytes_fisher_beats_eigen_sharing_beats_that_and_joint_laten
     found = [joint, after("fisher", (4, 4)), after("fisher", (1, 1)), after("eigen")]
     assert found == sorted(found)
     assert joint < 1.02 * perplexity(model, test, 256).perplexity
+
+
+@pytest.mark.slow
+def test_every_method_compresses_and_fisher_is_the_best_at_few_bytes(folder, text):
+    model = load(str(folder), torch.float32).model
+    rows, test = text[: 16 * 256].view(16, 256), text[-10 * 256 :]
+    found = {}
+    for method in METHODS:
+        keep = 0.25 if method == "kv-heads" else 0.05  # it cannot keep less than one head of four
+        low = compress(model, rows, Settings(method, keep, rank_multiple=2)).model
+        assert keep - 0.01 < low.config.kv_width / model.config.kv_width <= keep
+        found[method] = perplexity(low, test, 256).perplexity
+    assert all(math.isfinite(x) for x in found.values())
+    del found["kv-heads"]  # five times the bytes
+    assert min(found, key=found.__getitem__) == "fisher"

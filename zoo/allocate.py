@@ -66,6 +66,31 @@ def greedy(
     return Ranks(tuple(ranks[0::2]), tuple(ranks[1::2]))
 
 
+def proportional(
+    config: Config,
+    bases: Sequence[LayerBasis],
+    weights: Sequence[tuple[float, float]],
+    keep: float,
+    multiple: int = 8,
+) -> Ranks:
+    """Spend one budget so that latents of keys, and of values, get ranks as their weights are.
+
+    weights: one pair a layer. A unit whose next rank r gains weight / r makes `greedy` the divisor
+    method of apportionment (D'Hondt), and what one that is full cannot take goes to the others.
+    Limits, rounding and errors are those of `greedy`.
+    """
+
+    def falling(basis: Basis, weight: float) -> Basis:
+        gain = weight / torch.arange(1, basis.spectrum.size(1) + 1, dtype=torch.float64)
+        return basis._replace(spectrum=gain.expand_as(basis.spectrum))
+
+    given = [
+        LayerBasis(falling(k, w_k), None if v is None else falling(v, w_v))
+        for (k, v), (w_k, w_v) in zip(bases, weights, strict=True)
+    ]
+    return greedy(config, given, keep, multiple)
+
+
 def _cuts(basis: Basis, multiple: int) -> list[int]:
     """The ranks that a unit may take."""
     full = basis.spectrum.size(1)

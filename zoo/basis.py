@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .calibrate import DAMPING, Moments, Statistics
-from .model import Model
+from .model import LatentAttention, Model
 from .rope import rotate
 from .solve import Basis, solve, solve_pairs
 
@@ -73,11 +73,7 @@ def attention(model: Model, statistics: list[Statistics], pairs: bool = False) -
     """
     bases, paired = [], model.config.head_dim if pairs else 0
     for block, s in zip(model.layers, statistics, strict=True):
-        g, d = model.config.num_key_value_heads, model.config.head_dim
-        q = _asked(s.q).second.unflatten(0, (g, -1)).sum(1)  # (G, D, D)
-        q = _turned(model, q) if model.config.rotary else q
-        w_o = block.attn.o_proj.weight.double().unflatten(1, (g, -1, d))  # (hidden, G, H / G, D)
-        read = torch.einsum("ogmd,ogme->gde", w_o, w_o)
+        q, read = _readers(model, block.attn, s)
         if s.v is None:
             k = _solve(s.k, _both(s.k.covariance, q, read), 0.01)
             bases.append(LayerBasis(_shares(k), None))
@@ -116,6 +112,118 @@ def kv_heads(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
     return [LayerBasis(_principal(s.k.second), _principal(_asked(s.v).second)) for s in statistics]
 
 
+def pca(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+    """Principal components of keys, and of values: every direction weighs alike (Pearson, 1901).
+
+    Centred, as no mean needs a latent. Each spectrum is a share of its own whole, so that one
+    global budget compares keys with values and layer with layer whatever their scale: what plain
+    PCA knows of them. Squared errors as they are would spend it on the longest vectors.
+    """
+
+    def basis(x: Moments) -> Basis:
+        return _shares(_principal(x.covariance)._replace(mean=x.mean))
+
+    return [LayerBasis(basis(s.k), basis(_asked(s.v))) for s in statistics]
+
+
+def palu(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+    """Palu (Chang et al., arXiv 2407.21118): SVD of W S for a group's rows W, S Sᵀ = E[x xᵀ].
+
+    Group-head low-rank decomposition under the input whitening of SVD-LLM (arXiv 2403.07378). The
+    left singular vectors of W S are the eigenvectors of W S Sᵀ Wᵀ = E[(W x)(W x)ᵀ], so the
+    outputs without their bias, uncentred, say it all; the bias is left whole. Where a clip or a
+    norm bends the outputs there is no such W: they are taken as they are.
+    """
+    bases = []
+    for block, s in zip(model.layers, statistics, strict=True):
+        v = _asked(s.v)
+        k_bias, v_bias = _left_whole(model, block.attn, s)
+        bases.append(
+            LayerBasis(
+                _principal(s.k.about(k_bias))._replace(mean=k_bias),
+                _principal(v.about(v_bias))._replace(mean=v_bias),
+            )
+        )
+    return bases
+
+
+def palu_weights(model: Model, statistics: list[Statistics]) -> list[tuple[float, float]]:
+    """Palu's rank rule: in proportion to the Fisher information of a weight, for k and for v.
+
+    The paper sums the squares of a weight's gradients, its code the roots of their means over
+    sequences. This is the root of the sum, near the code, and one number instead of one an
+    element; ranks are the same for all groups of a layer, as with the code's `fisher_uniform`.
+    Needs `calibrate(..., weights=True)`.
+    """
+
+    def information(grad: Moments | None) -> float:
+        found = _asked(grad)
+        return float(found.count * found.second) ** 0.5
+
+    return [(information(s.k_weight), information(s.v_weight)) for s in statistics]
+
+
+def lorc(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+    """LoRC (Zhang et al., arXiv 2410.03111): SVD of the key weight, and of the value weight.
+
+    No data: of the statistics only the number of latents is read. A latent holds all heads unless
+    told, as there. Biases are left whole. The spectrum is the squared singular values.
+    """
+
+    def basis(projection: nn.Linear, blocks: int, bias: Tensor) -> Basis:
+        rows = projection.weight.double().unflatten(0, (blocks, -1))
+        return _principal(rows @ rows.mT)._replace(mean=bias)
+
+    bases = []
+    for block, s in zip(model.layers, statistics, strict=True):
+        k_bias, v_bias = _left_whole(model, block.attn, s)
+        k = basis(block.attn.k_proj, len(s.k.gram), k_bias)
+        bases.append(LayerBasis(k, basis(block.attn.v_proj, len(_asked(s.v).gram), v_bias)))
+    return bases
+
+
+def lorc_weights(model: Model, statistics: list[Statistics]) -> list[tuple[float, float]]:
+    """LoRC's progressive rank rule: the same for k and v, falling with depth.
+
+    κ̃_l = Π_{j >= l} κ(W_k,j) κ(W_v,j), the condition numbers of this layer and of all behind it,
+    bounds how its error grows. Ranks go in a straight line over log κ̃ from d_min at the least to
+    d_max at the largest. There both are given; here they follow from the budget and
+    d_max = 2 d_min. A condition number leaves out singular values that are 0.
+    """
+    logs = [
+        _log_condition(block.attn.k_proj.weight) + _log_condition(block.attn.v_proj.weight)
+        for block in model.layers
+    ]
+    kappa = torch.tensor(logs).flip(0).cumsum(0).flip(0)
+    span = (kappa.max() - kappa.min()).clamp(min=torch.finfo(kappa.dtype).tiny)
+    return [(w, w) for w in ((1 + (kappa - kappa.min()) / span) / 2).tolist()]
+
+
+def kq_svd(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+    """KQ-SVD (Lesens et al., arXiv 2512.05916): the best scores K Qᵀ, and the best V W_o.
+
+    Of all products of rank r, K P Qᵀ loses least: ‖K (I - P) Qᵀ‖² = tr(F (I - P)ᵀ C (I - P)) with
+    C = KᵀK and F = QᵀQ, so the SVD of K Qᵀ comes from the two Grams. A group's queries count
+    together; values the same with W_o in the place of Q. Uncentred; 1e-6 of damping only keeps
+    the Cholesky factor real. One head a latent unless told. Each spectrum is a share of its whole.
+
+    With a rotation the paper takes rotated keys and queries. Here keys are compressed before it
+    and rebuilt, since one basis does not fit all angles: Q is then the queries turned by the
+    relative distance, averaged as for `attention`, which gives the same scores.
+    Needs `calibrate(..., queries=True)`.
+    """
+
+    def basis(x: Moments, metric: Tensor) -> Basis:
+        zero = torch.zeros_like(x.mean, dtype=torch.float64)
+        return _shares(solve(x.second, _diagonal(metric, len(x.gram)), zero, damping=1e-6))
+
+    bases = []
+    for block, s in zip(model.layers, statistics, strict=True):
+        q, read = _readers(model, block.attn, s)
+        bases.append(LayerBasis(basis(s.k, q), basis(_asked(s.v), read)))
+    return bases
+
+
 def _asked(moments: Moments | None) -> Moments:
     """Statistics that a method needs. Raises ValueError if they were not taken."""
     if moments is None:
@@ -128,6 +236,37 @@ def _principal(second: Tensor) -> Basis:
     values, vectors = torch.linalg.eigh(second)
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
     return Basis(vectors, vectors, values, torch.zeros_like(values))
+
+
+def _readers(model: Model, attn: LatentAttention, s: Statistics) -> tuple[Tensor, Tensor]:
+    """What reads the keys of every kv head, and what reads its values: (G, D, D) each.
+
+    The Gram of its queries, averaged over relative distances if keys are rotated; Σ W_oᵀ W_o.
+    """
+    g, d = model.config.num_key_value_heads, model.config.head_dim
+    q = _asked(s.q).second.unflatten(0, (g, -1)).sum(1)
+    w_o = attn.o_proj.weight.double().unflatten(1, (g, -1, d))  # (hidden, G, H / G, D)
+    read = torch.einsum("ogmd,ogme->gde", w_o, w_o)
+    return (_turned(model, q) if model.config.rotary else q), read
+
+
+def _left_whole(model: Model, attn: LatentAttention, s: Statistics) -> tuple[Tensor, Tensor]:
+    """The biases of keys and of values, zeros where they are not simply added: (L, n) each."""
+
+    def bias(projection: nn.Linear, bent: bool, like: Moments) -> Tensor:
+        if projection.bias is None or bent:
+            return torch.zeros_like(like.sum)
+        return projection.bias.double().reshape(like.sum.shape)
+
+    k_bent, v_bent = model.config.nonlinear
+    return bias(attn.k_proj, k_bent, s.k), bias(attn.v_proj, v_bent, _asked(s.v))
+
+
+def _log_condition(weight: Tensor) -> float:
+    """Log of the largest over the least singular value, of those that are not 0."""
+    values = torch.linalg.svdvals(weight.double())
+    least = values[values > values[0] * max(weight.shape) * torch.finfo(torch.float32).eps][-1]
+    return float((values[0] / least).log())
 
 
 def _turned(model: Model, gram: Tensor, distances: int = 64) -> Tensor:
@@ -160,18 +299,67 @@ def _shares(basis: Basis) -> Basis:
 
 
 class Method(NamedTuple):
-    """A way to choose bases, where it comes from, and the statistics that it needs."""
+    """A way to choose bases, where it comes from, what it needs and what it goes with."""
 
     bases: Callable[..., list[LayerBasis]]  # of a model and its statistics
     source: str
-    gradients: bool = False
+    gradients: bool = False  # statistics of gradients, of queries, of the gradients of weights
     queries: bool = False
+    weights: bool = False
+    data: bool = True  # without, nothing is calibrated
+    shared: int = 4  # so many kv heads at most share a latent unless told; 0: all
+    joint: bool = False  # one latent may hold keys and values
+    pairs: bool = False  # keys may be compressed frequency by frequency
+    rebuilds: bool = False  # with RoPE its keys are those before the rotation, nothing else
+    # what its ranks are in proportion to; without, the global budget goes where errors fall most
+    ranks: Callable[[Model, list[Statistics]], list[tuple[float, float]]] | None = None
 
 
 METHODS = {
-    "fisher": Method(fisher, "latents under the Fisher metric (eigenzoo)", gradients=True),
-    "fisher-plain": Method(fisher_plain, "fisher without token weights (eigenzoo)", gradients=True),
-    "attention": Method(attention, "latents under the attention metric (eigenzoo)", queries=True),
+    "fisher": Method(
+        fisher,
+        "latents under the Fisher metric (eigenzoo)",
+        gradients=True,
+        joint=True,
+        pairs=True,
+    ),
+    "fisher-plain": Method(
+        fisher_plain,
+        "fisher without token weights (eigenzoo)",
+        gradients=True,
+        joint=True,
+        pairs=True,
+    ),
+    "attention": Method(
+        attention,
+        "latents under the attention metric (eigenzoo)",
+        queries=True,
+        joint=True,
+        pairs=True,
+    ),
+    "pca": Method(pca, "principal components of keys and values"),
     "kv-heads": Method(kv_heads, "Effectively Compress KV Heads (Yu et al., arXiv 2406.07056)"),
-    "eigen": Method(eigen, "Eigen Attention (Saxena et al., arXiv 2408.05646)", queries=True),
+    "eigen": Method(
+        eigen,
+        "Eigen Attention (Saxena et al., arXiv 2408.05646)",
+        queries=True,
+        shared=1,
+        rebuilds=True,
+    ),
+    "palu": Method(
+        palu,
+        "Palu (Chang et al., arXiv 2407.21118)",
+        weights=True,
+        rebuilds=True,
+        ranks=palu_weights,
+    ),
+    "lorc": Method(
+        lorc,
+        "LoRC (Zhang et al., arXiv 2410.03111)",
+        data=False,
+        shared=0,
+        rebuilds=True,
+        ranks=lorc_weights,
+    ),
+    "kq-svd": Method(kq_svd, "KQ-SVD (Lesens et al., arXiv 2512.05916)", queries=True, shared=1),
 }

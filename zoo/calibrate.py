@@ -75,7 +75,11 @@ class Moments:
     @property
     def second(self) -> Tensor:
         """The same, uncentred."""
-        return self.covariance + _outer(self.mean)
+        return self.about(torch.zeros_like(self.sum))
+
+    def about(self, point: Tensor) -> Tensor:
+        """Mean of (x - point)(x - point)ᵀ, for a point (L, width)."""
+        return self.covariance + _outer(self.mean - point)
 
     @property
     def _shift(self) -> Tensor:
@@ -87,7 +91,7 @@ def _outer(x: Tensor) -> Tensor:
 
 
 class Statistics(NamedTuple):
-    """What one layer showed. Gradients and queries are present only if they were asked for.
+    """What one layer showed. Queries and gradients are present only if they were asked for.
 
     Where one latent is to hold keys and values, k has both, side by side, and v is None. The
     weighted ones are those of k, v and of their gradients where a row of x counts by the length
@@ -103,6 +107,8 @@ class Statistics(NamedTuple):
     v_weighted: Moments | None
     k_grad_weighted: Moments | None
     v_grad_weighted: Moments | None
+    k_weight: Moments | None  # of a sequence's loss by the key weight, number by number
+    v_weight: Moments | None
 
 
 def calibrate(
@@ -113,13 +119,15 @@ def calibrate(
     queries: bool = False,
     joint: bool = False,
     anchor: int = 1,
+    weights: bool = False,
 ) -> list[Statistics]:
     """Run a dense model over tokens (N, T), one sequence at a time; one `Statistics` a layer.
 
     heads_per_latent: how many kv heads stand side by side in a block, for keys and for values.
     gradients: take the gradients of the summed cross entropy as well, by a backward pass that
     reaches activations only. joint: keys and values of a block side by side. anchor: keys are
-    turned within blocks of so many tokens. Raises ValueError where a statistic is not finite.
+    turned within blocks of so many tokens. weights: take the gradients of the key and the value
+    weights, by the same backward pass. Raises ValueError where a statistic is not finite.
 
     With gradients g, what an error εx costs is E[(gᵀ ε x)²] = tr of ε against E[g gᵀ ⊗ x xᵀ], and
     g and x of a token are far from independent: the longest keys are those of sinks, which the
@@ -130,27 +138,30 @@ def calibrate(
     width = model.config.head_dim * (2 if joint else 1)
     k_shared, v_shared = heads_per_latent
 
-    def empty() -> list[Statistics]:
+    def empty(final: bool) -> list[Statistics]:
         c, heads = model.config, model.config.num_key_value_heads
         k = partial(Moments, heads // k_shared, k_shared * width, tokens.device)
         v = partial(Moments, heads // v_shared, v_shared * width, tokens.device)
         q = partial(Moments, c.num_attention_heads, c.head_dim, tokens.device)
-        return [
-            _empty(k, None if joint else v, q if queries else None, gradients) for _ in model.layers
-        ]
+        asked = q if queries else None, partial(Moments, 1, 1, tokens.device) if weights else None
+        layer = partial(_empty, k, None if joint else v, *(asked if final else (None, None)))
+        return [layer(gradients) for _ in model.layers]
 
     before = None
     for _ in range(2 if gradients else 0):
-        before = _read(model, tokens[::4], empty(), before, anchor, "weighing")
-    return _read(model, tokens, empty(), before, anchor, "calibrating")
+        before = _read(model, tokens[::4], empty(False), before, anchor, "weighing")
+    return _read(model, tokens, empty(True), before, anchor, "calibrating")
+
+
+_Make = Callable[[], Moments]
 
 
 def _empty(
-    k: Callable[[], Moments], v: Callable[[], Moments] | None, q: Callable | None, gradients: bool
+    k: _Make, v: _Make | None, q: _Make | None, weight: _Make | None, gradients: bool
 ) -> Statistics:
     k_also, v_also = k if gradients else None, v if gradients else None
-    made = [make and make() for make in (k_also, v_also) * 3]
-    return Statistics(k(), v and v(), q and q(), *made)
+    order = v, q, *(k_also, v_also) * 3, weight, weight
+    return Statistics(k(), *(make and make() for make in order))
 
 
 def _read(
@@ -162,10 +173,10 @@ def _read(
     doing: str,
 ) -> list[Statistics]:
     """One pass over the tokens into `layers`, weighed by what was found before."""
-    gradients = layers[0].k_grad is not None
-    with _watch(model, layers, before, anchor), torch.set_grad_enabled(gradients):
+    backward = layers[0].k_grad is not None or layers[0].k_weight is not None
+    with _watch(model, layers, before, anchor), torch.set_grad_enabled(backward):
         for row in tqdm(tokens, desc=doing, unit="seq", disable=None, leave=False):
-            if not gradients:
+            if not backward:
                 model.hidden(row[None])
                 continue
             logits = model(row[None, :-1]).float()
@@ -247,11 +258,19 @@ def _watch(
     def queries(to: Moments):
         return lambda module, args, out: to.add(out)
 
+    def taken(moments: Moments) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            if weight.grad is not None:
+                moments.add(weight.grad[..., None])
+            weight.grad = None  # freed before the next layer's is made
+
+        return hook
+
     def start(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
         return out.requires_grad_(torch.is_grad_enabled())
 
     flags = [p.requires_grad for p in model.parameters()]
-    model.requires_grad_(False)  # the backward pass reaches activations, no weight
+    model.requires_grad_(False)  # the backward pass reaches activations, and weights if asked
     hooks = [model.embed.register_forward_hook(start)]
     for i, (block, s) in enumerate(zip(model.layers, layers, strict=True)):
         earlier = before[i] if before else None
@@ -264,6 +283,13 @@ def _watch(
         hooks.append(attn.v_proj.register_forward_hook(feed(v, parts - 1)))
         if s.q is not None:
             hooks.append(attn.q_proj.register_forward_hook(queries(s.q)))
+        for weight, moments in (
+            (attn.k_proj.weight, s.k_weight),
+            (attn.v_proj.weight, s.v_weight),
+        ):
+            if moments is not None:
+                weight.requires_grad_(True)
+                hooks.append(weight.register_post_accumulate_grad_hook(taken(moments)))
     try:
         yield
     finally:

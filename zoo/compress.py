@@ -1,12 +1,13 @@
 """The main job in one call: calibrate, solve, choose ranks, fold."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .allocate import Ranks, check_keep, greedy
-from .basis import METHODS, LayerBasis
+from .allocate import Ranks, check_keep, greedy, proportional
+from .basis import METHODS, LayerBasis, Method
 from .calibrate import Statistics, calibrate
 from .fold import fold
 from .keys import BLOCK, KEYS, TURNED, choose_keys
@@ -53,16 +54,20 @@ class Settings(NamedTuple):
             raise ValueError(f"keys {self.keys!r} is unknown: expected one of {', '.join(KEYS)}")
         if self.anchor_block is not None and self.anchor_block < 2:
             raise ValueError(f"anchor block is {self.anchor_block}: expected at least 2 slots")
-        if self.method == "eigen" and self.keys not in ("rebuild", "auto"):
-            raise ValueError(f"eigen rebuilds its keys: choose fisher or attention for {self.keys}")
-        if self.method == "kv-heads" and self.keys in ("pairs", "full"):
-            raise ValueError(
-                f"kv-heads merges whole heads: choose fisher or attention for {self.keys}"
-            )
+        method = METHODS[self.method]
+        if method.rebuilds and self.keys not in ("rebuild", "auto"):
+            others = _names(lambda method: not method.rebuilds)
+            raise ValueError(f"{self.method} rebuilds its keys: leave keys, or choose {others}")
+        if self.keys == "pairs" and not method.pairs:
+            others = _names(lambda method: method.pairs)
+            raise ValueError(f"{self.method} cannot make pairs of its keys: choose {others}")
+        if self.keys == "full" and self.method == "kv-heads":
+            raise ValueError("kv-heads merges keys with values: its keys cannot stay full")
         if self.latent not in LATENTS:
             raise ValueError(f"latent {self.latent!r} is unknown: expected {' or '.join(LATENTS)}")
-        if self.latent == "joint-kv" and self.method in ("eigen", "kv-heads"):
-            raise ValueError(f"{self.method} has no joint latents: choose fisher or attention")
+        if self.latent == "joint-kv" and not method.joint:
+            others = _names(lambda method: method.joint)
+            raise ValueError(f"{self.method} has no joint latents: choose {others}")
         if self.latent == "joint-kv" and self.keys == "full":
             raise ValueError("joint-kv compresses keys with values: keys cannot stay full")
         check_keep(self.keep)
@@ -75,7 +80,7 @@ class Settings(NamedTuple):
         if config.kv_width != config.dense_kv_width:
             raise ValueError("the model is compressed already: take the model it was made from")
         if self.keys == "auto":
-            choice = choose_keys(config, device, self.method == "eigen")
+            choice = choose_keys(config, device, METHODS[self.method].rebuilds)
             block = self.anchor_block or choice.block
             chosen = self._replace(keys=choice.keys, anchor_block=block, keys_reason=choice.reason)
             return chosen.fit(config, device)
@@ -124,8 +129,9 @@ class Settings(NamedTuple):
             if self.heads_per_latent not in (None, (merged, merged)):
                 raise ValueError("kv-heads takes its groups from keep: leave heads per latent out")
             return merged, merged
-        if self.heads_per_latent is None:  # beyond four the lift costs more than sharing gains
-            most = max(n for n in range(1, 5) if kv_heads % n == 0)
+        if self.heads_per_latent is None:
+            limit = METHODS[self.method].shared or kv_heads
+            most = max(n for n in range(1, limit + 1) if kv_heads % n == 0)
             return most, most
         if self.latent == "joint-kv" and len(set(self.heads_per_latent)) > 1:
             raise ValueError("joint-kv shares its latents among as many heads of keys as of values")
@@ -137,6 +143,11 @@ class Settings(NamedTuple):
         return self.heads_per_latent
 
 
+def _names(fits: Callable[[Method], bool]) -> str:
+    """The methods that fit, for messages."""
+    return " or ".join(name for name, method in METHODS.items() if fits(method))
+
+
 class Compressed(NamedTuple):
     """A model with a smaller cache, and for every layer its ranks and errors, ready for JSON."""
 
@@ -146,11 +157,22 @@ class Compressed(NamedTuple):
 
 
 def gather(model: Model, tokens: Tensor, settings: Settings) -> list[Statistics]:
-    """The statistics of tokens (N, T) that `settings`, fitted to the model, need."""
+    """The statistics of tokens (N, T) that `settings`, fitted to the model, need.
+
+    A method without data is given none: its statistics are empty, and the model is not run.
+    """
     shared = settings.heads_per_latent or (1, 1)
     needs = METHODS[settings.method]
-    joint, anchor = settings.latent == "joint-kv", settings.anchor(model.config)
-    return calibrate(model, tokens, shared, needs.gradients, needs.queries, joint, anchor)
+    return calibrate(
+        model,
+        tokens if needs.data else tokens[:0],
+        shared,
+        needs.gradients,
+        needs.queries,
+        settings.latent == "joint-kv",
+        settings.anchor(model.config),
+        needs.weights,
+    )
 
 
 def compress(
@@ -167,9 +189,9 @@ def compress(
     settings = settings or Settings()
     settings.check()
     settings = settings.fit(model.config, model.device.type)
-    statistics = statistics or gather(model, tokens, settings)
+    method, seen = METHODS[settings.method], statistics or gather(model, tokens, settings)
     options = {"pairs": True} if settings.keys == "pairs" else {}
-    bases = METHODS[settings.method].bases(model, statistics, **options)
+    bases = method.bases(model, seen, **options)
     found: list[dict[str, Any]] = [{} for _ in bases]
     if settings.method == "eigen":
         rows = max(1, SEARCH_TOKENS // tokens.size(1))
@@ -182,6 +204,9 @@ def compress(
     elif settings.method == "kv-heads":  # one head for every group
         width = (model.config.head_dim,) * len(bases)
         ranks = Ranks(width, width)
+    elif method.ranks is not None:
+        weights, multiple = method.ranks(model, seen), settings.rank_multiple
+        ranks = proportional(model.config, bases, weights, settings.keep, multiple)
     else:
         whole = settings.keys == "full"
         ranks = greedy(model.config, bases, settings.keep, settings.rank_multiple, whole)

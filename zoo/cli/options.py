@@ -7,7 +7,10 @@ from typing import Annotated, Any
 import typer
 
 Source = Annotated[str, typer.Argument(help="Folder, GGUF file or Hugging Face id.")]
-Method = Annotated[str, typer.Option("--method", help="fisher, attention, eigen or kv-heads.")]
+Method = Annotated[
+    str,
+    typer.Option("--method", help="fisher, attention, pca, eigen, kv-heads, palu, lorc or kq-svd."),
+]
 Keep = Annotated[float, typer.Option("--keep", help="Share of the KV bytes that stay, 0 to 1.")]
 Keys = Annotated[
     str,
