@@ -120,7 +120,7 @@ def test_evaluate_asks_for_planted_facts(run, low, tmp_path):
     assert "perplexity" not in found
     text = run(*words)[1]
     assert "depth 75%" in text
-    assert "0% (-" in text
+    assert "0% -" in text
 
 
 def test_bench_compares_two_checkpoints(run, dense_folder, low):
@@ -204,6 +204,7 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
         ("evaluate", dense_folder, "--text", tmp_path / "none.txt"): "none.txt does not exist",
         ("evaluate", dense_folder, "--text", tmp_path / "short.txt"): "less than one window",
         ("evaluate", dense_folder, "--length", "64"): "goes with --retrieval",
+        ("evaluate", dense_folder, "--limit", "3"): "goes with --retrieval",
         ("evaluate", dense_folder, "--retrieval", "--length", "20"): "length is 20",
         ("evaluate", dense_folder, "--dtype", "int8"): "dtype 'int8' is unknown",
         ("evaluate", dense_folder, "--device", "tpu"): "device 'tpu' cannot be used",

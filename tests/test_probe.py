@@ -90,6 +90,11 @@ def test_lengths_that_do_not_fit_are_refused():
         retrieval(tiny.native("opt"), words, TEXT, [200, 300])
 
 
+def test_a_text_may_be_as_long_as_the_model_can_read():
+    (row,) = retrieval(tiny.native("opt"), tiny.tokenizer(), TEXT, [256], (0.5,), facts=1)
+    assert (row.length, row.facts) == (256, 1)
+
+
 def test_what_can_copy_finds_every_fact():
     rows = retrieval(Copier(), tiny.tokenizer(), TEXT, [150, 200], facts=2, seed=1)
     assert [(x.length, x.depth) for x in rows] == [(n, d) for n in (150, 200) for d in DEPTHS]

@@ -62,7 +62,7 @@ def bench(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def evaluation(found: Mapping[str, Any]) -> None:
-    """Print what `eigenzoo evaluate` found: of perplexity, positions, retrieval."""
+    """Print what `eigenzoo evaluate` found: of perplexity, positions, retrieval, tasks."""
     if "perplexity" in found:
         print(
             f"perplexity {found['perplexity']:.4f} on {found['tokens']} tokens of {found['text']} "
@@ -76,6 +76,8 @@ def evaluation(found: Mapping[str, Any]) -> None:
         positions(found["by_position"])
     if "retrieval" in found:
         retrieval(found["retrieval"])
+    if "tasks" in found:
+        tasks(found["tasks"])
 
 
 def positions(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -93,13 +95,24 @@ def retrieval(rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table("tokens", *(f"depth {depth:.0%}" for depth in depths))
     for length in sorted({x["length"] for x in rows}):
         cells = {x["depth"]: x for x in rows if x["length"] == length}
-        shown = (f"{x['right']:.0%} ({x['loglikelihood']:.3f})" for _, x in sorted(cells.items()))
-        table.add_row(str(length), *shown)
+        found = [cells[depth] for depth in depths]
+        table.add_row(str(length), *(f"{x['right']:.0%} {x['loglikelihood']:.2f}" for x in found))
     Console().print(table)
     print(
         f"share of {rows[0]['facts']} facts that greedy decoding gives, and mean log-likelihood of "
         "their tokens in nats"
     )
+
+
+def tasks(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print what `tasks.run_tasks` measured."""
+    table = Table("task", "documents", "shots", "metric", "value", "standard error")
+    for name, row in rows.items():
+        for metric in (key for key in row if "," in key and "_stderr," not in key):
+            cells = (row[metric], row.get(metric.replace(",", "_stderr,"), ""))
+            shown = (f"{x:.4f}" if isinstance(x, float) else str(x) for x in cells)
+            table.add_row(name, str(row["sample_len"]), str(row["shots"]), metric, *shown)
+    Console().print(table)
 
 
 def checkpoint(found: Mapping[str, Any]) -> None:

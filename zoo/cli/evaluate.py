@@ -1,6 +1,7 @@
 """eigenzoo evaluate."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,18 @@ def evaluate(
         ),
     ] = None,
     facts: Annotated[int, typer.Option(min=1, help="Facts to plant a length and depth.")] = 5,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, A,B,...; needs the extra eval."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents to take of a task. [default: all]")
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(help="Folder with YAML files of more tasks; Python that they name is run."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts of a task to run at once.")] = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Seed = 0,
@@ -47,16 +60,25 @@ def evaluate(
     """Perplexity of SOURCE, dense or compressed, on a text, and what perplexity alone hides."""
     from .. import probe, report
     from ..allocate import kv_bytes
+    from ..checkpoint import stop_tokens
     from ..data import encode, python_docs, read_text
     from ..evaluate import mean_perplexity, token_losses
 
-    if length and not retrieval:
-        raise ValueError("--length goes with --retrieval")
+    if (length and not retrieval) or ((limit or include_path) and not tasks):
+        raise ValueError("--length goes with --retrieval, --limit and --include-path with --tasks")
     words = python_docs() if text is None else read_text(text)
-    model, tokenizer, *_ = load(source, dtype, device, revision, trust_remote_code)
+    if tasks:  # fails before the model is read
+        if find_spec("lm_eval") is None:
+            raise ValueError("--tasks needs the package lm-eval: pip install 'eigenzoo[eval]'")
+        from ..tasks import load_tasks, run_tasks
+
+        names = [name.strip() for name in tasks.split(",")]
+        chosen = load_tasks(names, include_path, trust_remote_code)
+    checkpoint = load(source, dtype, device, revision, trust_remote_code)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
     longest = model.config.max_position_embeddings
     found = {"model": source} | kv_bytes(model.config, model.dtype)
-    if by_position or not retrieval:
+    if by_position or not (retrieval or tasks):
         window = window or min(2048, longest)
         tokens = encode(tokenizer, words).to(model.device)
         losses = token_losses(model, tokens, window, windows)
@@ -67,4 +89,9 @@ def evaluate(
         length = length or [n for n in LENGTHS if n <= longest] or [longest]
         rows = probe.retrieval(model, tokenizer, words, length, facts=facts, seed=seed)
         found |= {"text": name_of(text), "retrieval": [x._asdict() for x in rows]}
-    print(json.dumps(found)) if as_json else report.evaluation(found)
+    if tasks:
+        stop = stop_tokens(checkpoint)
+        found["tasks"] = run_tasks(
+            model, tokenizer, chosen, limit, batch_size, stop, trust_remote_code
+        )
+    print(json.dumps(found, default=float)) if as_json else report.evaluation(found)
