@@ -33,6 +33,9 @@ def card(config: Config, compression: dict[str, Any]) -> str:
         for i, (k, v) in enumerate(zip(config.k_ranks, config.v_ranks, strict=True))
     )
     header = "\n".join(meta)
+    made = "Made from the weights alone, without calibration."
+    if text := c["calibration"]:
+        made = f"Calibrated on {text['tokens']} tokens ({text['source']}), seed {c['seed']}."
     latents = (
         f"{config.k_heads_per_latent} kv heads share a key latent, "
         f"{config.v_heads_per_latent} a value latent."
@@ -69,7 +72,7 @@ The cache holds low-rank latents of keys and values and is that much smaller whe
 |---|---|---|
 {table}
 
-Calibrated on {c["calibration"]["tokens"]} tokens ({c["calibration"]["source"]}), seed {c["seed"]}.
+{made}
 
 ## Use
 

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from eigenzoo.zoo import cli
+from eigenzoo.zoo.basis import METHODS
 
 COMMAND = [sys.executable, "-c", "from eigenzoo.zoo.cli import main; main()"]
 QUICK = ["--samples", "8", "--seq-len", "64"]
@@ -46,7 +47,7 @@ def test_help_is_there(run, command):
     assert "Usage" in out
 
 
-@pytest.mark.parametrize("method", ["fisher", "attention", "eigen"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "kv-heads"])
 def test_compress_prints_one_json_object(run, dense_folder, tmp_path, method):
     out = tmp_path / "low"
     code, text, _ = run("compress", dense_folder, out, "--method", method, "--json", *QUICK)
@@ -67,6 +68,37 @@ def test_compress_calibrates_on_a_file_and_measures_on_another(run, dense_folder
     assert found["calibration"]["source"] == "a.txt"
     assert found["calibration"]["sequences"] == 8
     assert found["evaluation"]["text"] == "b.txt"
+
+
+def test_without_data_only_what_is_measured_on_is_read(run, dense_folder, tmp_path):
+    (tmp_path / "short.txt").write_text("the cat")
+    (tmp_path / "b.txt").write_text(tiny.WORDS[::-1] * 10)
+    words = ["--method", "lorc", "--calibration", tmp_path / "short.txt", *QUICK]
+    low = tmp_path / "low"
+    code, text, _ = run(
+        "compress", dense_folder, low, "--json", *words, "--text", tmp_path / "b.txt"
+    )
+    found = json.loads(text)
+    assert code == 0
+    assert found["calibration"] is None
+    assert "from the weights alone" in (low / "README.md").read_text()
+    words = ["--method", "lorc", "--samples", "24", "--seq-len", "32", "--json", "--force"]
+    found = json.loads(run("compress", dense_folder, low, *words)[1])
+    assert found["evaluation"]["tokens"] == 3 * 31
+
+
+def test_compress_writes_a_plain_checkpoint_and_says_who_reads_it(run, tmp_path):
+    tiny.save(tmp_path / "mpt", "mpt")
+    words = [tmp_path / "mpt", tmp_path / "low", "--plain", *QUICK]
+    code, text, _ = run("compress", *words, "--method", "kv-heads", "--keep", "0.5")
+    assert code == 0
+    assert "transformers' own MPT knows no kv_n_heads" in " ".join(text.split())
+    found = json.loads(run("inspect", tmp_path / "low", "--json")[1])
+    assert (found["num_key_value_heads"], found["kv_share"]) == (4, 1)
+    assert found["compression"]["method"] == "kv-heads"
+    code, _, error = run("compress", *words, "--force")
+    assert code == 2
+    assert "no plain checkpoint: fisher keeps latents" in error
 
 
 def test_evaluate_takes_dense_and_compressed(run, dense_folder, low):

@@ -58,6 +58,10 @@ def compress(
         Path | None,
         typer.Option(help="File to measure perplexity on. [default: held-out calibration text]"),
     ] = None,
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="kv-heads of an MPT: an ordinary checkpoint, fewer kv heads."),
+    ] = False,
     shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -95,6 +99,7 @@ def compress(
         seed,
         force,
         shard_size,
+        plain,
     )
     if as_json:
         print(json.dumps({"out": str(out)} | record))
@@ -106,6 +111,11 @@ def compress(
         f"{measured['compressed']:.2f} on {measured['tokens']} tokens of {measured['text']}\n"
         f"wrote {out}; next: eigenzoo generate {out} --prompt '...'"
     )
+    if plain:
+        typer.echo(
+            "it is an ordinary MPT for llm-foundry and eigenzoo; transformers' own MPT knows no "
+            "kv_n_heads and refuses it"
+        )
 
 
 def _shared(text: str, heads: int) -> tuple[int, int] | None:

@@ -1,0 +1,115 @@
+"""Write what kv-heads makes of an MPT as an ordinary grouped-query checkpoint.
+
+Merged heads need no latents: the folded weights are those of an MPT with fewer kv heads, which
+llm-foundry's config has a field for. Names and fused `Wqkv` are llm-foundry's as well.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
+
+from ..zoo.checkpoint import Checkpoint
+from ..zoo.model import Config, Model
+from ..zoo.mpt import NAMES, MPTConfig
+from .export import new_folder
+
+FOUNDRY = {ours: theirs for theirs, ours in NAMES.items()}
+
+
+def check_plain(config: Config, method: str) -> None:
+    """Raise ValueError unless what the method makes of such a model has an ordinary form."""
+    reason = None
+    if method != "kv-heads":
+        reason = f"{method} keeps latents, which no ordinary model has: use --method kv-heads"
+    elif config.rotary:
+        reason = f"one basis of the keys does not fit all their rotations in {config.family}"
+    elif not isinstance(config, MPTConfig):
+        reason = f"the config of {config.family} has no field for fewer kv heads"
+    elif any(config.nonlinear):
+        reason = "clip_qkv or qk_ln bends keys before they are merged"
+    if reason:
+        raise ValueError(f"no plain checkpoint: {reason}; or leave --plain out")
+
+
+def export_plain(
+    out: Path,
+    low: Model,
+    original: Checkpoint,
+    compression: dict[str, Any],
+    force: bool = False,
+    shard_size: str = "5GB",
+) -> None:
+    """Write the folder `out`: weights, config and tokenizer of a dense MPT with fewer kv heads.
+
+    Arguments as for `export.export`; `check_plain` must have passed. Raises ValueError if `out`
+    is taken; whatever goes wrong, no half-written folder stays.
+    """
+    with new_folder(out, force) as folder:
+        save_torch_state_dict(_weights(low), folder, max_shard_size=shard_size)
+        config = _config(low, original.config) | {"compression": compression}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        original.tokenizer.save_pretrained(folder)
+        original.generation.save_pretrained(folder)
+
+
+def _config(low: Model, raw: dict[str, Any]) -> dict[str, Any]:
+    """config.json. What transformers and llm-foundry have different defaults for is spelled out."""
+    c, dtype = low.config, str(low.dtype).removeprefix("torch.")
+    assert isinstance(c, MPTConfig)
+    whole, rest = divmod(c.ffn_hidden_size, c.hidden_size)
+    attn = {
+        "attn_type": "grouped_query_attention",
+        "kv_n_heads": c.num_key_value_heads // c.k_heads_per_latent,
+        "alibi": c.alibi,
+        "alibi_bias_max": c.alibi_bias_max,
+        "softmax_scale": c.softmax_scale,
+        "clip_qkv": None,
+        "qk_ln": False,
+    }
+    fields = {
+        "vocab_size": c.vocab_size,
+        "d_model": c.hidden_size,
+        "n_heads": c.num_attention_heads,
+        "n_layers": c.num_hidden_layers,
+        "max_seq_len": c.max_position_embeddings,
+        "expansion_ratio": c.ffn_hidden_size / c.hidden_size if rest else whole,
+        "no_bias": not c.bias,
+        "learned_pos_emb": c.learned_pos_emb,
+        "norm_type": c.norm_type,
+        "norm_eps": c.norm_eps,
+        "logit_scale": None if c.logit_scale == 1 else c.logit_scale,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    kept = {key: value for key, value in raw.items() if key != "auto_map"}  # names absent files
+    return kept | fields | {"attn_config": (raw.get("attn_config") or {}) | attn}
+
+
+def _weights(low: Model) -> dict[str, Tensor]:
+    """The weights by llm-foundry's names."""
+    found = {}
+    for key, x in low.state_dict().items():
+        parts = key.split(".")
+        tied = parts[0] == "head" and low.config.tie_word_embeddings
+        # where the model has no biases, folding leaves one of zeros at the output
+        empty = parts[-2:] == ["o_proj", "bias"] and not low.config.query_bias
+        if not (tied or empty or parts[-2] in ("q_proj", "k_proj", "v_proj")):
+            name = ".".join(FOUNDRY.get(part, part) for part in parts)
+            found[name if parts[0] == "head" else f"transformer.{name}"] = x.contiguous()
+    for i, layer in enumerate(low.layers):
+        three = [getattr(layer.attn, f"{name}_proj") for name in "qkv"]
+        place = f"transformer.blocks.{i}.attn.Wqkv"
+        found[f"{place}.weight"] = torch.cat([p.weight for p in three])
+        if low.config.query_bias:
+            found[f"{place}.bias"] = torch.cat([_bias(p) for p in three])
+    return found
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    """The bias, zeros where folding has moved it."""
+    return linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
