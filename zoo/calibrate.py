@@ -39,6 +39,22 @@ class Moments:
         self.sum += rows.sum(1)
         self.gram += rows.mT @ rows
 
+    def split(self, parts: int, sides: int = 1) -> "Moments":
+        """The moments of blocks cut into `parts`: what narrower blocks would have gathered.
+
+        sides: 2 where a block is keys and then values; a part takes its share of either.
+        """
+        blocks, width = self.sum.shape
+        cut = blocks, sides, parts, width // (sides * parts)
+        small = Moments(blocks * parts, width // parts, self.sum.device)
+        small.count = self.count
+        small.origin, small.sum = (
+            x.view(cut).transpose(1, 2).reshape(small.sum.shape) for x in (self.origin, self.sum)
+        )
+        pairs = self.gram.view(*cut, *cut[1:]).diagonal(dim1=2, dim2=5)  # of a part with itself
+        small.gram = pairs.movedim(-1, 1).reshape(small.gram.shape)
+        return small
+
     @property
     def mean(self) -> Tensor:
         """(L, width)."""
@@ -70,6 +86,27 @@ class Statistics(NamedTuple):
     q: Moments | None  # queries before the rotation, one block per query head
     k_grad: Moments | None  # gradients of the summed loss at the keys, in the blocks of k
     v_grad: Moments | None
+
+    def split(self, k_parts: int, v_parts: int) -> "Statistics":
+        """The statistics of latents that so many times fewer heads share."""
+        sides = 2 if self.v is None else 1
+        return Statistics(
+            self.k.split(k_parts, sides),
+            self.v and self.v.split(v_parts),
+            self.q,
+            self.k_grad and self.k_grad.split(k_parts, sides),
+            self.v_grad and self.v_grad.split(v_parts),
+        )
+
+
+class Needs(NamedTuple):
+    """Which statistics: the arguments of `calibrate`."""
+
+    heads_per_latent: tuple[int, int] = (1, 1)
+    gradients: bool = False
+    queries: bool = False
+    joint: bool = False
+    anchor: int = 1
 
 
 def calibrate(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .allocate import Ranks, check_keep, greedy
 from .basis import METHODS, LayerBasis
-from .calibrate import Statistics, calibrate
+from .calibrate import Needs, Statistics, calibrate
 from .fold import fold
 from .model import Config, Model
 from .search import ErrorBudget, ranks_of
@@ -111,14 +111,19 @@ class Compressed(NamedTuple):
     model: Model
     layers: list[dict[str, Any]]
     settings: Settings  # with what was chosen filled in
+    bases: list[LayerBasis]
+
+
+def needs(settings: Settings) -> Needs:
+    """What `settings`, fitted to the model, read of statistics."""
+    method, joint = METHODS[settings.method], settings.latent == "joint-kv"
+    shared = settings.heads_per_latent or (1, 1)
+    return Needs(shared, method.gradients, method.queries, joint, settings.anchor)
 
 
 def gather(model: Model, tokens: Tensor, settings: Settings) -> list[Statistics]:
     """The statistics of tokens (N, T) that `settings`, fitted to the model, need."""
-    shared = settings.heads_per_latent or (1, 1)
-    needs = METHODS[settings.method]
-    joint = settings.latent == "joint-kv"
-    return calibrate(model, tokens, shared, needs.gradients, needs.queries, joint, settings.anchor)
+    return calibrate(model, tokens, *needs(settings))
 
 
 def compress(
@@ -129,7 +134,7 @@ def compress(
 ) -> Compressed:
     """Compress the KV cache of a dense model, calibrated on tokens (N, T).
 
-    statistics: what `gather` returned for settings that differ in nothing it reads.
+    statistics: what `gather` returned for settings with the same `needs`.
     Raises ValueError for settings that do not fit the model.
     """
     settings = settings or Settings()
@@ -152,7 +157,7 @@ def compress(
         ranks = greedy(model.config, bases, settings.keep, settings.rank_multiple)
     layers = [_report(*x) for x in zip(bases, *ranks, strict=True)]
     layers = [a | b for a, b in zip(layers, found, strict=True)]
-    return Compressed(fold(model, bases, ranks, settings.anchor), layers, settings)
+    return Compressed(fold(model, bases, ranks, settings.anchor), layers, settings, bases)
 
 
 def _report(basis: LayerBasis, k_rank: int, v_rank: int) -> dict[str, Any]:

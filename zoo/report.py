@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .summary import Section, caption, cells
+
 
 def layers(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the ranks of every layer as bars, with errors and thresholds where there are any."""
@@ -59,6 +61,16 @@ def bench(rows: Sequence[Mapping[str, Any]]) -> None:
         f"floor: all bytes read at {rows[0]['bandwidth'] / 1e9:.1f} GB/s, as a sum reads memory "
         "here. KV read: their share.\nby bytes: the speed that fewer bytes alone would give."
     )
+
+
+def sweep(section: Section) -> None:
+    """Print the table of a sweep."""
+    head, *body = cells(section)
+    table = Table(*head)
+    for row in body:
+        table.add_row(*row)
+    Console().print(table)
+    print(caption(section))
 
 
 def checkpoint(found: Mapping[str, Any]) -> None:

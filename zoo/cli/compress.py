@@ -21,6 +21,7 @@ from .options import (
     Source,
     Trust,
     load,
+    parse_shared,
 )
 
 
@@ -82,7 +83,7 @@ def compress(
     if text is not None:
         read_text(text)  # a missing file is found before the long work
     original = load(source, dtype, device, revision, trust_remote_code)
-    shared = _shared(heads_per_latent, original.model.config.num_key_value_heads)
+    shared = parse_shared(heads_per_latent, original.model.config.num_key_value_heads)
     record = compress_checkpoint(
         original,
         out,
@@ -105,19 +106,3 @@ def compress(
         f"{measured['compressed']:.2f} on {measured['tokens']} tokens of {measured['text']}\n"
         f"wrote {out}; next: eigenzoo generate {out} --prompt '...'"
     )
-
-
-def _shared(text: str, heads: int) -> tuple[int, int] | None:
-    """Heads per latent of keys and of values, from what the user wrote."""
-    if text == "auto":
-        return None
-    parts = [heads if part == "all" else part for part in text.split(",")]
-    try:
-        numbers = [int(part) for part in parts]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2):
-        raise ValueError(
-            f"heads per latent is {text!r}: expected auto, a number, all, or two as in all,1"
-        )
-    return numbers[0], numbers[-1]
