@@ -22,7 +22,7 @@ def low(dense_folder, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "compress", "evaluate", "generate", "inspect", "bench", "demo", "sweep"],
+    ["", "compress", "evaluate", "generate", "inspect", "bench", "demo", "sweep", "report"],
 )
 def test_help_is_there(run, command):
     code, out, _ = run(*command.split(), "--help")

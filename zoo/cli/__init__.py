@@ -2,7 +2,7 @@
 
 import typer
 
-from . import bench, compress, demo, evaluate, generate, inspect, sweep
+from . import bench, compress, demo, evaluate, generate, inspect, report, sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,6 +16,7 @@ for command in (
     inspect.inspect,
     bench.bench,
     sweep.sweep,
+    report.report,
     demo.demo,
 ):
     app.command()(command)

@@ -129,4 +129,4 @@ def sweep(
         return
     for section in sections(rows):
         report.sweep(section)
-    typer.echo(f"wrote {out}")
+    typer.echo(f"wrote {out}; next: eigenzoo report {out} --out {out.with_suffix('')}")
