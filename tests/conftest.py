@@ -1,6 +1,9 @@
+import sys
+
 import pytest
 import tiny
 
+from eigenzoo.zoo import cli
 from eigenzoo.zoo.checkpoint import load
 
 
@@ -16,3 +19,17 @@ def dense_folder(tmp_path_factory):
 def dense(dense_folder):
     """The same, loaded."""
     return load(str(dense_folder))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line; exit code, standard output, standard error."""
+
+    def call(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["eigenzoo", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return call

@@ -8,25 +8,10 @@ import time
 import pytest
 import tiny
 
-from eigenzoo.zoo import cli
 from eigenzoo.zoo.basis import METHODS
 
 COMMAND = [sys.executable, "-c", "from eigenzoo.zoo.cli import main; main()"]
 QUICK = ["--samples", "8", "--seq-len", "64"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line; exit code, standard output, standard error."""
-
-    def call(*words) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eigenzoo", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return stopped.value.code or 0, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +24,8 @@ def low(dense_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "compress", "evaluate", "generate", "inspect", "bench", "demo"]
+    "command",
+    ["", "compress", "evaluate", "generate", "inspect", "bench", "demo", "sweep", "report"],
 )
 def test_help_is_there(run, command):
     code, out, _ = run(*command.split(), "--help")

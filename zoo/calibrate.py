@@ -62,6 +62,22 @@ class Moments:
         back = torch.linalg.solve_triangular(root.float(), rows.mT, upper=False)
         return back.square().mean(1).sqrt().clamp(min=1e-3)
 
+    def split(self, parts: int, sides: int = 1) -> "Moments":
+        """The moments of blocks cut into `parts`: what narrower blocks would have gathered.
+
+        sides: 2 where a block is keys and then values; a part takes its share of either.
+        """
+        blocks, width = self.sum.shape
+        cut = blocks, sides, parts, width // (sides * parts)
+        small = Moments(blocks * parts, width // parts, self.sum.device)
+        small.count = self.count.repeat_interleave(parts)
+        small.origin, small.sum = (
+            x.view(cut).transpose(1, 2).reshape(small.sum.shape) for x in (self.origin, self.sum)
+        )
+        pairs = self.gram.view(*cut, *cut[1:]).diagonal(dim1=2, dim2=5)  # of a part with itself
+        small.gram = pairs.movedim(-1, 1).reshape(small.gram.shape)
+        return small
+
     @property
     def mean(self) -> Tensor:
         """(L, width)."""
@@ -109,6 +125,27 @@ class Statistics(NamedTuple):
     v_grad_weighted: Moments | None
     k_weight: Moments | None  # of a sequence's loss by the key weight, number by number
     v_weight: Moments | None
+
+    def split(self, k_parts: int, v_parts: int) -> "Statistics":
+        """The statistics of latents that so many times fewer heads share.
+
+        Raises ValueError for weighted ones: their weights are those of whole blocks.
+        """
+        if self.k_weighted is not None and (k_parts, v_parts) != (1, 1):
+            raise ValueError("weighted statistics are of one sharing: gather them for each")
+        sides = 2 if self.v is None else 1
+        return self._replace(k=self.k.split(k_parts, sides), v=self.v and self.v.split(v_parts))
+
+
+class Needs(NamedTuple):
+    """Which statistics: the arguments of `calibrate`."""
+
+    heads_per_latent: tuple[int, int] = (1, 1)
+    gradients: bool = False
+    queries: bool = False
+    joint: bool = False
+    anchor: int = 1
+    weights: bool = False
 
 
 def calibrate(

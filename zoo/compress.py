@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .allocate import Ranks, check_keep, greedy, proportional
 from .basis import METHODS, LayerBasis, Method
-from .calibrate import Statistics, calibrate
+from .calibrate import Needs, Statistics, calibrate
 from .fold import fold
 from .keys import BLOCK, KEYS, TURNED, choose_keys
 from .model import Config, Model
@@ -154,6 +154,15 @@ class Compressed(NamedTuple):
     model: Model
     layers: list[dict[str, Any]]
     settings: Settings  # with what was chosen filled in
+    bases: list[LayerBasis]
+
+
+def needs(settings: Settings, config: Config) -> Needs:
+    """What `settings`, fitted to the model, read of statistics."""
+    method, joint = METHODS[settings.method], settings.latent == "joint-kv"
+    shared = settings.heads_per_latent or (1, 1)
+    anchor = settings.anchor(config)
+    return Needs(shared, method.gradients, method.queries, joint, anchor, method.weights)
 
 
 def gather(model: Model, tokens: Tensor, settings: Settings) -> list[Statistics]:
@@ -161,18 +170,8 @@ def gather(model: Model, tokens: Tensor, settings: Settings) -> list[Statistics]
 
     A method without data is given none: its statistics are empty, and the model is not run.
     """
-    shared = settings.heads_per_latent or (1, 1)
-    needs = METHODS[settings.method]
-    return calibrate(
-        model,
-        tokens if needs.data else tokens[:0],
-        shared,
-        needs.gradients,
-        needs.queries,
-        settings.latent == "joint-kv",
-        settings.anchor(model.config),
-        needs.weights,
-    )
+    data = METHODS[settings.method].data
+    return calibrate(model, tokens if data else tokens[:0], *needs(settings, model.config))
 
 
 def compress(
@@ -183,7 +182,7 @@ def compress(
 ) -> Compressed:
     """Compress the KV cache of a dense model, calibrated on tokens (N, T).
 
-    statistics: what `gather` returned for settings that differ in nothing it reads.
+    statistics: what `gather` returned for settings with the same `needs`.
     Raises ValueError for settings that do not fit the model.
     """
     settings = settings or Settings()
@@ -212,7 +211,8 @@ def compress(
         ranks = greedy(model.config, bases, settings.keep, settings.rank_multiple, whole)
     layers = [_report(*x) for x in zip(bases, *ranks, strict=True)]
     layers = [a | b for a, b in zip(layers, found, strict=True)]
-    return Compressed(fold(model, bases, ranks, settings.anchor(model.config)), layers, settings)
+    low = fold(model, bases, ranks, settings.anchor(model.config))
+    return Compressed(low, layers, settings, bases)
 
 
 def _report(basis: LayerBasis, k_rank: int, v_rank: int) -> dict[str, Any]:

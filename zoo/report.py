@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .summary import Section, caption, cells
+
 
 def layers(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the ranks of every layer as bars, with errors and thresholds where there are any."""
@@ -113,6 +115,16 @@ def tasks(rows: Mapping[str, Mapping[str, Any]]) -> None:
             shown = (f"{x:.4f}" if isinstance(x, float) else str(x) for x in cells)
             table.add_row(name, str(row["sample_len"]), str(row["shots"]), metric, *shown)
     Console().print(table)
+
+
+def sweep(section: Section) -> None:
+    """Print the table of a sweep."""
+    head, *body = cells(section)
+    table = Table(*head)
+    for row in body:
+        table.add_row(*row)
+    Console().print(table)
+    print(caption(section))
 
 
 def checkpoint(found: Mapping[str, Any]) -> None:

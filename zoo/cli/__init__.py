@@ -2,7 +2,7 @@
 
 import typer
 
-from . import bench, compress, demo, evaluate, generate, inspect
+from . import bench, compress, demo, evaluate, generate, inspect, report, sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,6 +15,8 @@ for command in (
     generate.generate,
     inspect.inspect,
     bench.bench,
+    sweep.sweep,
+    report.report,
     demo.demo,
 ):
     app.command()(command)

@@ -23,6 +23,7 @@ from .options import (
     Source,
     Trust,
     load,
+    parse_shared,
     say_keys,
 )
 
@@ -85,7 +86,7 @@ def compress(
         read_text(text)  # a missing file is found before the long work
     original = load(source, dtype, device, revision, trust_remote_code)
     model = original.model
-    shared = _shared(heads_per_latent, model.config.num_key_value_heads)
+    shared = parse_shared(heads_per_latent, model.config.num_key_value_heads)
     settings = settings._replace(heads_per_latent=shared).fit(model.config, model.device.type)
     say_keys(settings)
     record = compress_checkpoint(
@@ -116,19 +117,3 @@ def compress(
             "it is an ordinary MPT for llm-foundry and eigenzoo; transformers' own MPT knows no "
             "kv_n_heads and refuses it"
         )
-
-
-def _shared(text: str, heads: int) -> tuple[int, int] | None:
-    """Heads per latent of keys and of values, from what the user wrote."""
-    if text == "auto":
-        return None
-    parts = [heads if part == "all" else part for part in text.split(",")]
-    try:
-        numbers = [int(part) for part in parts]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2):
-        raise ValueError(
-            f"heads per latent is {text!r}: expected auto, a number, all, or two as in all,1"
-        )
-    return numbers[0], numbers[-1]

@@ -109,6 +109,22 @@ def say_keys(settings: Any) -> None:
         say(f"keys: {settings.keys}{block}, since {settings.keys_reason}")
 
 
+def parse_shared(text: str, heads: int) -> tuple[int, int] | None:
+    """Heads per latent of keys and of values, from what the user wrote."""
+    if text == "auto":
+        return None
+    parts = [heads if part == "all" else part for part in text.split(",")]
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise ValueError(
+            f"heads per latent is {text!r}: expected auto, a number, all, or two as in all,1"
+        )
+    return numbers[0], numbers[-1]
+
+
 def name_of(path: Path | str | None) -> str:
     """What a text is called in messages."""
     return "Python's own help" if path is None else Path(path).name

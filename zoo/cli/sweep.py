@@ -1,0 +1,132 @@
+"""eigenzoo sweep."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    AsJson,
+    Device,
+    Dtype,
+    Revision,
+    Samples,
+    Seed,
+    SeqLen,
+    Source,
+    Trust,
+    load,
+    parse_shared,
+    say,
+)
+
+
+def sweep(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="File for the results, one JSON object a line.")],
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the KV bytes that stay; repeat for more. [default: 0.8, 0.6]"),
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="As in compress; repeat for more. [default: fisher]")
+    ] = None,
+    heads_per_latent: Annotated[
+        list[str] | None, typer.Option(help="As in compress; repeat for more. [default: auto]")
+    ] = None,
+    keys: Annotated[
+        list[str] | None, typer.Option(help="With RoPE; repeat for more. [default: auto]")
+    ] = None,
+    anchor_block: Annotated[
+        list[int] | None, typer.Option(help="With anchored keys; repeat for more. [default: 16]")
+    ] = None,
+    latent: Annotated[
+        list[str] | None, typer.Option(help="As in compress; repeat for more. [default: separate]")
+    ] = None,
+    rank_multiple: Annotated[
+        list[int] | None, typer.Option(help="As in compress; repeat for more. [default: 8]")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None, typer.Option(help="As in compress; repeat for more. [default: self]")
+    ] = None,
+    samples: Samples = 32,
+    seq_len: SeqLen = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="File to measure perplexity on. [default: Python's own help]"),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="As in evaluate. [default: 2048, or what the model can read]")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="How many windows; 0 for all of the text.")] = 0,
+    save_statistics: Annotated[
+        bool,
+        typer.Option(
+            help="Keep statistics beside OUT, so that a resumed sweep does not calibrate."
+        ),
+    ] = True,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start OUT and what it keeps anew.")
+    ] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compress SOURCE to every combination of settings, in memory, and measure each.
+
+    Results go to OUT as they come; what is there already is not done again.
+    """
+    from tqdm import tqdm
+
+    from .. import report
+    from ..data import read_text
+    from ..rows import read_rows
+    from ..statistics import Calibration
+    from ..summary import line, sections
+    from ..sweep import Evaluation, Sweep, grid
+
+    if out.exists() and not force:
+        read_rows(out)  # a file of something else is found before the model is loaded
+    if text is not None:
+        read_text(text)
+    original = load(source, dtype, device, revision, trust_remote_code)
+    config = original.model.config
+    length = config.max_position_embeddings
+    settings = grid(
+        {
+            "method": method or ["fisher"],
+            "keep": keep or [0.8, 0.6],
+            "heads_per_latent": [
+                parse_shared(x, config.num_key_value_heads) for x in heads_per_latent or ["auto"]
+            ],
+            "keys": keys or ["auto"],
+            "anchor_block": anchor_block or [None],
+            "latent": latent or ["separate"],
+            "rank_multiple": rank_multiple or [8],
+        }
+    )
+    calibrations = [
+        Calibration(c, samples, seq_len or min(1024, length), seed) for c in calibration or ["self"]
+    ]
+    evaluation = Evaluation(text, window or min(2048, length), windows)
+    command = shlex.join(["eigenzoo", *sys.argv[1:]])
+    work = Sweep(original, out, evaluation, calibrations, command, save_statistics, force)
+    settings = work.distinct(settings)
+    rows, total = [], 1 + len(settings) * len(calibrations)
+    if work.done:
+        say(f"{len(work.done)} cells are in {out} already")
+    for number, row in enumerate(work.rows(settings), start=1):
+        rows.append(row)
+        tqdm.write(f"[{number}/{total}] {line(row)}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for section in sections(rows):
+        report.sweep(section)
+    typer.echo(f"wrote {out}; next: eigenzoo report {out} --out {out.with_suffix('')}")
