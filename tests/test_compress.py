@@ -104,3 +104,29 @@ def test_the_dense_model_is_left_as_it_was():
     before = {name: w.clone() for name, w in dense.state_dict().items()}
     compress(dense, x)
     assert all(torch.equal(w, before[name]) for name, w in dense.state_dict().items())
+
+
+def test_uniform_ranks_are_the_same_in_every_layer():
+    dense, x = tiny.native(head_dim=16), tiny.tokens(8, 64)
+    even, free = (
+        compress(dense, x, Settings(keep=0.5, rank_multiple=4, budget=b)).model.config
+        for b in ("uniform", "global")
+    )
+    ranks = even.k_ranks + even.v_ranks
+    assert max(ranks) - min(ranks) <= 4  # the last multiple does not go round
+    assert (free.k_ranks, free.v_ranks) != (even.k_ranks, even.v_ranks)
+    assert even.kv_width <= 0.5 * dense.config.kv_width
+
+
+def test_damping_changes_the_basis_of_fisher_and_is_refused_elsewhere():
+    dense, x = tiny.native(), tiny.tokens(8, 64)
+    a, b = (compress(dense, x, Settings(keep=0.5, damping=d)).bases[0].v for d in (None, 3.0))
+    assert not torch.allclose(a.encoder, b.encoder)
+    with pytest.raises(ValueError, match=r"damping is 0\.1: expected more than 0, and fisher"):
+        Settings("pca", damping=0.1).check()
+
+
+@pytest.mark.parametrize("method", ["eigen", "kv-heads", "palu", "lorc"])
+def test_uniform_ranks_are_refused_where_a_method_has_its_own_rule(method):
+    with pytest.raises(ValueError, match="uniform ranks go with"):
+        Settings(method, keep=0.5, budget="uniform").check()

@@ -26,7 +26,9 @@ def _solve(x: Moments, metric: Tensor, damping: float, paired: int = 0) -> Basis
     return solve(x.covariance, metric, x.mean, damping)
 
 
-def fisher(model: Model, statistics: list[Statistics], pairs: bool = False) -> list[LayerBasis]:
+def fisher(
+    model: Model, statistics: list[Statistics], pairs: bool = False, damping: float = DAMPING
+) -> list[LayerBasis]:
     """Errors weighed by the gradients of the loss, token by token: see `calibrate`.
 
     F = E[g gᵀ] with g = ∂loss/∂k or ∂loss/∂v, and C, each weighed by the other's lengths. Half the
@@ -35,7 +37,7 @@ def fisher(model: Model, statistics: list[Statistics], pairs: bool = False) -> l
     """
 
     def basis(x: Moments | None, grad: Moments | None, paired: int = 0) -> Basis:
-        return _solve(_asked(x), _asked(grad).second, DAMPING, paired)
+        return _solve(_asked(x), _asked(grad).second, damping, paired)
 
     paired = model.config.head_dim if pairs else 0
     return [
@@ -48,7 +50,7 @@ def fisher(model: Model, statistics: list[Statistics], pairs: bool = False) -> l
 
 
 def fisher_plain(
-    model: Model, statistics: list[Statistics], pairs: bool = False
+    model: Model, statistics: list[Statistics], pairs: bool = False, damping: float = DAMPING
 ) -> list[LayerBasis]:
     """`fisher` without the weights: as if rows and their gradients were independent.
 
@@ -60,7 +62,7 @@ def fisher_plain(
         )
         for s in statistics
     ]
-    return fisher(model, plain, pairs)
+    return fisher(model, plain, pairs, damping)
 
 
 def attention(model: Model, statistics: list[Statistics], pairs: bool = False) -> list[LayerBasis]:

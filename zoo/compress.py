@@ -15,6 +15,7 @@ from .model import Config, Model
 from .search import ErrorBudget, ranks_of
 
 LATENTS = ("separate", "joint-kv")
+BUDGETS = ("global", "uniform")
 SEARCH_TOKENS = 4096  # on so many the errors of layers are measured
 
 
@@ -26,7 +27,9 @@ class Settings(NamedTuple):
     heads_per_latent: kv heads that share a latent of keys, and of values; None chooses.
     latent: `separate`, or `joint-kv`: one latent holds keys and values. keys: how they are held, a
     name in `KEYS`; `anchored` in blocks of `anchor_block` slots, None chooses. keys_reason: why
-    `auto` chose them, filled in by `fit`.
+    `auto` chose them, filled in by `fit`. budget: `global`, spent where the error falls most, or
+    `uniform`: the same ranks in all layers, for keys and values alike. damping: of the Fisher
+    metric, None for the method's own. The last two are there to measure what they are worth.
     """
 
     method: str = "fisher"
@@ -38,6 +41,8 @@ class Settings(NamedTuple):
     keys: str = "auto"
     anchor_block: int | None = None
     keys_reason: str | None = None
+    budget: str = "global"
+    damping: float | None = None
 
     def check(self) -> None:
         """Raise ValueError for settings that fit no model, before anything long begins."""
@@ -70,6 +75,16 @@ class Settings(NamedTuple):
             raise ValueError(f"{self.method} has no joint latents: choose {others}")
         if self.latent == "joint-kv" and self.keys == "full":
             raise ValueError("joint-kv compresses keys with values: keys cannot stay full")
+        if self.budget not in BUDGETS:
+            raise ValueError(f"budget {self.budget!r} is unknown: expected {' or '.join(BUDGETS)}")
+        own = method.ranks is not None or self.method in ("eigen", "kv-heads")
+        if self.budget == "uniform" and (own or self.keys == "full"):
+            raise ValueError(
+                "uniform ranks go with compressed keys and a method without a rank rule of its own"
+            )
+        if self.damping is not None and not (method.gradients and self.damping > 0):
+            others = _names(lambda method: method.gradients)
+            raise ValueError(f"damping is {self.damping}: expected more than 0, and {others}")
         check_keep(self.keep)
 
     def fit(self, config: Config, device: str = "cpu") -> "Settings":
@@ -189,7 +204,8 @@ def compress(
     settings.check()
     settings = settings.fit(model.config, model.device.type)
     method, seen = METHODS[settings.method], statistics or gather(model, tokens, settings)
-    options = {"pairs": True} if settings.keys == "pairs" else {}
+    options: dict[str, Any] = {"pairs": True} if settings.keys == "pairs" else {}
+    options |= {} if settings.damping is None else {"damping": settings.damping}
     bases = method.bases(model, seen, **options)
     found: list[dict[str, Any]] = [{} for _ in bases]
     if settings.method == "eigen":
@@ -203,8 +219,10 @@ def compress(
     elif settings.method == "kv-heads":  # one head for every group
         width = (model.config.head_dim,) * len(bases)
         ranks = Ranks(width, width)
-    elif method.ranks is not None:
-        weights, multiple = method.ranks(model, seen), settings.rank_multiple
+    elif method.ranks is not None or settings.budget == "uniform":
+        alike = [(1.0, 1.0)] * len(bases)
+        weights = method.ranks(model, seen) if method.ranks else alike
+        multiple = settings.rank_multiple
         ranks = proportional(model.config, bases, weights, settings.keep, multiple)
     else:
         whole = settings.keys == "full"

@@ -49,6 +49,14 @@ def sweep(
     rank_multiple: Annotated[
         list[int] | None, typer.Option(help="As in compress; repeat for more. [default: 8]")
     ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="global or uniform ranks; repeat for both. [default: global]"),
+    ] = None,
+    damping: Annotated[
+        list[float] | None,
+        typer.Option(help="Of fisher's metric; repeat for more. [default: 0.3]"),
+    ] = None,
     calibration: Annotated[
         list[str] | None, typer.Option(help="As in compress; repeat for more. [default: self]")
     ] = None,
@@ -109,6 +117,8 @@ def sweep(
             "anchor_block": anchor_block or [None],
             "latent": latent or ["separate"],
             "rank_multiple": rank_multiple or [8],
+            "budget": budget or ["global"],
+            "damping": damping or [None],
         }
     )
     calibrations = [
