@@ -99,6 +99,16 @@ def test_pca_loses_least_of_the_vectors_among_subspaces():
     torch.testing.assert_close(share, b.errors()[5], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+def test_kv_heads_are_singular_vectors_of_a_group_s_heads_side_by_side(name):
+    model, x = tiny.native(attention_bias=True), tiny.tokens(6, 64)
+    b = getattr(METHODS["kv-heads"].bases(model, calibrate(model, x, (2, 2)))[1], name[0])
+    rows = outputs(model, x, name).unflatten(-1, (2, 16)).transpose(0, 1)
+    for group, side_by_side in enumerate(rows):
+        vt = torch.linalg.svd(side_by_side, full_matrices=False).Vh[:8]
+        torch.testing.assert_close(span(b, group, 8), vt.T @ vt, atol=1e-4, rtol=0)
+
+
 def inputs(model, x) -> torch.Tensor:
     """What the projections of layer 1 are given for tokens x, one row a token, in fp64."""
     seen = []

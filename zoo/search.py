@@ -2,6 +2,8 @@
 
 Saxena et al., arXiv 2408.05646. One error budget for all layers; a
 layer lowers its threshold, one for keys and values, while its output stays within the budget.
+Where the paper measures outputs on all calibration text, `compress` hands in its first 4096
+tokens, since the inputs of every layer are kept; and ranks are rounded up to a multiple.
 """
 
 from collections.abc import Sequence
