@@ -52,6 +52,11 @@ def card(config: Config, compression: dict[str, Any]) -> str:
             cost = (
                 f"Keys are anchored: one query reads each block of {config.anchor} cached tokens."
             )
+    refined = "".join(
+        f"Refined for {run['best_step']} steps on {run['calibration']['source']} text: KL to the "
+        f"original {run['kl_before']:.4g} -> {run['kl_after']:.4g} nats per token, held out.\n"
+        for run in c.get("refined", [])
+    )
     return f"""---
 {header}
 ---
@@ -66,7 +71,7 @@ The cache holds low-rank latents of keys and values and is that much smaller whe
 {table}
 
 Calibrated on {c["calibration"]["tokens"]} tokens ({c["calibration"]["source"]}), seed {c["seed"]}.
-
+{refined}
 ## Use
 
 ```python

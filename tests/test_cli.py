@@ -37,7 +37,7 @@ def low(dense_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "compress", "evaluate", "generate", "inspect", "bench", "demo"]
+    "command", ["", "compress", "refine", "evaluate", "generate", "inspect", "bench", "demo"]
 )
 def test_help_is_there(run, command):
     code, out, _ = run(*command.split(), "--help")
