@@ -59,6 +59,11 @@ def card(config: Config, compression: dict[str, Any]) -> str:
             cost = "Latents of keys are cached rotated: queries read them directly."
     if not any(config.compressed(i)[0] for i in range(config.num_hidden_layers)):
         cost = "Keys are whole: only values are compressed."
+    refined = "".join(
+        f"Refined for {run['best_step']} steps on {run['calibration']['source']} text: KL to the "
+        f"original {run['kl_before']:.4g} -> {run['kl_after']:.4g} nats per token, held out.\n"
+        for run in c.get("refined", [])
+    )
     return f"""---
 {header}
 ---
@@ -73,7 +78,7 @@ The cache holds low-rank latents of keys and values and is that much smaller whe
 {table}
 
 {made}
-
+{refined}
 ## Use
 
 ```python

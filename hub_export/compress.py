@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..zoo.basis import METHODS
 from ..zoo.checkpoint import Checkpoint
 from ..zoo.compress import Settings, compress
-from ..zoo.data import calibration_tokens, encode, read_text
+from ..zoo.data import calibration_tokens, encode, hold_out, read_text
 from ..zoo.evaluate import perplexity
+from ..zoo.model import Model
 from .export import export
 from .plain import check_plain, export_plain
 
@@ -45,37 +47,24 @@ def compress_checkpoint(
         check_plain(model.config, settings.method)
     longest = model.config.max_position_embeddings
     seq_len = seq_len or min(1024, longest)
-    source = calibration if calibration.startswith(("self", "hub:")) else Path(calibration).name
     needed = METHODS[settings.method].data
-    if text is None:
+    tokens = held_out = torch.empty(0, seq_len, dtype=torch.long, device=model.device)
+    if needed or text is None:
         samples = samples if needed else max(2, samples // 8)  # no more than is measured on
         tokens = calibration_tokens(calibration, model, tokenizer, samples, seq_len, seed)
-        held = (len(tokens) // 8 or 1) if needed else len(tokens)
-        tokens, held_out = tokens.tensor_split([len(tokens) - held])
-        words, window, test = f"held-out {source} text", tokens.size(1), held_out.flatten()
-    else:
-        tokens = torch.empty(0, seq_len, dtype=torch.long, device=model.device)
-        if needed:
-            tokens = calibration_tokens(calibration, model, tokenizer, samples, seq_len, seed)
-        test = encode(tokenizer, read_text(text)).to(tokens.device)
-        words, window = text.name, min(2048, longest, len(test))
+    if text is None:
+        tokens, held_out = hold_out(tokens) if needed else (tokens[:0], tokens)
     result = compress(model, tokens, settings)
-    before, after = (perplexity(m, test, window) for m in (model, result.model))
+    models = {"dense": model, "compressed": result.model}
     config = result.model.config
     record = {
         "base_model": original.name,
         **result.settings._asdict(),
         "share": config.kv_width / model.config.kv_width,
-        "calibration": _calibration(source, tokens) if needed else None,
+        "calibration": calibrated_on(calibration, tokens) if needed else None,
         "seed": seed,
         "versions": {name: version(name) for name in ("eigenzoo", "torch", "transformers")},
-        "evaluation": {
-            "text": words,
-            "window": window,
-            "tokens": before.tokens,
-            "dense": before.perplexity,
-            "compressed": after.perplexity,
-        },
+        "evaluation": evaluation(models, tokenizer, text, held_out, calibration),
         "layers": result.layers,
     }
     write = export_plain if plain else export
@@ -83,6 +72,34 @@ def compress_checkpoint(
     return record
 
 
-def _calibration(source: str, tokens: Tensor) -> Mapping[str, Any]:
+def calibrated_on(calibration: str, tokens: Tensor) -> dict[str, Any]:
+    """What a record says of tokens (N, T) from a source."""
     sequences, length = tokens.shape
+    source = _name(calibration)
     return {"source": source, "sequences": sequences, "seq_len": length, "tokens": tokens.numel()}
+
+
+def evaluation(
+    models: Mapping[str, Model],
+    tokenizer: PreTrainedTokenizerBase,
+    text: Path | None,
+    held_out: Tensor,
+    calibration: str,
+) -> dict[str, Any]:
+    """What a record says of perplexity: on a file, or else on sequences held out (N, T)."""
+    if text is None:
+        words = f"held-out {_name(calibration)} text"
+        window, test = held_out.size(1), held_out.flatten()
+    else:
+        test = encode(tokenizer, read_text(text)).to(held_out.device)
+        longest = next(iter(models.values())).config.max_position_embeddings
+        words, window = text.name, min(2048, longest, len(test))
+    found = {name: perplexity(model, test, window) for name, model in models.items()}
+    tokens = next(iter(found.values())).tokens
+    perplexities = {name: x.perplexity for name, x in found.items()}
+    return {"text": words, "window": window, "tokens": tokens, **perplexities}
+
+
+def _name(calibration: str) -> str:
+    """A source of calibration text without the folder that it lies in."""
+    return calibration if calibration.startswith(("self", "hub:")) else Path(calibration).name

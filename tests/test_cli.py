@@ -25,7 +25,18 @@ def low(dense_folder, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "compress", "evaluate", "generate", "inspect", "bench", "demo", "sweep", "report"],
+    [
+        "",
+        "compress",
+        "refine",
+        "evaluate",
+        "generate",
+        "inspect",
+        "bench",
+        "demo",
+        "sweep",
+        "report",
+    ],
 )
 def test_help_is_there(run, command):
     code, out, _ = run(*command.split(), "--help")

@@ -12,6 +12,7 @@ from eigenzoo.zoo.checkpoint import load
 from eigenzoo.zoo.compress import Settings, compress
 from eigenzoo.zoo.data import encode, read_text
 from eigenzoo.zoo.evaluate import perplexity
+from eigenzoo.zoo.refine import RefineSettings, refine
 
 SHARED = Path(__file__).parents[2] / "shared"
 WORDS = SHARED / "data" / "wikitext-2-valid.txt"
@@ -67,3 +68,14 @@ def test_every_method_compresses_and_fisher_is_the_best_at_few_bytes(folder, tex
     assert all(math.isfinite(x) for x in found.values())
     del found["kv-heads"]  # five times the bytes
     assert min(found, key=found.__getitem__) == "fisher"
+
+
+@pytest.mark.slow
+def test_refining_wins_back_quality(folder, text):
+    model = load(str(folder), torch.float32).model
+    rows, test = text[: 48 * 256].view(48, 256), text[-20 * 256 :]
+    low = compress(model, rows[:24], Settings("eigen", 0.05, rank_multiple=2)).model
+    found = refine(model, low, rows, RefineSettings(steps=16, batch=4, lr=1e-4, every=16))
+    assert found.best["held_out"] < 0.95 * found.history[0]["held_out"]
+    dense, before, after = (perplexity(m, test, 256).perplexity for m in (model, low, found.model))
+    assert dense < after < before

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from .allocate import kv_bytes
-from .families import FAMILIES, new_model
+from .families import FAMILIES, model_of, new_model
 from .model import Config, Model
 
 MODEL_TYPE = "eigen"  # what config.json of a compressed checkpoint says
@@ -249,8 +249,7 @@ def build(
     where a weight is missing, unknown, of another shape, or not finite.
     """
     with torch.device("meta"):
-        model = new_model(config)
-    expected = model.state_dict()
+        expected = new_model(config).state_dict()
     if config.tie_word_embeddings:
         del expected["head.weight"]
     parts = _native_parts if native else config.weights
@@ -271,11 +270,7 @@ def build(
     missing = expected.keys() - weights.keys()
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
-    model.load_state_dict(weights, strict=False, assign=True)
-    if config.tie_word_embeddings:
-        model.head.weight = model.embed.weight
-    model.reset_buffers()
-    return model.eval().requires_grad_(False)
+    return model_of(config, weights)
 
 
 def _native_parts(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -76,6 +76,14 @@ def calibration_tokens(
     return rows[spread].to(model.device)
 
 
+def hold_out(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (N, T) without the last eighth of their rows, at least one, and that eighth."""
+    if len(tokens) < 2:
+        raise ValueError(f"given {len(tokens)} sequences: expected at least 2, to hold one out")
+    kept, held_out = tokens.tensor_split([len(tokens) - (len(tokens) // 8 or 1)])
+    return kept, held_out
+
+
 def hub_text(name: str, characters: int) -> str:
     """Text of a dataset `DATASET[:CONFIG]`: its train split, column `text`, streamed."""
     try:

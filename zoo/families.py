@@ -1,7 +1,10 @@
 """The families that eigenzoo knows, by transformers' model_type."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from .llama import Llama, LlamaConfig
 from .model import Config, Model
@@ -28,3 +31,16 @@ FAMILIES = {
 def new_model(config: Config) -> Model:
     """An uninitialised model of the config's family."""
     return FAMILIES[config.family].model(config)
+
+
+def model_of(config: Config, weights: Mapping[str, Tensor]) -> Model:
+    """A model of these weights, which it shares and does not copy, ready for inference."""
+    with torch.device("meta"):
+        model = new_model(config)
+    if config.tie_word_embeddings:
+        weights = {**weights, "head.weight": weights["embed.weight"]}
+    model.load_state_dict(weights, assign=True)
+    if config.tie_word_embeddings:
+        model.head.weight = model.embed.weight
+    model.reset_buffers()
+    return model.eval().requires_grad_(False)

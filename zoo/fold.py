@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .allocate import Ranks
 from .basis import LayerBasis
-from .families import new_model
+from .families import model_of, new_model
 from .model import Config, LatentAttention, Model
 from .solve import Basis
 
@@ -64,11 +64,7 @@ def fold(model: Model, bases: Sequence[LayerBasis], ranks: Ranks, anchor: int = 
     for i, basis in enumerate(bases):
         folded = fold_attention(config, model.layers[i].attn, low.layers[i].attn, basis)
         weights |= {f"layers.{i}.attn.{name}": x for name, x in folded.items()}
-    low.load_state_dict(weights, assign=True)
-    if config.tie_word_embeddings:
-        low.head.weight = low.embed.weight
-    low.reset_buffers()
-    return low.eval().requires_grad_(False)
+    return model_of(config, weights)
 
 
 def fold_attention(

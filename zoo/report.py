@@ -131,8 +131,11 @@ def checkpoint(found: Mapping[str, Any]) -> None:
     """Print what `checkpoint.inspect` found."""
     table = Table(show_header=False)
     for key, value in {**found, **(found["compression"] or {})}.items():
-        if key not in ("k_ranks", "v_ranks", "compression", "layers"):
+        if key not in ("k_ranks", "v_ranks", "compression", "layers", "refined"):
             table.add_row(key, str(value))
+    for run in (found["compression"] or {}).get("refined", []):
+        kl = f"KL {run['kl_before']:.4g} -> {run['kl_after']:.4g} nats per token"
+        table.add_row("refined", f"{run['best_step']} steps, {kl}")
     Console().print(table)
     pairs = zip(found["k_ranks"], found["v_ranks"], strict=True)
     layers([{"k_rank": k, "v_rank": v} for k, v in pairs])

@@ -2,7 +2,7 @@
 
 import typer
 
-from . import bench, compress, demo, evaluate, generate, inspect, report, sweep
+from . import bench, compress, demo, evaluate, generate, inspect, refine, report, sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -11,6 +11,7 @@ app = typer.Typer(
 )
 for command in (
     compress.compress,
+    refine.refine,
     evaluate.evaluate,
     generate.generate,
     inspect.inspect,

@@ -1,0 +1,76 @@
+"""From a compressed checkpoint to a refined one on disk."""
+
+from pathlib import Path
+from typing import Any
+
+from ..zoo.checkpoint import MODEL_TYPE, Checkpoint
+from ..zoo.data import calibration_tokens, hold_out
+from ..zoo.model import Model
+from ..zoo.refine import RefineSettings, check_pair, refine
+from .compress import calibrated_on, evaluation
+from .export import export
+
+
+def original_of(low: Checkpoint) -> str:
+    """The Hub id of the model that `low` was made from, by its own record.
+
+    Raises ValueError if it was a local model, of which the record keeps the name only.
+    """
+    record = low.config.get("compression")
+    if low.config["model_type"] != MODEL_TYPE or record is None:
+        raise ValueError(f"{low.name} was not written by eigenzoo compress: refine what was")
+    name = record["base_model"]
+    if "/" not in name:
+        raise ValueError(f"{low.name} was made from the local model {name}: give it as --original")
+    return name
+
+
+def state_file(out: Path) -> Path:
+    """Where the progress of a refinement to `out` is kept until it is done."""
+    return out.with_name(f"{out.name}.state.safetensors")
+
+
+def refine_checkpoint(
+    low: Checkpoint,
+    dense: Model,
+    out: Path,
+    settings: RefineSettings,
+    calibration: str = "self",
+    samples: int = 128,
+    seq_len: int | None = None,
+    text: Path | None = None,
+    force: bool = False,
+    shard_size: str = "5GB",
+) -> dict[str, Any]:
+    """Refine `low` towards `dense`, write the folder `out`; return what its config.json says.
+
+    calibration, samples, seq_len: the text to learn from, see `data.calibration_tokens`, by
+    default written by `dense`; sequences are 512 tokens long, or as long as the model can read, if
+    not told. An eighth of them is held out, to measure on. text: a file to measure perplexity on
+    instead. Interrupted work goes on when it is called again with the same arguments.
+    """
+    check_pair(dense, low.model)  # before text is sampled or read
+    seq_len = seq_len or min(512, dense.config.max_position_embeddings)
+    tokens = calibration_tokens(calibration, dense, low.tokenizer, samples, seq_len, settings.seed)
+    tokens, held_out = hold_out(tokens)
+    state = state_file(out)
+    found = refine(dense, low.model, tokens, settings, held_out, state)
+    models = {"dense": dense, "before": low.model, "compressed": found.model}
+    measured = evaluation(models, low.tokenizer, text, held_out, calibration)
+    before = measured.pop("before")
+    run = {
+        **settings._asdict(),
+        "calibration": calibrated_on(calibration, tokens),
+        "kl_before": found.history[0]["held_out"],
+        "kl_after": found.best["held_out"],
+        "perplexity_before": before,
+        "perplexity_after": measured["compressed"],
+        "best_step": found.best["step"],
+        "stopped": found.stopped,
+        "history": found.history,
+    }
+    record = low.config["compression"]
+    record = record | {"evaluation": measured, "refined": [*record.get("refined", []), run]}
+    export(out, found.model, low, record, force, shard_size)
+    state.unlink(missing_ok=True)
+    return record

@@ -1,0 +1,108 @@
+"""The files in examples/ run as they are, and the exported model takes adapters."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from eigenzoo.hub_export.compress import compress_checkpoint
+from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
+from eigenzoo.zoo.checkpoint import load
+from eigenzoo.zoo.compress import Settings
+
+peft = pytest.importorskip("peft")
+LORA = Path(__file__).parents[1] / "examples/lora.py"
+LOAD = """
+import sys, json
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(json.dumps(model(model.dummy_inputs["input_ids"]).logits.tolist()))
+"""
+JOINT = Settings(keep=0.5, latent="joint-kv", heads_per_latent=(4, 4))
+WAYS = {
+    "rebuild": ("llama", {"tie_word_embeddings": True}, Settings(keep=0.5)),
+    "anchored": ("qwen2", {}, Settings(keep=0.5, keys="anchored")),
+    "absorbed": ("opt", {}, Settings("eigen", 0.5, rank_multiple=1)),
+    "joint": ("mpt", {}, JOINT),
+}
+
+
+def compressed(way: str, place: Path) -> Path:
+    family, changes, settings = WAYS[way]
+    tiny.save(place / "dense", family, **changes)
+    dense = load(str(place / "dense"))
+    compress_checkpoint(dense, place / "low", settings, samples=4, seq_len=32)
+    return place / "low"
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Run Python with such words; what it fetches and copies stays in the test's folder."""
+    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+
+    def run(*words) -> subprocess.CompletedProcess:
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, env=env)
+
+    return run
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters_learn_and_merge_exactly(way, tmp_path):
+    model = EigenForCausalLM.from_pretrained(compressed(way, tmp_path))
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
+    )
+    adapted, x = peft.get_peft_model(model, config), tiny.tokens(2, 40)
+    learned = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(learned.values(), lr=1e-3)
+    losses = []
+    for _ in range(4):
+        loss = adapted(input_ids=x, labels=x).loss
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in learned.values())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    adapted.eval()
+    want = adapted(input_ids=x).logits
+    torch.testing.assert_close(adapted.merge_and_unload()(x).logits, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["rebuild", "joint"])
+def test_lora_recovers_and_what_it_saves_loads_everywhere(python, way, tmp_path):
+    low, out, text = compressed(way, tmp_path), tmp_path / "new", tmp_path / "a.txt"
+    text.write_text(tiny.WORDS * 60)
+    done = python(LORA, low, text, out, "--steps", "20", "--length", "32", "--lr", "1e-3")
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, done.stdout.split("\n")[0].removeprefix("loss ").split(" -> "))
+    assert after < before
+    native, old = load(str(out)), load(str(low))
+    changed = [n for n, x in native.model.state_dict().items()
+               if not torch.equal(x, old.model.state_dict()[n])]  # fmt: skip
+    assert {name.split(".")[-2] for name in changed} >= {"q_proj", "k_proj", "o_proj"}
+    assert native.model.config == old.model.config
+    assert native.config["compression"]["lora"]["steps"] == 20
+    assert native.config["compression"]["evaluation"] is None
+    loaded = python("-c", LOAD, out)
+    assert loaded.returncode == 0, loaded.stderr
+    logits = torch.tensor(json.loads(loaded.stdout.splitlines()[-1]))
+    x = EigenForCausalLM.from_pretrained(out).dummy_inputs["input_ids"]
+    torch.testing.assert_close(logits, native.model(x), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_lora_refuses_projections_that_are_bent_afterwards(python, tmp_path):
+    tiny.save(tmp_path / "dense", "mpt", attn_config={"clip_qkv": 0.4})
+    dense = load(str(tmp_path / "dense"))
+    compress_checkpoint(dense, tmp_path / "low", Settings(keep=0.5), samples=4, seq_len=32)
+    done = python(LORA, tmp_path / "low", tmp_path / "a.txt", tmp_path / "new")
+    assert done.returncode != 0
+    assert "clip_qkv" in done.stderr

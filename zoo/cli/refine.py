@@ -1,0 +1,94 @@
+"""eigenzoo refine."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import AsJson, Calibration, Device, Force, Revision, Samples, Seed, Trust, load, say
+
+
+def refine(
+    source: Annotated[str, typer.Argument(help="What eigenzoo compress wrote: folder or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the refined checkpoint.")],
+    original: Annotated[
+        str | None,
+        typer.Option(help="The uncompressed model. [default: the Hub id that SOURCE names]"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="At most so many steps.")] = 200,
+    minutes: Annotated[float | None, typer.Option(help="Stop learning after so long.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 2,
+    lr: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 2e-5,
+    warmup: Annotated[float, typer.Option(help="Share of the run in which it rises.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
+    every: Annotated[
+        int, typer.Option(help="Measure on held-out text and save progress every so many steps.")
+    ] = 20,
+    patience: Annotated[int, typer.Option(help="Measurements without a new best, to stop.")] = 5,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="Of the arithmetic: float32, bfloat16, or auto (bfloat16 on CUDA). Weights learn "
+            "in float32."
+        ),
+    ] = "auto",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Less memory, more time in the backward pass.")
+    ] = False,
+    calibration: Calibration = "self",
+    samples: Samples = 128,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a sequence. [default: 512, or what the model can read]"),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="File to measure perplexity on. [default: held-out calibration text]"),
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    force: Force = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Bring a compressed SOURCE nearer to its original, and write a checkpoint to OUT.
+
+    Learns from what the original predicts; quality on held-out text never gets worse. Progress is
+    kept beside OUT: after an interruption the same command goes on.
+    """
+    from ...hub_export.export import check_free
+    from ...hub_export.refine import original_of, refine_checkpoint, state_file
+    from ..data import read_text
+    from ..refine import RefineSettings
+
+    settings = RefineSettings(
+        *(steps, batch, lr, warmup, weight_decay, clip, every, patience, minutes),
+        *(precision, recompute, seed),
+    )
+    settings.check()
+    check_free(out, force)
+    if text is not None:
+        read_text(text)  # a missing file is found before the long work
+    low = load(source, "auto", device, revision, trust_remote_code)
+    kind = str(low.model.dtype).removeprefix("torch.")
+    dense = load(original or original_of(low), kind, device, None, trust_remote_code).model
+    state = state_file(out)
+    say(f"going on from {state}" if state.exists() else f"progress is kept in {state}")
+    record = refine_checkpoint(
+        low, dense, out, settings, calibration, samples, seq_len, text, force, shard_size
+    )
+    if as_json:
+        print(json.dumps({"out": str(out)} | record))
+        return
+    run, measured = record["refined"][-1], record["evaluation"]
+    typer.echo(
+        f"KL to the original {run['kl_before']:.4g} -> {run['kl_after']:.4g} nats per token on "
+        f"held-out text, best at step {run['best_step']}; {run['stopped']}\n"
+        f"perplexity {run['perplexity_before']:.2f} -> {run['perplexity_after']:.2f}, "
+        f"uncompressed {measured['dense']:.2f}, on {measured['tokens']} tokens of "
+        f"{measured['text']}\nwrote {out}; next: eigenzoo generate {out} --prompt '...'"
+    )

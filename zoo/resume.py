@@ -1,0 +1,55 @@
+"""The state of long work in one file, so that it can go on after an interruption."""
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors, and facts as JSON in the header; an older file stays until all is written."""
+    fresh = path.with_name(f".{path.name}")
+    try:
+        save_file(dict(tensors), fresh, {"facts": json.dumps(facts)})
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def read_state(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_state` wrote. Raises ValueError if the file holds something else."""
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            facts = json.loads(file.metadata()["facts"])
+            return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118
+    except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is no state to go on from ({error}): delete it to begin anew"
+        ) from error
+
+
+def check_same(path: Path, given: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming what differs, unless the state was written by the same work."""
+    differ = [name for name in given if given[name] != found.get(name)]
+    if differ:
+        pairs = ", ".join(f"{name} {found.get(name)!r}, given {given[name]!r}" for name in differ)
+        raise ValueError(
+            f"{path} was left by other work ({pairs}): repeat its command to finish that, or "
+            "delete the file to begin anew"
+        )
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Which tensors these are: a hash of their bytes."""
+    digest = sha256()
+    for x in tensors:
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
