@@ -9,7 +9,10 @@ import typer
 Source = Annotated[str, typer.Argument(help="Folder, GGUF file or Hugging Face id.")]
 Method = Annotated[
     str,
-    typer.Option("--method", help="fisher, attention, pca, eigen, kv-heads, palu, lorc or kq-svd."),
+    typer.Option(
+        "--method",
+        help="fisher, fisher-plain, attention, pca, eigen, kv-heads, palu, lorc or kq-svd.",
+    ),
 ]
 Keep = Annotated[float, typer.Option("--keep", help="Share of the KV bytes that stay, 0 to 1.")]
 Keys = Annotated[
