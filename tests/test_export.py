@@ -89,7 +89,9 @@ WAYS = {
     "opt 350m": Settings("attention", 0.5, heads_per_latent=(4, 4), latent="joint-kv"),
     "mpt 6 heads": Settings("fisher", 0.5, heads_per_latent=(2, 6), rank_multiple=4),
     "foundry qk_ln": Settings("fisher", 0.5, heads_per_latent=(8, 2)),
-    "qwen2 windows": Settings("fisher", 0.5, heads_per_latent=(1, 4), rank_multiple=2),
+    "qwen2 windows": Settings(
+        "fisher", 0.5, heads_per_latent=(1, 4), rank_multiple=2, keys="rebuild"
+    ),
     "llama yarn": Settings("fisher", 0.5, keys="pairs"),
     "llama linear": Settings("attention", 0.5, keys="rotated"),
     "mpt scale": Settings("fisher", 0.5625, keys="full", rank_multiple=1),

@@ -23,12 +23,20 @@ from eigenzoo.zoo.refine import RefineSettings, _Run, learned, refine
 
 JOINT = Settings(keep=0.2, latent="joint-kv", heads_per_latent=(4, 4), rank_multiple=1)
 WAYS = {
-    "llama rebuild": ("llama", {"tie_word_embeddings": True}, Settings(keep=0.4)),
+    "llama rebuild": ("llama", {"tie_word_embeddings": True}, Settings(keep=0.4, keys="rebuild")),
     "llama anchored": ("llama", {}, Settings(keep=0.4, keys="anchored")),
-    "llama biases": ("llama", {"attention_bias": True, "head_dim": 16}, Settings(keep=0.2)),
+    "llama biases": (
+        "llama",
+        {"attention_bias": True, "head_dim": 16},
+        Settings(keep=0.1, keys="rebuild", rank_multiple=2),
+    ),
     "qwen2": ("qwen2", {}, Settings("eigen", 0.3, rank_multiple=1)),
     "opt": ("opt", {}, Settings(keep=0.2, rank_multiple=1)),
-    "opt 350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}, JOINT),
+    "opt 350m": (
+        "opt",
+        {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+        JOINT._replace(keep=0.05),
+    ),
     "mpt": ("mpt", {}, Settings("kv-heads", 0.5)),
     "mpt joint": ("mpt", {}, JOINT),
     "mpt clip": ("mpt", {"attn_config": {"clip_qkv": 0.4}}, Settings(keep=0.4)),
