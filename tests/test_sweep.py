@@ -159,6 +159,22 @@ def test_another_run_calibrates_only_if_nothing_was_kept(sweep, calls, tmp_path)
     assert [[a.get(k) for k in same] for a in more] == [[b.get(k) for k in same] for b in fresh]
 
 
+def test_rows_from_before_a_setting_are_taken_for_its_default(sweep, calls, tmp_path):
+    axes = {"keep": [0.5], "keys": ["rebuild"], "damping": [None, 0.1]}
+    rows, file = sweep(axes), tmp_path / "out.jsonl"
+    for row in rows[1:]:
+        del row["settings"]["budget"]
+        if row["settings"]["damping"] is None:
+            del row["settings"]["damping"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for made in calls.values():
+        made.clear()
+    assert sweep(axes) == rows == read_rows(file)
+    assert calls == {"calibrate": [], "compress": []}
+    assert len(sweep(axes | {"budget": ["uniform"]})) == 3
+    assert len(calls["compress"]) == 2
+
+
 def test_a_half_written_row_is_cut_off_and_made_again(sweep, tmp_path):
     axes = {"keep": [0.8, 0.5]}
     rows, text = sweep(axes), out(tmp_path)

@@ -235,4 +235,7 @@ def _curve(bases: Sequence[Basis]) -> dict[str, Any]:
 
 def _identity(row: Mapping[str, Any]) -> str:
     """What makes it a row of its own in a file."""
-    return json.dumps([row["settings"], row["calibration"]], sort_keys=True)
+    settings = row["settings"]
+    if settings is not None:  # a row may be older than a setting
+        settings = Settings._field_defaults | settings
+    return json.dumps([settings, row["calibration"]], sort_keys=True)
