@@ -12,6 +12,7 @@ from eigenzoo.zoo.compress import Settings, compress, needs
 from eigenzoo.zoo.data import calibration_tokens, encode
 from eigenzoo.zoo.evaluate import perplexity
 from eigenzoo.zoo.rows import read_rows
+from eigenzoo.zoo.search import ErrorBudget
 from eigenzoo.zoo.statistics import Calibration, kind, narrow, union
 from eigenzoo.zoo.sweep import Evaluation, Sweep, grid
 
@@ -136,6 +137,29 @@ def test_statistics_are_taken_once_for_all_cells_that_can_share_them(sweep, call
     )
 
 
+def test_layers_are_measured_once_for_all_shares_to_keep(sweep, dense, texts, monkeypatch):
+    measured, error = [], ErrorBudget._error
+
+    def counted(search, layer, *ranks):
+        measured.append((search.multiple, layer, *ranks))
+        return error(search, layer, *ranks)
+
+    monkeypatch.setattr(ErrorBudget, "_error", counted)
+    axes = {"method": ["eigen"], "keep": [0.8, 0.4, 0.6], "rank_multiple": [1, 4]}
+    rows = sweep(axes)[1:]
+    together = set(measured)
+    assert len(measured) == len(together)
+    assert {multiple for multiple, *_ in together} == {1, 4}
+    measured.clear()
+    tokens = calibration_tokens(str(texts / "a.txt"), dense.model, dense.tokenizer, 6, 32)
+    for row in rows:
+        alone = compress(dense.model, tokens, Settings(**row["settings"]))
+        assert row["layers"] == alone.layers
+        assert row["fitted"]["error_budget"] == alone.settings.error_budget
+    assert set(measured) == together
+    assert len(measured) > len(together)
+
+
 def test_rows_that_are_there_are_not_made_again(sweep, calls, tmp_path):
     axes = {"method": ["fisher", "eigen"], "keep": [0.8, 0.5], "keys": ["rebuild", "anchored"]}
     first, text = sweep(axes), out(tmp_path)
@@ -187,10 +211,10 @@ def test_a_half_written_row_is_cut_off_and_made_again(sweep, tmp_path):
 
 
 def test_an_interrupt_loses_the_cell_that_runs_and_no_other(sweep, monkeypatch, tmp_path):
-    def stopped(model, tokens, settings, statistics):
+    def stopped(model, tokens, settings, *rest):
         if settings.keep == 0.5:
             raise KeyboardInterrupt
-        return compress(model, tokens, settings, statistics)
+        return compress(model, tokens, settings, *rest)
 
     axes = {"keep": [0.8, 0.5, 0.4]}
     monkeypatch.setattr(sweeping, "compress", stopped)

@@ -189,15 +189,29 @@ def gather(model: Model, tokens: Tensor, settings: Settings) -> list[Statistics]
     return calibrate(model, tokens if data else tokens[:0], *needs(settings, model.config))
 
 
+def error_search(
+    model: Model, tokens: Tensor, settings: Settings, statistics: list[Statistics]
+) -> ErrorBudget:
+    """The errors that `eigen` searches, for these settings and others that differ in what to keep.
+
+    Arguments as in `compress`.
+    """
+    bases = METHODS[settings.method].bases(model, statistics)
+    rows = max(1, SEARCH_TOKENS // tokens.size(1))
+    return ErrorBudget(model, bases, tokens[:rows], settings.rank_multiple)
+
+
 def compress(
     model: Model,
     tokens: Tensor,
     settings: Settings | None = None,
     statistics: list[Statistics] | None = None,
+    search: ErrorBudget | None = None,
 ) -> Compressed:
     """Compress the KV cache of a dense model, calibrated on tokens (N, T).
 
-    statistics: what `gather` returned for settings with the same `needs`.
+    statistics: what `gather` returned for settings with the same `needs`. search, for `eigen`
+    only: what `error_search` returned for settings that differ in what to keep and nothing else.
     Raises ValueError for settings that do not fit the model.
     """
     settings = settings or Settings()
@@ -206,11 +220,11 @@ def compress(
     method, seen = METHODS[settings.method], statistics or gather(model, tokens, settings)
     options: dict[str, Any] = {"pairs": True} if settings.keys == "pairs" else {}
     options |= {} if settings.damping is None else {"damping": settings.damping}
-    bases = method.bases(model, seen, **options)
-    found: list[dict[str, Any]] = [{} for _ in bases]
     if settings.method == "eigen":
-        rows = max(1, SEARCH_TOKENS // tokens.size(1))
-        search = ErrorBudget(model, bases, tokens[:rows], settings.rank_multiple)
+        search = search or error_search(model, tokens, settings, seen)
+    bases = search.bases if search else method.bases(model, seen, **options)
+    found: list[dict[str, Any]] = [{} for _ in bases]
+    if search:
         budget = settings.error_budget
         budget = search.meet(settings.keep) if budget is None else budget
         settings, chosen = settings._replace(error_budget=budget), search.choose(budget)

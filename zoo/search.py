@@ -32,13 +32,16 @@ class Setting(NamedTuple):
 
 
 class ErrorBudget:
-    """Output errors of every layer at falling thresholds, measured when they are first needed."""
+    """Output errors of every layer at falling thresholds, measured when they are first needed.
+
+    What was measured for one budget, or one share to keep, serves the next.
+    """
 
     def __init__(
         self, model: Model, bases: Sequence[LayerBasis], tokens: Tensor, multiple: int = 8
     ):
         """tokens: (N, T), what the errors are measured on; every layer's inputs are kept."""
-        self.model, self.bases, self.multiple = model, bases, multiple
+        self.model, self.bases, self.multiple = model, list(bases), multiple
         self.settings: list[list[Setting]] = [[] for _ in bases]
         self.inputs = []
         with torch.inference_mode():
@@ -47,7 +50,6 @@ class ErrorBudget:
                 self.inputs.append(x)
                 x = block(x, self.pos, self.where, None)
             self.inputs.append(x)
-        self.bar = tqdm(desc="searching ranks", unit="setting", disable=None, leave=False)
 
     def setting(self, layer: int, step: int) -> Setting:
         """The layer after so many steps down from the threshold 1, which is full rank."""
@@ -80,13 +82,13 @@ class ErrorBudget:
         finally:
             block.attn = dense
         want = self.inputs[layer + 1]
-        self.bar.update()
         return float((got - want).norm() / want.norm())
 
     def choose(self, budget: float) -> list[Setting]:
         """For every layer the last setting, stepping down, before the error exceeds the budget."""
         chosen = []
-        for layer in range(len(self.bases)):
+        layers = range(len(self.bases))
+        for layer in tqdm(layers, "searching ranks", unit="layer", disable=None, leave=False):
             step = 0
             while (step + 1) * STEP < 1 and self.setting(layer, step + 1).error <= budget:
                 step += 1

@@ -16,12 +16,13 @@ from .allocate import kv_bytes
 from .basis import Basis, LayerBasis
 from .calibrate import Needs, Statistics
 from .checkpoint import Checkpoint
-from .compress import Settings, compress, needs
+from .compress import Settings, compress, error_search, needs
 from .data import encode, python_docs, read_text
 from .evaluate import perplexity
 from .model import Config, Model
 from .provenance import device_name, digest, fingerprint, versions
 from .rows import Row, append, resume
+from .search import ErrorBudget
 from .statistics import Calibration, Calibrator, kind, narrow, union
 
 POINTS = 16  # of an error curve, beside the powers of two
@@ -138,7 +139,8 @@ class Sweep:
 
         What is in the file is not made again. Settings that do not fit the model have the reason
         under `refused`. Those that need one kind of statistics follow one another, and one pass
-        of calibration serves them.
+        of calibration serves them; what `eigen` searched for one share to keep serves the next,
+        and its seconds are in the row that needed it first.
         """
         total = 1 + len(settings) * len(self.sources)
         with tqdm(total=total, unit="cell", position=0, disable=None, leave=False) as bar:
@@ -161,8 +163,9 @@ class Sweep:
             for group in groups.values():
                 have = union([self._needs(asked) for asked in group])
                 statistics = cache(partial(source.statistics, have))
+                searches: dict[Settings, ErrorBudget] = {}
                 for asked in group:
-                    find = partial(self._compress, asked, source, statistics, have)
+                    find = partial(self._compress, asked, source, statistics, have, searches)
                     yield Job(asked, source, find)
 
     def _needs(self, settings: Settings) -> Needs:
@@ -187,11 +190,16 @@ class Sweep:
         source: Calibrator,
         statistics: Callable[[], list[Statistics]],
         have: Needs,
+        searches: dict[Settings, ErrorBudget],
     ) -> Row:
         gathered = narrow(statistics(), have, self._needs(settings))
         start = time.perf_counter()
+        alike = settings._replace(keep=1.0)  # cells that differ in keep alone search together
         try:
-            result = compress(self.model, source.tokens, settings, gathered)
+            if settings.method == "eigen" and alike not in searches:
+                searches[alike] = error_search(self.model, source.tokens, settings, gathered)
+            search = searches.get(alike)
+            result = compress(self.model, source.tokens, settings, gathered, search)
         except ValueError as error:
             return {"refused": str(error)}
         seconds = source.seconds | {"compress": time.perf_counter() - start}
