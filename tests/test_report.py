@@ -14,12 +14,14 @@ from eigenzoo.zoo.summary import sections
 from eigenzoo.zoo.sweep import Evaluation, Sweep, grid
 
 
-def swept(model, path, axes):
+def swept(model, path, axes, decode=None):
     """A file of rows."""
     tokens = path.parent / "text.txt"
     tokens.write_text(tiny.WORDS * 20)
     calibrations = [Calibration(str(tokens), 4, 32)]
-    work = Sweep(model, path, Evaluation(tokens, 64, 2), calibrations, "eigenzoo sweep MODEL OUT")
+    command = "eigenzoo sweep MODEL OUT"
+    evaluation = Evaluation(tokens, 64, 2)
+    work = Sweep(model, path, evaluation, calibrations, command, decode=decode)
     assert list(work.rows(grid(axes)))
     return path
 
@@ -28,6 +30,14 @@ def swept(model, path, axes):
 def llama(dense, tmp_path_factory):
     axes = {"method": ["fisher", "eigen"], "keep": [0.8, 0.5], "keys": ["rebuild", "anchored"]}
     return swept(dense, tmp_path_factory.mktemp("llama") / "llama.jsonl", axes)
+
+
+@pytest.fixture(scope="module")
+def timed(dense, tmp_path_factory):
+    """Rows with decode speeds: two methods at one share, one of them at another."""
+    path = tmp_path_factory.mktemp("timed") / "timed.jsonl"
+    swept(dense, path, {"method": ["attention", "pca"], "keep": [0.5]}, 32)
+    return swept(dense, path, {"method": ["pca"], "keep": [0.8]}, 32)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +125,47 @@ def test_figures_show_the_rows_numbers(llama, opt):
     (joint,) = sections(read_rows(opt))
     row = joint.table["fisher"][0.5]
     assert len(plots.ranks(row, "title").axes[0].texts) == len(row["k_ranks"])
+
+
+def test_speeds_of_decoding_are_in_the_table(run, timed, tmp_path):
+    code, text, _ = run("report", timed, "--out", tmp_path / "report", "--json")
+    (found,) = json.loads(text)
+    assert code == 0
+    rows = [r for r in read_rows(timed) if "decode" in r]
+    assert [x["decode"] for x in found["table"]] == [r["decode"] for r in rows]
+    text = (tmp_path / "report" / "report.md").read_text()
+    for row in rows:
+        assert f"at {row['kv_share']:.3f}, {row['decode']['speedup']:.2f}x" in text
+    assert "at the end of 32 slots" in text
+    linked = re.findall(r"decode-cost-at-[\d.]+png", text)
+    assert linked == ["decode-cost-at-0.5.png"]  # one row at 0.8 is nothing to compare
+
+
+def test_speeds_at_other_slots_are_not_compared(timed, llama):
+    (section,) = sections(read_rows(llama))
+    assert section.slots is None
+    assert not [title for title in plots.figures([section]) if "decode cost" in title]
+    rows = read_rows(timed)
+    rows[-1]["decode"]["slots"] = 64
+    with pytest.raises(ValueError, match="32 and 64 slots"):
+        sections(rows)
+
+
+def test_the_figure_of_cost_has_a_point_a_row(timed):
+    rows = read_rows(timed)
+    one, two = (r for r in rows if r["settings"] and r["settings"]["keep"] == 0.5)
+    for worse, scale in ((1.1, "log"), (0.9, "symlog")):
+        one["perplexity"], two["perplexity"] = (x * one["dense_perplexity"] for x in (1.2, worse))
+        (section,) = sections(rows)
+        axes = plots.cost(section, 0.5, "title").axes[0]
+        points = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+        for row, increase in ((one, 20), (two, 100 * (worse - 1))):
+            ((x, y),) = points[summary.label(row)]
+            assert x == row["decode"]["speedup"]
+            assert y == pytest.approx(increase)
+        assert axes.get_yscale() == scale
+        assert [1, 0] in [line.get_xydata()[0].tolist() for line in axes.get_lines()]
+        assert "32 slots" in axes.get_xlabel()
 
 
 def test_curves_start_at_all_of_the_error_and_end_at_none(llama):

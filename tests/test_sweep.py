@@ -4,13 +4,14 @@ import pytest
 import tiny
 import torch
 
+from eigenzoo.zoo import generate
 from eigenzoo.zoo import statistics as passes
 from eigenzoo.zoo import sweep as sweeping
 from eigenzoo.zoo.calibrate import Needs, calibrate
 from eigenzoo.zoo.checkpoint import load
 from eigenzoo.zoo.compress import Settings, compress, needs
 from eigenzoo.zoo.data import calibration_tokens, encode
-from eigenzoo.zoo.evaluate import perplexity
+from eigenzoo.zoo.evaluate import decode_speed, perplexity
 from eigenzoo.zoo.rows import read_rows
 from eigenzoo.zoo.search import ErrorBudget
 from eigenzoo.zoo.statistics import Calibration, kind, narrow, union
@@ -199,6 +200,47 @@ def test_rows_from_before_a_setting_are_taken_for_its_default(sweep, calls, tmp_
     assert len(calls["compress"]) == 2
 
 
+def test_decoding_is_timed_beside_the_dense_model(sweep, dense, monkeypatch):
+    given = []
+
+    def timed(generators, steps):
+        given.append([(g.model.config.kv_width, g.slots) for g in generators])
+        assert all(g.decode is g.prefill is generate._step for g in generators)  # not compiled
+        assert decode_speed(generators, steps, rounds=1)[1] > 0
+        return [4.0, 5.0]
+
+    monkeypatch.setattr(sweeping, "decode_speed", timed)
+    first, low, refused = sweep({"keep": [0.5, 0.01]}, decode=48)
+    config = dense.model.config
+    full = config.dense_kv_width
+    assert given == [[(full, 48), (low["kv_share"] * full, 48)]]
+    assert low["decode"] == {"slots": 48, "seconds_per_step": 0.2, "speedup": 1.25}
+    assert low["seconds"]["decode"] > 0
+    assert "decode" not in first
+    assert "decode" not in refused
+
+
+def test_rows_without_the_decoding_asked_for_are_made_again(sweep, calls, tmp_path):
+    axes = {"keep": [0.8, 0.01]}
+    first = sweep(axes)
+    timed = sweep(axes, decode=48)
+    assert len(calls["compress"]) == 2 + 1  # what was refused is not tried again
+    assert timed[1]["decode"]["slots"] == 48
+    assert [r["perplexity"] for r in timed[:2]] == [r["perplexity"] for r in first[:2]]
+    assert read_rows(tmp_path / "out.jsonl") == [*first, timed[1]]
+    for made in calls.values():
+        made.clear()
+    assert sweep(axes, decode=48) == sweep(axes) == timed
+    assert calls == {"calibrate": [], "compress": []}
+    text = out(tmp_path)
+    with pytest.raises(ValueError, match=r"decode at 48 slots, this run at 32.*--force"):
+        sweep(axes, decode=32)
+    for slots in (8, 257):
+        with pytest.raises(ValueError, match="expected 16 to 256"):
+            sweep(axes, decode=slots, force=True)
+    assert out(tmp_path) == text
+
+
 def test_a_half_written_row_is_cut_off_and_made_again(sweep, tmp_path):
     axes = {"keep": [0.8, 0.5]}
     rows, text = sweep(axes), out(tmp_path)
@@ -319,6 +361,20 @@ def test_the_command_writes_rows_and_prints_them(run, dense_folder, texts, tmp_p
     code, _, error = run("sweep", dense_folder, texts / "a.txt", *words)
     assert code == 2
     assert "something else" in error
+
+
+def test_the_command_times_decoding(run, dense_folder, texts, tmp_path):
+    words = ["sweep", dense_folder, tmp_path / "rows.jsonl", "--text", texts / "b.txt"]
+    words += ["--samples", "2", "--seq-len", "16", "--keep", "0.5", "--windows", "1"]
+    code, text, error = run(*words, "--decode", "32", "--json")
+    assert code == 0
+    decode = json.loads(text)[1]["decode"]
+    assert decode["slots"] == 32
+    assert f", {decode['speedup']:.2f}x at decoding" in error
+    assert f", {decode['speedup']:.2f}x" in run(*words)[1]
+    code, _, error = run(*words, "--decode", "8")
+    assert code == 2
+    assert "expected 16 to 256" in error
 
 
 def test_the_model_is_loaded_as_evaluate_loads_it(run, dense_folder, texts, tmp_path):

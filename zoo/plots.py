@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import TABLEAU_COLORS, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from .allocate import NOISE
 from .rows import Row
@@ -26,6 +28,10 @@ def figures(sections: Sequence[Section]) -> dict[str, Figure]:
         if not section.table:
             continue
         drawn[f"{name}: quality"] = quality(section, name)
+        for keep in section.keeps:
+            if len(_timed(section, keep)) > 1:
+                heading = f"{name}: quality and decode cost at {keep:g}"
+                drawn[heading] = cost(section, keep, f"{name}, keep {keep:g}")
         best = {keep: section.best(keep) for keep in section.keeps}
         for keep, (label, row) in best.items():
             drawn[f"{name}: ranks at {keep:g}"] = ranks(row, f"{name}, {label}, keep {keep:g}")
@@ -47,18 +53,45 @@ def quality(section: Section, title: str) -> Figure:
         x, y = zip(*points, strict=True)
         axes.plot(x, y, label=label, color=colour, marker=mark)
         lowest = min(lowest, *y)
+    _scale(axes, lowest)
+    axes.set(title=title, xlabel="share of the KV bytes that is kept")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _scale(axes: Axes, lowest: float) -> None:
+    """Of increases of the perplexity in per cent: log where all, down to `lowest`, are positive."""
     if lowest > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(LogFormatter())  # 6, not 6 x 10^0, within a decade
     else:  # no change, or better than uncompressed: linear up to a tenth of a per cent
         axes.set_yscale("symlog", linthresh=0.1)
         axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set(
-        title=title,
-        xlabel="share of the KV bytes that is kept",
-        ylabel="increase of perplexity over uncompressed, %",
-    )
+    axes.set_ylabel("increase of perplexity over uncompressed, %")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(which="both", alpha=0.3)
+
+
+def _timed(section: Section, keep: float) -> dict[str, Row]:
+    """The rows at a share, by label, of which decoding was timed."""
+    found = {label: cells.get(keep, {}) for label, cells in section.table.items()}
+    return {label: row for label, row in found.items() if "decode" in row}
+
+
+def cost(section: Section, keep: float, title: str) -> Figure:
+    """Increase of the perplexity in per cent against the speed of decoding, at a share kept."""
+    figure = Figure(figsize=(7, 5.5), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    rows, order = _timed(section, keep), list(section.table)
+    for label, row in rows.items():
+        i = order.index(label)  # looks as in `quality`
+        colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+        x, y = row["decode"]["speedup"], 100 * increase(row)
+        axes.plot(x, y, label=label, color=colour, marker=mark, linestyle="none")
+    axes.axvline(1, color="grey", linewidth=0.8)
+    _scale(axes, min(increase(row) for row in rows.values()))
+    speed = f"decode speed relative to uncompressed, {section.slots} slots, not compiled"
+    axes.set(title=title, xlabel=speed)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 

@@ -23,6 +23,11 @@ class Section(NamedTuple):
         return sorted({keep for cells in self.table.values() for keep in cells}, reverse=True)
 
     @property
+    def slots(self) -> int | None:
+        """Of the cache at whose end decoding was timed, if it was."""
+        return next((row["decode"]["slots"] for row in self.rows if "decode" in row), None)
+
+    @property
     def rows(self) -> list[Row]:
         """All that were measured."""
         return [self.dense, *(row for cells in self.table.values() for row in cells.values())]
@@ -61,6 +66,10 @@ def _section(rows: Sequence[Row]) -> Section:
             raise ValueError(f"two texts are called {row['calibration']['source']}: rename one")
         else:
             table[name][keep] = row
+    slots = {row["decode"]["slots"] for row in low if "decode" in row}
+    if len(slots) > 1:
+        told = " and ".join(map(str, sorted(slots)))
+        raise ValueError(f"there are rows that decode at {told} slots: report their files apart")
     return Section(dense[-1], table, refused, constant)
 
 
@@ -100,7 +109,9 @@ def line(row: Row) -> str:
         name = f"{label(row)}, keep {row['settings']['keep']}, on {row['calibration']['source']}"
     if "refused" in row:
         return f"{name}: refused, {row['refused']}"
-    return f"{name}: perplexity {_measured(row)}, {row['kv_bytes_per_token']} KV bytes per token"
+    speed = f"{_speed(row)} at decoding" if "decode" in row else ""
+    kept = f"{row['kv_bytes_per_token']} KV bytes per token"
+    return f"{name}: perplexity {_measured(row)}, {kept}{speed}"
 
 
 def increase(row: Row) -> float:
@@ -114,14 +125,19 @@ def _measured(row: Row) -> str:
     return f"{row['perplexity']:.2f} ({100 * increase(row):+.1f} %)"
 
 
+def _speed(row: Row) -> str:
+    """Of decoding, if it was timed, to put behind the other numbers."""
+    return f", {row['decode']['speedup']:.2f}x" if "decode" in row else ""
+
+
 def cells(section: Section) -> list[list[str]]:
-    """The table as text, its head first; under each perplexity the share of bytes realised."""
+    """The table as text, its head first: perplexity, share of bytes realised, speed if timed."""
     head = ["method", *(f"keep {keep:g}" for keep in section.keeps)]
     body = []
     for name, found in section.table.items():
         measured = [
-            f"{_measured(found[keep])} at {found[keep]['kv_share']:.3f}" if keep in found else ""
-            for keep in section.keeps
+            f"{_measured(row)} at {row['kv_share']:.3f}{_speed(row)}" if row else ""
+            for row in map(found.get, section.keeps)
         ]
         body.append([name, *measured])
     return [head, *body]
@@ -136,12 +152,17 @@ def caption(section: Section) -> str:
         for row in section.rows
         if row["calibration"]
     }
+    speed = (
+        f"Last the speed of decoding one sequence at the end of {section.slots} slots, against the "
+        "uncompressed model's in the same run, neither compiled. "
+    )
     return (
         f"{dense['model']}, {dense['dtype']}: perplexity on {dense['tokens']} tokens of "
         f"{tested['text']} in windows of {tested['window']}, its increase over the uncompressed "
         f"model's {dense['perplexity']:.2f}, and the share of its "
         f"{dense['kv_bytes_per_token']} KV bytes per token that is kept. "
-        f"Calibrated on {' and on '.join(sorted(bases)) or 'nothing yet'}."
+        + (speed if section.slots else "")
+        + f"Calibrated on {' and on '.join(sorted(bases)) or 'nothing yet'}."
         + (f" All with {', '.join(_listed(section.constant))}." if section.constant else "")
     )
 
@@ -178,7 +199,7 @@ def as_json(section: Section) -> dict[str, Any]:
         **{name: section.dense[name] for name in (*RUN, *names)},
         "table": [
             {"label": label, "keep": keep, **{name: row[name] for name in names}}
-            | {"increase": increase(row)}
+            | {"increase": increase(row), "decode": row.get("decode")}
             for label, found in section.table.items()
             for keep, row in found.items()
         ],

@@ -18,7 +18,8 @@ from .calibrate import Needs, Statistics
 from .checkpoint import Checkpoint
 from .compress import Settings, compress, error_search, needs
 from .data import encode, python_docs, read_text
-from .evaluate import perplexity
+from .evaluate import decode_speed, perplexity
+from .generate import Generator
 from .model import Config, Model
 from .provenance import device_name, digest, fingerprint, versions
 from .rows import Row, append, resume
@@ -26,6 +27,7 @@ from .search import ErrorBudget
 from .statistics import Calibration, Calibrator, kind, narrow, union
 
 POINTS = 16  # of an error curve, beside the powers of two
+DECODE_STEPS = 16  # of a round, at the end of the cache
 
 
 class Evaluation(NamedTuple):
@@ -93,17 +95,26 @@ class Sweep:
         command: str = "",
         save_statistics: bool = True,
         force: bool = False,
+        decode: int | None = None,
     ):
         """Take over the rows that are in the file already.
 
         command: how the rows are made, for their readers. save_statistics: in a folder beside the
-        file, so that another run need not calibrate. force: start the file anew. Raises ValueError
-        where the file's rows are of another model, dtype or evaluation.
+        file, so that another run need not calibrate. force: start the file anew. decode: slots of
+        a cache at whose end decoding is timed; rows that lack it are not taken over, without it
+        all are. Raises ValueError where the file's rows are of another model, dtype or evaluation,
+        or decode at other slots.
         """
         self.original, self.model, self.path = original, original.model, path
-        self.evaluation = evaluation
+        self.evaluation, self.decode = evaluation, decode
         if self.model.config.kv_width != self.model.config.dense_kv_width:
             raise ValueError("the model is compressed already: take the model it was made from")
+        longest = self.model.config.max_position_embeddings
+        if decode is not None and not DECODE_STEPS <= decode <= longest:
+            raise ValueError(
+                f"decoding at {decode} slots: expected {DECODE_STEPS} to {longest}, which is what "
+                "the model can read"
+            )
         self.tokens = encode(original.tokenizer, evaluation.words()).to(self.model.device)
         self.run = {
             "model": original.name,
@@ -124,7 +135,20 @@ class Sweep:
         ]
         if force:
             rmtree(folder, ignore_errors=True)
-        self.done = {_identity(row): row for row in resume(path, self.run, force)}
+        rows = resume(path, self.run, force)
+        self.done = {_identity(row): row for row in rows if self._whole(row)}
+
+    def _whole(self, row: Row) -> bool:
+        """Whether the row has the decoding asked for. Raises ValueError if it has another."""
+        if self.decode is None or row["settings"] is None or "refused" in row:
+            return True
+        slots = row["decode"]["slots"] if "decode" in row else self.decode
+        if slots != self.decode:
+            raise ValueError(
+                f"{self.path} holds rows that decode at {slots} slots, this run at {self.decode}: "
+                "choose another file, or pass --force to start it anew"
+            )
+        return "decode" in row
 
     def distinct(self, settings: Sequence[Settings]) -> list[Settings]:
         """The settings without those that come to the same on this model."""
@@ -204,6 +228,10 @@ class Sweep:
             return {"refused": str(error)}
         seconds = source.seconds | {"compress": time.perf_counter() - start}
         row = self._measure(result.model)
+        if self.decode is not None:
+            start = time.perf_counter()
+            row["decode"] = self._decode(result.model, self.decode)
+            row["seconds"]["decode"] = time.perf_counter() - start
         dense = self.done[_identity({"settings": None, "calibration": None})]
         return row | {
             "seconds": seconds | row["seconds"],
@@ -225,6 +253,15 @@ class Sweep:
             "full_ranks": model.config.full_ranks,
             "seconds": {"evaluate": time.perf_counter() - start},
         }
+
+    def _decode(self, model: Model, slots: int) -> dict[str, Any]:
+        """Seconds of a decoding step, and the speed over the dense model's in the same run.
+
+        Neither is compiled, so that this takes seconds: compiled speeds, as of `bench`, differ.
+        """
+        generators = [Generator(m, 1, slots, compile=False) for m in (self.model, model)]
+        dense, low = decode_speed(generators, DECODE_STEPS)
+        return {"slots": slots, "seconds_per_step": 1 / low, "speedup": low / dense}
 
 
 def curves(bases: Sequence[LayerBasis]) -> dict[str, Any]:

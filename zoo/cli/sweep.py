@@ -70,6 +70,15 @@ def sweep(
         int | None, typer.Option(help="As in evaluate. [default: 2048, or what the model can read]")
     ] = None,
     windows: Annotated[int, typer.Option(help="How many windows; 0 for all of the text.")] = 0,
+    decode: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SLOTS",
+            help="Time decoding at the end of a cache of so many slots, in turns with the "
+            "uncompressed model; neither is compiled (bench does that), so a cell takes seconds. "
+            "Rows in OUT that lack it are made again. [default: not timed]",
+        ),
+    ] = None,
     save_statistics: Annotated[
         bool,
         typer.Option(
@@ -126,7 +135,7 @@ def sweep(
     ]
     evaluation = Evaluation(text, window or min(2048, length), windows)
     command = shlex.join(["eigenzoo", *sys.argv[1:]])
-    work = Sweep(original, out, evaluation, calibrations, command, save_statistics, force)
+    work = Sweep(original, out, evaluation, calibrations, command, save_statistics, force, decode)
     settings = work.distinct(settings)
     rows, total = [], 1 + len(settings) * len(calibrations)
     if work.done:
