@@ -313,6 +313,7 @@ class Method(NamedTuple):
     joint: bool = False  # one latent may hold keys and values
     pairs: bool = False  # keys may be compressed frequency by frequency
     rebuilds: bool = False  # with RoPE its keys are those before the rotation, nothing else
+    refit: tuple[str, ...] = ()  # what is fitted to text after the solve: names in `REFITS`
     # what its ranks are in proportion to; without, the global budget goes where errors fall most
     ranks: Callable[[Model, list[Statistics]], list[tuple[float, float]]] | None = None
 
@@ -324,6 +325,7 @@ METHODS = {
         gradients=True,
         joint=True,
         pairs=True,
+        refit=("output",),
     ),
     "fisher-plain": Method(
         fisher_plain,

@@ -12,6 +12,7 @@ from .calibrate import Needs, Statistics, calibrate
 from .fold import fold
 from .keys import BLOCK, KEYS, TURNED, choose_keys
 from .model import Config, Model
+from .refit import REFITS, refit
 from .search import ErrorBudget, ranks_of
 
 LATENTS = ("separate", "joint-kv")
@@ -30,6 +31,8 @@ class Settings(NamedTuple):
     `auto` chose them, filled in by `fit`. budget: `global`, spent where the error falls most, or
     `uniform`: the same ranks in all layers, for keys and values alike. damping: of the Fisher
     metric, None for the method's own. The last two are there to measure what they are worth.
+    refit: names in `REFITS`, fitted to the calibration tokens after all else, None for the
+    method's own.
     """
 
     method: str = "fisher"
@@ -43,6 +46,7 @@ class Settings(NamedTuple):
     keys_reason: str | None = None
     budget: str = "global"
     damping: float | None = None
+    refit: tuple[str, ...] | None = None
 
     def check(self) -> None:
         """Raise ValueError for settings that fit no model, before anything long begins."""
@@ -85,6 +89,10 @@ class Settings(NamedTuple):
         if self.damping is not None and not (method.gradients and self.damping > 0):
             others = _names(lambda method: method.gradients)
             raise ValueError(f"damping is {self.damping}: expected more than 0, and {others}")
+        if unknown := set(self.refit or ()) - REFITS.keys():
+            raise ValueError(f"refit {unknown} is unknown: expected some of {', '.join(REFITS)}")
+        if self.refit and not method.data:
+            raise ValueError(f"{self.method} reads no text, so there is nothing to refit to")
         check_keep(self.keep)
 
     def fit(self, config: Config, device: str = "cpu") -> "Settings":
@@ -111,7 +119,9 @@ class Settings(NamedTuple):
                 "joint-kv needs keys that are linear in the layer's input: this model rotates, "
                 "clips or norms them; use separate latents"
             )
-        return self._replace(heads_per_latent=self._shared(config.num_key_value_heads))
+        own = METHODS[self.method].refit if self.refit is None else self.refit
+        shared = self._shared(config.num_key_value_heads)
+        return self._replace(heads_per_latent=shared, refit=own)
 
     def anchor(self, config: Config) -> int:
         """Slots of a block within which keys are turned when cached; 1 where they are not."""
@@ -243,7 +253,11 @@ def compress(
         ranks = greedy(model.config, bases, settings.keep, settings.rank_multiple, whole)
     layers = [_report(*x) for x in zip(bases, *ranks, strict=True)]
     layers = [a | b for a, b in zip(layers, found, strict=True)]
-    low = fold(model, bases, ranks, settings.anchor(model.config))
+    anchor = settings.anchor(model.config)
+    if settings.refit:
+        low = refit(model, tokens, bases, ranks, anchor, settings.refit)
+    else:
+        low = fold(model, bases, ranks, anchor)
     return Compressed(low, layers, settings, bases)
 
 

@@ -99,7 +99,7 @@ def _listed(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _value(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (",".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def line(row: Row) -> str:

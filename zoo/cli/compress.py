@@ -16,6 +16,7 @@ from .options import (
     Keep,
     Keys,
     Method,
+    Refit,
     Revision,
     Samples,
     Seed,
@@ -23,6 +24,7 @@ from .options import (
     Source,
     Trust,
     load,
+    parse_refit,
     parse_shared,
     say_keys,
 )
@@ -52,6 +54,7 @@ def compress(
         ),
     ] = "separate",
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
+    refit: Refit = "auto",
     calibration: Calibration = "self",
     samples: Samples = 32,
     seq_len: SeqLen = None,
@@ -79,7 +82,16 @@ def compress(
     from ..compress import Settings
     from ..data import read_text
 
-    settings = Settings(method, keep, error_budget, None, rank_multiple, latent, keys, anchor_block)
+    settings = Settings(
+        method,
+        keep,
+        error_budget,
+        rank_multiple=rank_multiple,
+        latent=latent,
+        keys=keys,
+        anchor_block=anchor_block,
+        refit=parse_refit(refit),
+    )
     settings.check()
     check_free(out, force)
     if text is not None:

@@ -34,6 +34,14 @@ Calibration = Annotated[
         help="Text file, hub:DATASET[:CONFIG], or self: text sampled from the model.",
     ),
 ]
+Refit = Annotated[
+    str,
+    typer.Option(
+        "--refit",
+        help="What is fitted to the text afterwards: output, heads, inputs, several as in "
+        "inputs,output, none, or auto: output with fisher, none else.",
+    ),
+]
 Samples = Annotated[int, typer.Option("--samples", help="Calibration sequences.")]
 SeqLen = Annotated[
     int | None,
@@ -126,6 +134,11 @@ def parse_shared(text: str, heads: int) -> tuple[int, int] | None:
             f"heads per latent is {text!r}: expected auto, a number, all, or two as in all,1"
         )
     return numbers[0], numbers[-1]
+
+
+def parse_refit(text: str) -> tuple[str, ...] | None:
+    """What to fit after the solve, from what the user wrote; None for the method's own."""
+    return {"auto": None, "none": ()}.get(text, tuple(text.split(",")))
 
 
 def name_of(path: Path | str | None) -> str:

@@ -19,6 +19,7 @@ from .options import (
     Source,
     Trust,
     load,
+    parse_refit,
     parse_shared,
     say,
 )
@@ -56,6 +57,9 @@ def sweep(
     damping: Annotated[
         list[float] | None,
         typer.Option(help="Of fisher's metric; repeat for more. [default: 0.3]"),
+    ] = None,
+    refit: Annotated[
+        list[str] | None, typer.Option(help="As in compress; repeat for more. [default: auto]")
     ] = None,
     calibration: Annotated[
         list[str] | None, typer.Option(help="As in compress; repeat for more. [default: self]")
@@ -128,6 +132,7 @@ def sweep(
             "rank_multiple": rank_multiple or [8],
             "budget": budget or ["global"],
             "damping": damping or [None],
+            "refit": [parse_refit(x) for x in refit or ["auto"]],
         }
     )
     calibrations = [
