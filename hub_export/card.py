@@ -36,6 +36,8 @@ def card(config: Config, compression: dict[str, Any]) -> str:
     made = "Made from the weights alone, without calibration."
     if text := c["calibration"]:
         made = f"Calibrated on {text['tokens']} tokens ({text['source']}), seed {c['seed']}."
+        if parts := c.get("refit"):  # older checkpoints do not say
+            made += f" Refitted to them after the solve: {', '.join(parts)}."
     latents = (
         f"{config.k_heads_per_latent} kv heads share a key latent, "
         f"{config.v_heads_per_latent} a value latent."

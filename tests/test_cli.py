@@ -55,6 +55,21 @@ def test_compress_prints_one_json_object(run, dense_folder, tmp_path, method):
     assert (out / "config.json").exists()
 
 
+def test_compress_refits_what_it_is_told(run, dense_folder, tmp_path):
+    for asked, want in {
+        "inputs,output": ["inputs", "output"],
+        "none": [],
+        "auto": ["output"],
+    }.items():
+        out = tmp_path / asked
+        code, text, _ = run("compress", dense_folder, out, "--refit", asked, "--json", *QUICK)
+        assert (code, json.loads(text)["refit"]) == (0, want)
+        said = (
+            "Refitted to them after the solve: inputs, output." in (out / "README.md").read_text()
+        )
+        assert said == (len(want) == 2)
+
+
 def test_compress_calibrates_on_a_file_and_measures_on_another(run, dense_folder, tmp_path):
     (tmp_path / "a.txt").write_text(tiny.WORDS * 30)
     (tmp_path / "b.txt").write_text(tiny.WORDS[::-1] * 10)
@@ -245,6 +260,7 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
         ("compress", dense_folder, new, "--heads-per-latent", "3"): "expected divisors of 4",
         ("compress", dense_folder, new, "--heads-per-latent", "x"): "expected auto",
         ("compress", dense_folder, new, "--rank-multiple", "0"): "rank multiple is 0",
+        ("compress", dense_folder, new, "--refit", "keys"): "refit 'keys' is unknown",
         ("compress", dense_folder, new, "--calibration", tmp_path / "empty.txt"): "is empty",
         (
             "compress",

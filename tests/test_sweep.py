@@ -67,6 +67,13 @@ def out(tmp_path):
     return (tmp_path / "out.jsonl").read_bytes()
 
 
+def test_refits_share_one_calibration(sweep, calls):
+    rows = sweep({"keep": [0.5], "refit": [(), ("output",), ("heads", "inputs")]})
+    assert [row["fitted"]["refit"] for row in rows[1:]] == [[], ["output"], ["heads", "inputs"]]
+    assert len(calls["calibrate"]) == 1
+    assert len({row["perplexity"] for row in rows}) == 4
+
+
 @pytest.mark.parametrize(("family", "joint"), [("llama", False), ("opt", False), ("opt", True)])
 def test_split_statistics_equal_those_taken_directly(family, joint):
     model, x = tiny.native(family), tiny.tokens(4, 32)

@@ -89,8 +89,10 @@ class Settings(NamedTuple):
         if self.damping is not None and not (method.gradients and self.damping > 0):
             others = _names(lambda method: method.gradients)
             raise ValueError(f"damping is {self.damping}: expected more than 0, and {others}")
-        if unknown := set(self.refit or ()) - REFITS.keys():
-            raise ValueError(f"refit {unknown} is unknown: expected some of {', '.join(REFITS)}")
+        for part in self.refit or ():
+            if part not in REFITS:
+                names = ", ".join(REFITS)
+                raise ValueError(f"refit {part!r} is unknown: expected some of {names}")
         if self.refit and not method.data:
             raise ValueError(f"{self.method} reads no text, so there is nothing to refit to")
         check_keep(self.keep)

@@ -5,6 +5,7 @@ a ridge regression of what a linear map still misses, so where there is no evide
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -41,8 +42,9 @@ def refit(
 
     One layer after the other, each behind compressed ones and towards the dense model. `inputs`:
     queries, keys and values are what the dense model's are, before the basis is folded into their
-    projections. `heads`, `output`: attention gives what it gives in the dense model. Four forward
-    passes at most; memory is the hidden states of all tokens, up to seven times.
+    projections. `heads`, `output`: attention gives what it gives in the dense model. One pass of
+    each model, and of attention alone one for every part. Memory is the hidden states of all
+    tokens, up to seven times.
     """
     low = fold(model, bases, ranks, anchor)
     rows = [model.begin(row[None]) for row in tokens]
@@ -51,7 +53,7 @@ def refit(
     layers = list(zip(model.layers, low.layers, bases, strict=True))
     for block, low_block, basis in tqdm(layers, desc="refitting", disable=None, leave=False):
         names = (*INPUTS * ("inputs" in parts), "o_proj")
-        dense = [_Seen(block, names, x, dense_at) for x in want]
+        dense = [_Seen(block, names, x, dense_at, whole=True) for x in want]
         if "inputs" in parts:
             attn = _fit_inputs(block, dense, have, dense_at)
             folded = fold_attention(low.config, attn, low_block.attn, basis)
@@ -84,28 +86,42 @@ def _fit_inputs(
     return attn
 
 
-class _Seen:
-    """What a block gives for x (1, T, width), and what projections of its attention see of it.
+class _Enough(Exception):  # noqa: N818
+    """Attention is done, and nothing behind it is asked for."""
 
-    input, output: by the projection's name, (T, ...).
+
+class _Seen:
+    """What projections of a block's attention see of x (1, T, width), and what the block gives.
+
+    input, output: by the projection's name, (T, ...). y: only if `whole`.
     """
 
-    def __init__(self, block: Any, names: Sequence[str], x: Tensor, at: tuple):
+    y: Tensor
+
+    def __init__(self, block: Any, names: Sequence[str], x: Tensor, at: tuple, whole: bool = False):
         self.input: dict[str, Tensor] = {}
         self.output: dict[str, Tensor] = {}
 
         def keep(name: str, module: nn.Module, args: tuple, out: Tensor) -> None:
             self.input[name], self.output[name] = args[0][0], out[0]
 
+        def stop(module: nn.Module, args: tuple, out: Tensor) -> None:
+            raise _Enough
+
         hooks = [
             getattr(block.attn, name).register_forward_hook(partial(keep, name)) for name in names
         ]
-        self.y = block(x, *at, None)
+        if not whole:
+            hooks.append(block.attn.register_forward_hook(stop))
+        with suppress(_Enough):
+            self.y = block(x, *at, None)
         for hook in hooks:
             hook.remove()
 
     def read(self, block: Any, blocks: int) -> Tensor:
         """The output of attention as a sum over `blocks` groups of heads: (T, blocks, width)."""
+        if blocks == 1:
+            return self.output["o_proj"][:, None]
         o_proj, x = block.attn.o_proj, self.input["o_proj"].unflatten(1, (blocks, -1))
         y = torch.einsum("tbn,obn->tbo", x, o_proj.weight.unflatten(1, (blocks, -1)))
         return y if o_proj.bias is None else y + o_proj.bias / blocks
