@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file
 from test_families import FOUNDRY, VARIANTS, save
+from transformers import Trainer, TrainingArguments
 
 from eigenzoo.hub_export import export as exporter
 from eigenzoo.hub_export.compress import compress_checkpoint
@@ -198,6 +199,14 @@ def test_every_variant_survives_the_way_through_transformers(variant, tmp_path):
     theirs = EigenForCausalLM.from_pretrained(tmp_path / "low")
     x = tiny.tokens(2, 100)
     torch.testing.assert_close(theirs(x).logits, native(x), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("folder", ["mpt 6 heads"], indirect=True)
+def test_the_trainer_predicts_logits_and_no_cache(folder, tmp_path):
+    model = EigenForCausalLM.from_pretrained(folder)
+    rows = [{"input_ids": x, "labels": x} for x in IDS]
+    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    assert trainer.predict(rows).predictions.shape == (*IDS.shape, model.config.vocab_size)
 
 
 @pytest.mark.parametrize("folder", ["mpt 6 heads"], indirect=True)
