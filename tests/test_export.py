@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file
 from test_families import FOUNDRY, VARIANTS, save
+from transformers import Trainer, TrainingArguments
 
 from eigenzoo.hub_export import export as exporter
 from eigenzoo.hub_export.compress import compress_checkpoint
@@ -23,7 +24,9 @@ ALONE = """
 import json, sys
 sys.modules["eigenzoo"] = None  # importing it fails
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, CompileConfig, pipeline
+from transformers import (
+    AutoModel, AutoModelForCausalLM, AutoTokenizer, CompileConfig, DynamicCache, pipeline
+)
 
 folder = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, padding_side="left")
@@ -34,11 +37,10 @@ whole = CompileConfig(fullgraph=True, backend="aot_eager")  # one graph, or an e
 whole._compile_all_devices = True  # else transformers does not compile on a CPU
 ids = torch.arange(2, 42).view(2, 20)
 
-def right(mask):
-    out = model(ids, attention_mask=mask, logits_to_keep=1)
+def right(mask, name):
+    _, cache = model(ids, attention_mask=mask, logits_to_keep=1).to_tuple()
     more = torch.cat((mask, mask.new_ones(2, 1)), 1)
-    cache = out.past_key_values
-    return model(ids[:, :1], attention_mask=more, past_key_values=cache).logits.tolist()
+    return model(ids[:, :1], attention_mask=more, **{name: cache}).logits.tolist()
 
 def difference(other):
     want = model(ids).logits
@@ -47,6 +49,7 @@ def difference(other):
 found = {
     "logits": model(ids).logits.tolist(),
     "dynamic": model.generate(**batch, **greedy)[:, -12:].tolist(),
+    "uncached": model.generate(**batch, **greedy, use_cache=False)[:, -12:].tolist(),
     "static": model.generate(**batch, **greedy, cache_implementation="static")[:, -12:].tolist(),
     "chunked": model.generate(**batch, **greedy, prefill_chunk_size=3)[:, -12:].tolist(),
     "compiled": model.generate(
@@ -61,8 +64,11 @@ found = {
         "the cat", max_new_tokens=5
     ),
     "beams": model.generate(**batch, **greedy, num_beams=2).shape[0],
-    "no cache": model(ids, use_cache=False).past_key_values is None,
-    "right": right(torch.tensor([[1] * 20, [1] * 13 + [0] * 7])),
+    "no cache": list(model(ids, use_cache=False)) == ["logits"],
+    "right": {
+        name: right(torch.tensor([[1] * 20, [1] * 13 + [0] * 7]), name)
+        for name in ("cache", "past_key_values")
+    },
     "bf16": difference(AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.bfloat16)),
     "loss": float(model(ids, labels=ids).loss),
@@ -75,6 +81,10 @@ try:
     model(ids, output_attentions=True)
 except ValueError as error:
     found["attentions"] = str(error)
+try:
+    model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
+except ValueError as error:
+    found["two caches"] = str(error)
 model.save_pretrained(folder + "-again")
 again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
 found["again"] = torch.equal(again(ids).logits, model(ids).logits)
@@ -121,7 +131,7 @@ def alone(folder):
         cwd=folder.parent,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
 
 
 def test_logits_are_those_of_the_native_model(folder, alone):
@@ -129,16 +139,21 @@ def test_logits_are_those_of_the_native_model(folder, alone):
     torch.testing.assert_close(torch.tensor(alone["logits"]), native, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("way", ["static", "compiled", "chunked", "alone"])
+@pytest.mark.parametrize("way", ["uncached", "static", "compiled", "chunked", "alone"])
 def test_greedy_tokens_are_the_same_with_every_cache_and_padding(alone, way):
     assert alone[way] == alone["dynamic"]
 
 
-def test_right_padding_is_skipped_by_what_follows(folder, alone):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # since transformers 5.24, before
+def test_right_padding_is_skipped_by_what_follows(folder, alone, name):
     native = load(str(folder)).model
     follow = torch.cat((IDS[1, :13], IDS[1, :1]))[None]
-    got = torch.tensor(alone["right"])[1, -1]
+    got = torch.tensor(alone["right"][name])[1, -1]
     torch.testing.assert_close(got, native(follow)[0, -1], atol=1e-4, rtol=0)
+
+
+def test_transformers_warns_of_no_old_name(alone):
+    assert "past_key_values" not in alone["stderr"]
 
 
 def test_the_usual_ways_in_work(alone):
@@ -170,6 +185,7 @@ def test_other_positions_than_the_mask_gives_are_refused(alone):
 
 def test_what_it_cannot_give_is_refused(alone):
     assert "output_attentions is not supported" in alone["attentions"]
+    assert "two names of one input" in alone["two caches"]
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *FOUNDRY])
@@ -183,6 +199,14 @@ def test_every_variant_survives_the_way_through_transformers(variant, tmp_path):
     theirs = EigenForCausalLM.from_pretrained(tmp_path / "low")
     x = tiny.tokens(2, 100)
     torch.testing.assert_close(theirs(x).logits, native(x), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("folder", ["mpt 6 heads"], indirect=True)
+def test_the_trainer_predicts_logits_and_no_cache(folder, tmp_path):
+    model = EigenForCausalLM.from_pretrained(folder)
+    rows = [{"input_ids": x, "labels": x} for x in IDS]
+    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    assert trainer.predict(rows).predictions.shape == (*IDS.shape, model.config.vocab_size)
 
 
 @pytest.mark.parametrize("folder", ["mpt 6 heads"], indirect=True)
@@ -220,7 +244,7 @@ def test_weights_are_sharded_and_whole(folder):
 
 def test_the_cache_of_transformers_is_really_narrower(folder):
     model = EigenForCausalLM.from_pretrained(folder)
-    cache = model(IDS).past_key_values
+    _, cache = model(IDS).to_tuple()
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     config, asked = load(str(folder)).model.config, model.config.compression["keep"]
     assert held == IDS.numel() * 4 * config.kv_width

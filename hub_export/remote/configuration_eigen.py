@@ -17,7 +17,7 @@ class EigenConfig(PreTrainedConfig):
     """
 
     model_type = "eigen"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     family: str = "llama"
     vocab_size: int = 32000

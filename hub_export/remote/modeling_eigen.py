@@ -81,15 +81,15 @@ class EigenPreTrainedModel(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool | None,
     ) -> tuple[Tensor, Cache | None]:
         """Normed output of the last layer, and the cache that now holds the tokens."""
         if use_cache is None:
             use_cache = self.config.use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        count, cache = input_ids.size(1), past_key_values
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        count = input_ids.size(1)
         past = 0 if cache is None else cache.get_seq_length()
         slots = past + count
         if cache is not None and cache.is_compileable:
@@ -121,6 +121,13 @@ def _refuse(asked: dict[str, object]) -> None:
             raise ValueError(f"{name} is not supported by this model: leave it out")
 
 
+def _given(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache by either name: transformers 5.24 renamed past_key_values, in outputs too."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one input: give one")
+    return past_key_values if cache is None else cache
+
+
 def _check_positions(position_ids: Tensor, valid: Tensor | None, pos: Tensor) -> None:
     """Positions are counted from the mask: others would be ignored, so they are refused."""
     counted = pos[None] if valid is None else (valid.cumsum(1) - 1)[:, pos]
@@ -140,14 +147,16 @@ class EigenModel(EigenPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: object,
     ) -> BaseModelOutputWithPast:
         """input_ids (B, T) -> last_hidden_state (B, T, hidden_size)."""
         _refuse(kwargs)
-        x, cache = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache)
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
+        cache = _given(cache, past_key_values)
+        x, cache = self._hidden(input_ids, attention_mask, position_ids, cache, use_cache)
+        return BaseModelOutputWithPast(x, cache)  # by position, as names differ: see _given
 
 
 class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
@@ -166,10 +175,11 @@ class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: object,
     ) -> CausalLMOutputWithPast:
         """input_ids (B, T) -> logits (B, T or logits_to_keep, vocabulary).
@@ -178,7 +188,8 @@ class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
         for position_ids that differ from the mask's own.
         """
         _refuse(kwargs)
-        x, cache = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache)
+        cache = _given(cache, past_key_values)
+        x, cache = self._hidden(input_ids, attention_mask, position_ids, cache, use_cache)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(x[:, keep])
         loss = None
@@ -186,4 +197,4 @@ class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(loss, logits, cache)  # by position: see _given
