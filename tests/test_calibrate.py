@@ -1,8 +1,10 @@
+import gc
+
 import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.calibrate import Moments, calibrate
+from eigenzoo.zoo.calibrate import Lengths, Moments, calibrate
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_length_of_rows_is_one_on_average_whatever_their_scale():
     x = torch.randn(4000, 2 * 5) @ torch.diag(torch.logspace(-1, 1, 10)) + 1
     m = Moments(2, 5, x.device)
     m.add(x)
-    squares = m.length(x, centred=True, damping=0).square()
+    squares = Lengths(m, centred=True, damping=0).of(x).square()
     torch.testing.assert_close(squares.mean(1), torch.ones(2), atol=0.01, rtol=0)
 
 
@@ -79,12 +81,67 @@ def test_gradients_are_those_of_the_summed_loss(model):
     torch.testing.assert_close(got.second[0] * got.count, want.T @ want, atol=1e-6, rtol=1e-4)
 
 
-def test_memory_does_not_grow_with_tokens(model):
-    def held(rows: int) -> int:
-        layers = calibrate(model, tiny.tokens(rows, 16), gradients=True)
-        return sum(m.sum.nbytes + m.gram.nbytes for s in layers for m in s if m is not None)
+SUMS = {  # sums, plain and weighted, and the bytes that the docstring says of a number in them
+    "fisher": ({"plain": False}, 32),
+    "fisher-plain": ({"weighted": False}, 16),
+    "both": ({}, 40),
+}
 
-    assert held(2) == held(9)
+
+@pytest.fixture
+def passes(model):
+    """How long the sequences were that the model read, and those that a backward pass went over;
+    and after each layer of a pass, the bytes of all matrices that calibration holds.
+    """
+    seen = {"forward": [], "backward": [], "bytes": []}
+
+    def count(module, args, out):
+        seen["forward"].append(out.size(1))
+        if out.requires_grad:
+            out.register_hook(lambda grad: seen["backward"].append(grad.size(1)))
+
+    def weigh(module, args, out):
+        held = [x for x in gc.get_objects() if type(x) in (Moments, Lengths)]
+        matrices = [x.gram if isinstance(x, Moments) else x.inverse for x in held]
+        seen["bytes"].append(sum(x.nbytes for x in matrices))
+
+    hooks = [model.head.register_forward_hook(count)]
+    hooks += [layer.register_forward_hook(weigh) for layer in model.layers]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("rows", [2, 9])
+def test_memory_is_what_the_docstring_says_and_does_not_grow_with_tokens(model, passes, name, rows):
+    asked, size = SUMS[name]
+    found = calibrate(model, tiny.tokens(rows, 16), (2, 4), gradients=True, **asked)
+    numbers = 3 * (2 * 16**2 + 1 * 32**2)  # layers; blocks and widths of keys, and of values
+    assert max(passes["bytes"]) == size * numbers
+    assert sum(m.gram.nbytes for s in found for m in s if m is not None) <= size * numbers
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_the_model_reads_each_sequence_once_and_for_weights_every_fourth_twice(model, passes, name):
+    asked, _ = SUMS[name]
+    calibrate(model, tiny.tokens(8, 16), gradients=True, **asked)
+    times = 8 if name == "fisher-plain" else 12
+    assert passes["forward"] == passes["backward"] == [15] * times
+
+
+def test_sums_are_the_same_whichever_are_taken_beside_them(model):
+    x = tiny.tokens(5, 16)
+    both, plain, weighted = (
+        calibrate(model, x, (2, 4), gradients=True, **asked)
+        for asked in ({}, {"weighted": False}, {"plain": False})
+    )
+    for a, b, c in zip(both, plain, weighted, strict=True):
+        assert b.k_weighted is b.v_grad_weighted is c.k_grad is c.v_grad is None
+        for s in (b, c):
+            for m, n in zip(a, s, strict=True):
+                if n is not None:
+                    torch.testing.assert_close(m.second, n.second)
 
 
 def test_gradients_of_weights_are_those_of_each_sequence(model):

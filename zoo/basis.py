@@ -308,6 +308,8 @@ class Method(NamedTuple):
     gradients: bool = False  # statistics of gradients, of queries, of the gradients of weights
     queries: bool = False
     weights: bool = False
+    plain: bool = True  # of the sums of gradients those where all tokens are alike
+    weighted: bool = True  # and those where they are weighed
     data: bool = True  # without, nothing is calibrated
     shared: int = 4  # so many kv heads at most share a latent unless told; 0: all
     joint: bool = False  # one latent may hold keys and values
@@ -323,6 +325,7 @@ METHODS = {
         fisher,
         "latents under the Fisher metric (eigenzoo)",
         gradients=True,
+        plain=False,
         joint=True,
         pairs=True,
         refit=("output",),
@@ -331,6 +334,7 @@ METHODS = {
         fisher_plain,
         "fisher without token weights (eigenzoo)",
         gradients=True,
+        weighted=False,
         joint=True,
         pairs=True,
     ),

@@ -5,7 +5,7 @@ Only sums and Gram matrices are kept, so memory does not grow with the number of
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,34 +33,16 @@ class Moments:
         self.sum = torch.zeros(blocks, width, dtype=torch.float64, device=device)
         self.gram = torch.zeros(blocks, width, width, dtype=torch.float64, device=device)
 
-    def rows(self, x: Tensor) -> Tensor:
-        """x (..., L * width) as (L, rows, width) in fp32."""
-        return x.detach().float().flatten(0, -2).unflatten(-1, self.sum.shape).transpose(0, 1)
-
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Take in x (..., L * width), where a row counts as `weight` (L, rows) of them, or once."""
-        rows = self.rows(x)
+        rows = _rows(x, self.origin)
         if not self.count.any():
             self.origin = rows.mean(1)
         rows = rows - self.origin[:, None]
-        weight = rows.new_ones(rows.shape[:2]) if weight is None else weight
-        weighed = rows * weight[..., None]
-        self.count += weight.sum(1)
+        weighed = rows if weight is None else rows * weight[..., None]
+        self.count += rows.size(1) if weight is None else weight.sum(1)
         self.sum += weighed.sum(1)
         self.gram += weighed.mT @ rows
-
-    def length(self, x: Tensor, centred: bool, damping: float) -> Tensor:
-        """How long rows are, beside what is usual in their direction. (..., L * width) -> (L, rows)
-
-        √(xᵀ M⁻¹ x / width), at least 0.001, with M the mean of x xᵀ, centred or not, and `damping`
-        times the mean of its diagonal added to the diagonal.
-        """
-        m = self.covariance if centred else self.second
-        noise = 1e-6 * float(usual(self.second).max())  # of fp32 sums, where nothing varies
-        root = torch.linalg.cholesky(damped(m, damping) + noise * torch.eye(m.size(-1)).to(m))
-        rows = self.rows(x) - self.mean.float()[:, None] * centred
-        back = torch.linalg.solve_triangular(root.float(), rows.mT, upper=False)
-        return back.square().mean(1).sqrt().clamp(min=1e-3)
 
     def split(self, parts: int, sides: int = 1) -> "Moments":
         """The moments of blocks cut into `parts`: what narrower blocks would have gathered.
@@ -102,6 +84,33 @@ class Moments:
         return self.sum / self.count[:, None]
 
 
+class Lengths:
+    """How long rows are, beside what is usual in their direction: √(xᵀ M⁻¹ x / width).
+
+    M is the mean of x xᵀ, centred or not, with `damping` times the mean of its diagonal added to
+    the diagonal. One factor of M⁻¹ is kept, in fp32: half of the sums that it is made from.
+    """
+
+    def __init__(self, seen: Moments, centred: bool, damping: float):
+        """Raises torch.linalg.LinAlgError for sums that are of no rows, or not finite."""
+        m = seen.covariance if centred else seen.second
+        one = torch.eye(m.size(-1)).to(m)
+        noise = 1e-6 * float(usual(seen.second).max())  # of fp32 sums, where nothing varies
+        root = torch.linalg.cholesky(damped(m, damping) + noise * one)
+        self.inverse = torch.linalg.solve_triangular(root, one.expand_as(m), upper=False).float()
+        self.origin = (seen.mean * centred).float()
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of rows (..., L * width), at least 0.001: (L, rows)."""
+        rows = _rows(x, self.origin) - self.origin[:, None]
+        return (rows @ self.inverse.mT).square().mean(-1).sqrt().clamp(min=1e-3)
+
+
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    """x (..., L * width) as (L, rows, width) in fp32, for blocks `like` (L, width)."""
+    return x.detach().float().flatten(0, -2).unflatten(-1, like.shape).transpose(0, 1)
+
+
 def _outer(x: Tensor) -> Tensor:
     return x[:, :, None] * x[:, None]
 
@@ -129,10 +138,11 @@ class Statistics(NamedTuple):
     def split(self, k_parts: int, v_parts: int) -> "Statistics":
         """The statistics of latents that so many times fewer heads share.
 
-        Raises ValueError for weighted ones: their weights are those of whole blocks.
+        Raises ValueError for those of gradients: weights are those of whole blocks.
         """
-        if self.k_weighted is not None and (k_parts, v_parts) != (1, 1):
-            raise ValueError("weighted statistics are of one sharing: gather them for each")
+        gradients = any(m is not None for m in (self.k_grad, self.k_grad_weighted))
+        if gradients and (k_parts, v_parts) != (1, 1):
+            raise ValueError("statistics of gradients are of one sharing: gather them for each")
         sides = 2 if self.v is None else 1
         return self._replace(k=self.k.split(k_parts, sides), v=self.v and self.v.split(v_parts))
 
@@ -146,6 +156,8 @@ class Needs(NamedTuple):
     joint: bool = False
     anchor: int = 1
     weights: bool = False
+    plain: bool = True
+    weighted: bool = True
 
 
 def calibrate(
@@ -157,6 +169,8 @@ def calibrate(
     joint: bool = False,
     anchor: int = 1,
     weights: bool = False,
+    plain: bool = True,
+    weighted: bool = True,
 ) -> list[Statistics]:
     """Run a dense model over tokens (N, T), one sequence at a time; one `Statistics` a layer.
 
@@ -164,60 +178,93 @@ def calibrate(
     gradients: take the gradients of the summed cross entropy as well, by a backward pass that
     reaches activations only. joint: keys and values of a block side by side. anchor: keys are
     turned within blocks of so many tokens. weights: take the gradients of the key and the value
-    weights, by the same backward pass. Raises ValueError where a statistic is not finite.
+    weights, by the same backward pass. plain, weighted: which sums to take of gradients, those
+    where all tokens are alike, those where they are weighed, or both. Raises ValueError where a
+    statistic is not finite.
 
     With gradients g, what an error εx costs is E[(gᵀ ε x)²] = tr of ε against E[g gᵀ ⊗ x xᵀ], and
     g and x of a token are far from independent: the longest keys are those of sinks, which the
     loss hardly minds. The product that fits this best, C ⊗ F, takes x xᵀ weighed by gᵀ F⁻¹ g and
     g gᵀ weighed by xᵀ C⁻¹ x; we weigh by the roots of these, which bear heavy tails. Two passes
     over every fourth sequence find C and F for the weights, each by those before it.
+
+    So weighted sums cost 1.5 times the passes over the tokens, others just one, forward and, with
+    gradients, backward. Memory is that of the model, of the activations of one sequence, turned
+    keys among them, and of the sums of all layers, since each pass feeds all. A sum of keys, or of
+    values, has L w² numbers a layer, for L blocks of width w: one of 8 bytes a number, with `plain`
+    gradients one more, with `weighted` two more and two factors of 4 bytes. For `fisher` this is 32
+    bytes a number, whatever N is. Means and counts add about 2 / w of it, and making the factors
+    takes the work of one layer beside.
     """
     width = model.config.head_dim * (2 if joint else 1)
     k_shared, v_shared = heads_per_latent
+    plain, weighted = gradients and plain, gradients and weighted
+    before: list[_Before] = [{} for _ in model.layers]
 
-    def empty(final: bool) -> list[Statistics]:
+    def empty(plain: bool, weighted: bool, final: bool) -> list[Statistics]:
         c, heads = model.config, model.config.num_key_value_heads
         k = partial(Moments, heads // k_shared, k_shared * width, tokens.device)
         v = partial(Moments, heads // v_shared, v_shared * width, tokens.device)
         q = partial(Moments, c.num_attention_heads, c.head_dim, tokens.device)
-        asked = q if queries else None, partial(Moments, 1, 1, tokens.device) if weights else None
-        layer = partial(_empty, k, None if joint else v, *(asked if final else (None, None)))
-        return [layer(gradients) for _ in model.layers]
+        one = partial(Moments, 1, 1, tokens.device)
+        both, neither = (k, None if joint else v), (None, None)
+        order = (
+            both[1],
+            q if final and queries else None,
+            *(both if plain else neither),
+            *(both if weighted else neither) * 2,
+            *((one, one) if final and weights else neither),
+        )
+        return [Statistics(k(), *(make and make() for make in order)) for _ in model.layers]
 
-    before = None
-    for _ in range(2 if gradients else 0):
-        before = _read(model, tokens[::4], empty(False), before, anchor, "weighing")
-    return _read(model, tokens, empty(True), before, anchor, "calibrating")
+    def weigh(first: bool) -> None:
+        """Replace `before` layer by layer, so that there are never two of it."""
+        seen = _read(model, tokens[::4], empty(first, not first, False), before, anchor, "weighing")
+        for i, layer in enumerate(seen):
+            before[i] = _lengths(layer)
+
+    if weighted and len(tokens):
+        weigh(first=True)
+        weigh(first=False)
+    return _read(model, tokens, empty(plain, weighted, True), before, anchor, "calibrating")
 
 
-_Make = Callable[[], Moments]
+# by what rows, and by what gradients, are measured, for `k` and for `v` of a layer
+_Before = dict[str, tuple[Lengths, Lengths]]
 
 
-def _empty(
-    k: _Make, v: _Make | None, q: _Make | None, weight: _Make | None, gradients: bool
-) -> Statistics:
-    k_also, v_also = k if gradients else None, v if gradients else None
-    order = v, q, *(k_also, v_also) * 3, weight, weight
-    return Statistics(k(), *(make and make() for make in order))
+def _lengths(layer: Statistics) -> _Before:
+    """Of keys and of values, by what was gathered: weighted sums where they are there."""
+    found = {}
+    for name in ("k", "v"):
+        x, grad, x_weighted, grad_weighted = _four(layer, name)
+        if x is not None:
+            found[name] = (
+                Lengths(x_weighted or x, True, 1e-3),
+                Lengths(grad_weighted or grad, False, DAMPING),
+            )
+    return found
 
 
 def _read(
     model: Model,
     tokens: Tensor,
     layers: list[Statistics],
-    before: list[Statistics] | None,
+    before: list[_Before],
     anchor: int,
     doing: str,
 ) -> list[Statistics]:
     """One pass over the tokens into `layers`, weighed by what was found before."""
-    backward = layers[0].k_grad is not None or layers[0].k_weight is not None
+    first = layers[0]
+    backward = any(m is not None for m in (first.k_grad, first.k_weighted, first.k_weight))
     with _watch(model, layers, before, anchor), torch.set_grad_enabled(backward):
         for row in tqdm(tokens, desc=doing, unit="seq", disable=None, leave=False):
             if not backward:
                 model.hidden(row[None])
                 continue
-            logits = model(row[None, :-1]).float()
-            F.cross_entropy(logits.flatten(0, 1), row[1:], reduction="sum").backward()
+            # the logits have no name, so that they are freed before the backward pass
+            loss = F.cross_entropy(model(row[None, :-1])[0].float(), row[1:], reduction="sum")
+            loss.backward()
     for i, layer in enumerate(layers):
         for name, m in layer._asdict().items():
             if m is not None and not m.gram.isfinite().all():
@@ -231,38 +278,42 @@ def _read(
 class _Feed:
     """Hands rows, and their gradients, to moments once all that stands side by side is here."""
 
-    def __init__(self, layer: Statistics, before: Statistics | None, name: str, parts: int):
+    def __init__(self, layer: Statistics, before: _Before, name: str, parts: int):
         self.x, self.grad, self.x_weighted, self.grad_weighted = _four(layer, name)
-        self.before = before and _four(before, name)
+        self.lengths: Any = before.get(name)
         self.parts = parts
         self.held: dict[int, Tensor] = {}
-        self.last: Tensor | None = None
+        self.last: Any = None
 
     def put(self, part: int, x: Tensor) -> None:
         """Take in one part of the rows, (..., blocks * width / parts)."""
         if (rows := self._whole(part, x)) is not None:
             self.x.add(rows)
-            self.last = rows if self.grad else None
+            self.last = rows if self.x_weighted else None
 
     def put_grad(self, part: int, grad: Tensor) -> None:
         """Take in one part of the gradients of the rows that came last."""
         if (grads := self._whole(part, grad)) is None:
             return
-        self.grad.add(grads)
-        by_grad = by_row = None
-        if self.before:
-            by_row = self.before[2].length(self.last, True, 1e-3)
-            by_grad = self.before[3].length(grads, False, DAMPING)
-        self.x_weighted.add(self.last, by_grad)
-        self.grad_weighted.add(grads, by_row)
-        self.last = None
+        if self.grad:
+            self.grad.add(grads)
+        if self.x_weighted:
+            of_rows, of_grads = self.lengths
+            self.x_weighted.add(self.last, of_grads.of(grads))
+            self.grad_weighted.add(grads, of_rows.of(self.last))
+            self.last = None
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients are asked for."""
+        return bool(self.grad or self.x_weighted)
 
     def _whole(self, part: int, x: Tensor) -> Tensor | None:
         self.held[part] = x.detach().unflatten(-1, (len(self.x.gram), -1))
         if len(self.held) < self.parts:
             return None
         rows = [self.held.pop(i) for i in range(self.parts)]
-        return torch.cat(rows, dim=-1).flatten(-2)
+        return (torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0]).flatten(-2)
 
 
 def _four(s: Statistics, name: str) -> list[Any]:
@@ -271,23 +322,26 @@ def _four(s: Statistics, name: str) -> list[Any]:
 
 @contextmanager
 def _watch(
-    model: Model, layers: list[Statistics], before: list[Statistics] | None, anchor: int
+    model: Model, layers: list[Statistics], before: list[_Before], anchor: int
 ) -> Iterator[None]:
     """Feed the outputs of the projections, and their gradients, to the statistics."""
 
     def same(x: Tensor) -> Tensor:
         return x
 
+    @cache  # the same for all layers and sequences
+    def angles(length: int) -> Any:
+        pos = torch.arange(length, device=model.device)
+        return model.offset(pos[None], pos, anchor)[1]
+
     def turned(x: Tensor) -> Tensor:  # keys, and their gradients alike
-        pos = torch.arange(x.size(1), device=x.device)
-        _, angles = model.offset(pos[None], pos, anchor)
         heads = x.detach().unflatten(-1, (-1, model.config.head_dim)).transpose(1, 2)
-        return rotate(heads, *angles).transpose(1, 2).flatten(2)
+        return rotate(heads, *angles(x.size(1))).transpose(1, 2).flatten(2)
 
     def feed(to: _Feed, part: int = 0, seen: Callable = same):
         def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
             to.put(part, seen(out))
-            if to.grad is not None:
+            if to.backward:
                 out.register_hook(lambda grad: to.put_grad(part, seen(grad)))
 
         return hook
@@ -309,8 +363,7 @@ def _watch(
     flags = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)  # the backward pass reaches activations, and weights if asked
     hooks = [model.embed.register_forward_hook(start)]
-    for i, (block, s) in enumerate(zip(model.layers, layers, strict=True)):
-        earlier = before[i] if before else None
+    for block, s, earlier in zip(model.layers, layers, before, strict=True):
         parts = 2 if s.v is None else 1
         k = _Feed(s, earlier, "k", parts)
         v = k if s.v is None else _Feed(s, earlier, "v", 1)

@@ -189,7 +189,8 @@ def needs(settings: Settings, config: Config) -> Needs:
     method, joint = METHODS[settings.method], settings.latent == "joint-kv"
     shared = settings.heads_per_latent or (1, 1)
     anchor = settings.anchor(config)
-    return Needs(shared, method.gradients, method.queries, joint, anchor, method.weights)
+    sums = method.weights, method.plain, method.weighted
+    return Needs(shared, method.gradients, method.queries, joint, anchor, *sums)
 
 
 def gather(model: Model, tokens: Tensor, settings: Settings) -> list[Statistics]:

@@ -22,20 +22,22 @@ SUMS = ("count", "origin", "sum", "gram")
 
 
 def kind(needs: Needs) -> Needs:
-    """Needs of one kind are served by one pass: they differ in heads per latent and queries only.
+    """Needs of one kind are served by one pass.
 
-    With gradients also the heads per latent must agree, since weights are those of whole blocks,
+    They differ in heads per latent, queries, and which sums are taken of gradients. With gradients
+    also the heads per latent must agree, since weights are those of whole blocks,
     and the last token of a sequence, which predicts nothing, is not read: statistics taken with
     and without them are kept apart, so that each equals what `gather` gives.
     """
     heads = needs.heads_per_latent if needs.gradients else (1, 1)
-    return needs._replace(heads_per_latent=heads, queries=False)
+    return needs._replace(heads_per_latent=heads, queries=False, plain=False, weighted=False)
 
 
 def union(needs: Sequence[Needs]) -> Needs:
     """What serves all of these, which are of one kind: the blocks of all are diagonal in it."""
     k, v = (math.lcm(*(n.heads_per_latent[side] for n in needs)) for side in (0, 1))
-    return needs[0]._replace(heads_per_latent=(k, v), queries=any(n.queries for n in needs))
+    asked = {f: any(getattr(n, f) for n in needs) for f in ("queries", "plain", "weighted")}
+    return needs[0]._replace(heads_per_latent=(k, v), **asked)
 
 
 def narrow(statistics: Sequence[Statistics], have: Needs, want: Needs) -> list[Statistics]:
