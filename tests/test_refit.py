@@ -32,9 +32,12 @@ def compressed(dense, x, *refit: str, **changes):
 @pytest.mark.parametrize("part", REFITS)
 @pytest.mark.parametrize("family", tiny.SIZES)
 def test_every_refit_brings_the_model_nearer_to_the_original(family, part):
-    dense, x = tiny.native(family), tiny.tokens(16, 64)
-    before, after = (lost(dense, compressed(dense, x, *parts), x) for parts in ((), (part,)))
-    assert after < 0.99 * before
+    dense, x = tiny.native(family).double(), tiny.tokens(16, 64)  # OPT loses less than fp32 tells
+    plain, fitted = (
+        compress(dense, x, Settings(keep=0.15, rank_multiple=1, refit=parts)).model
+        for parts in ((), (part,))
+    )
+    assert lost(dense, fitted, x) < lost(dense, plain, x)
 
 
 @pytest.mark.parametrize("part", REFITS)
