@@ -113,10 +113,12 @@ class _Seen:
         ]
         if not whole:
             hooks.append(block.attn.register_forward_hook(stop))
-        with suppress(_Enough):
-            self.y = block(x, *at, None)
-        for hook in hooks:
-            hook.remove()
+        try:
+            with suppress(_Enough):
+                self.y = block(x, *at, None)
+        finally:  # an interruption must leave no hook on the dense model
+            for hook in hooks:
+                hook.remove()
 
     def read(self, block: Any, blocks: int) -> Tensor:
         """The output of attention as a sum over `blocks` groups of heads: (T, blocks, width)."""
