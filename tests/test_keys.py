@@ -12,7 +12,7 @@ from test_rope import rope_parameters
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
 from eigenzoo.zoo.allocate import Ranks
-from eigenzoo.zoo.attention import anchored_attention, latent_attention, lift
+from eigenzoo.zoo.attention import anchored_decode, latent_decode, lift
 from eigenzoo.zoo.basis import METHODS
 from eigenzoo.zoo.calibrate import calibrate
 from eigenzoo.zoo.checkpoint import load
@@ -248,9 +248,10 @@ def test_anchored_with_blocks_of_one_is_rebuild():
     q, z, v = torch.randn(1, 8, 1, 8), torch.randn(1, 2, slots, 8), torch.randn(1, 4, slots, 8)
     newest = torch.tensor([[slots - 1]])
     k = rotate(lift(z, attn.k_up, 8) + attn.k_mean, *low.rope(position, newest))
-    want = latent_attention(rotate(q, *low.rope(newest, newest)), k, v, None, 0.3)
+    span = torch.tensor([[0, slots]])
+    want = latent_decode(rotate(q, *low.rope(newest, newest)), k, v, span, 0.3)
     ahead = low.rope(newest - position, newest)
-    close(anchored_attention(q, z, v, None, 0.3, ahead, attn.k_up, attn.k_mean, block=1), want)
+    close(anchored_decode(q, z, v, span, 0.3, *ahead, attn.k_up, attn.k_mean, block=1), want)
 
 
 def test_statistics_are_of_keys_turned_within_their_blocks():

@@ -5,6 +5,7 @@ L latents per token (each shared by G / L heads), R rank: the width of one laten
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,53 +64,98 @@ def _per_head(x: Tensor, maps: Tensor) -> Tensor:
     return (grouped @ maps).unflatten(3, (-1, x.size(2))).flatten(1, 3)
 
 
+class Seen(NamedTuple):
+    """Which slots one new token of every sequence sees; made once a step, for all layers.
+
+    span: (B or 1, 2), the first slot that is read, and the one behind the last, the token's own.
+    bias: (B or 1, S) in fp32, added to the scores of every head, -inf where a slot in the span
+    holds padding; None adds nothing. slopes: (H,), what each head multiplies the bias by (ALiBi);
+    without a bias it is how far a slot is behind the token, as a negative number.
+    """
+
+    span: Tensor
+    bias: Tensor | None = None
+    slopes: Tensor | None = None
+
+
+def one_token(pos: Tensor, visible: Tensor | None = None) -> Seen:
+    """What a token in slot pos (1,) sees: the slots up to its own where visible (B or 1, S)."""
+    if visible is None:
+        return Seen(torch.stack((torch.zeros_like(pos), pos + 1), dim=1))
+    first = visible.int().argmax(1)
+    span = torch.stack((first, (pos + 1).expand_as(first)), dim=1)
+    return Seen(
+        span, torch.zeros(visible.shape, device=pos.device).masked_fill(~visible, -torch.inf)
+    )
+
+
 def latent_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention where keys and values may differ in heads and in width.
+    """Softmax attention of a prompt, where keys and values may differ in heads and in width.
 
     q: (B, H, T, R), k: (B, K, S, R), v: (B, L, S, W) -> (B, H, T, W); K and L divide H.
     mask: (B or 1, H or 1, T, S), true where a token looks, or in fp32 what is added to the
     scores; None means causal with T = S.
     """
-    if q.size(2) > 1:  # a prompt: equal shapes keep SDPA on its flash path
-        width, heads = max(k.size(3), v.size(3)), math.lcm(k.size(1), v.size(1))
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(q.dtype)
-        y = F.scaled_dot_product_attention(
-            _widen(q, width, q.size(1)),
-            _widen(k, width, heads),
-            _widen(v, width, heads),
-            mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=True,
-        )
-        return y[..., : v.size(3)]
-    q = (q * scale).unflatten(1, (k.size(1), -1)).flatten(2, 3)  # queries of one key head together
-    return _read((q @ k.mT).flatten(1, 2)[:, :, None], v, mask)
+    # equal shapes keep SDPA on its flash path
+    width, heads = max(k.size(3), v.size(3)), math.lcm(k.size(1), v.size(1))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    y = F.scaled_dot_product_attention(
+        _widen(q, width, q.size(1)),
+        _widen(k, width, heads),
+        _widen(v, width, heads),
+        mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return y[..., : v.size(3)]
 
 
-def anchored_attention(
+def latent_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """Attention of one or a few new tokens over a static cache, of which only `span` counts.
+
+    q: (B, H, T, R), k: (B, K, S, R), v: (B, L, S, W) -> (B, H, T, W); K and L divide H.
+    span, bias, slopes: see `Seen`. The span ends behind the last of the T tokens, and each sees
+    as far as itself.
+    """
+    grouped = (q * scale).unflatten(1, (k.size(1), -1)).flatten(2, 3)  # queries of one key head
+    scores = (grouped @ k.mT).unflatten(2, (-1, q.size(2))).flatten(1, 2)  # (B, H, T, S)
+    return _read(scores, v, span, bias, slopes)
+
+
+def anchored_decode(
     q: Tensor,
     z: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    span: Tensor,
     scale: float,
-    ahead: tuple[Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
     up: Tensor,
     mean: Tensor | None,
     block: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token over keys that are cached turned within their blocks only.
 
     With c_b the centre of block b and i the new position, R_i q · R_j k = R_(i - c_b) q · φ_j where
     φ_j = R_(j - c_b) k_j, and φ_j = lift(z_j) + mean. So one query a block reads all its latents.
-    q: (B, H, 1, D), not rotated; z: (B, L, S, R) latents of φ; v, mask: as in `latent_attention`;
-    ahead: cos and sin of i - c_b, (B or 1, 1, N, D / 2) for N = ceil(S / block) blocks; up:
-    (L, R, G / L * D); mean: (G, 1, D). Returns (B, H, 1, W).
+    q: (B, H, 1, D), not rotated; z: (B, L, S, R) latents of φ; v, span, bias: as in
+    `latent_decode`; cos, sin: of the angles of i - c_b, (B or 1, 1, N, D / 2) for
+    N = ceil(S / block) blocks; up: (L, R, G / L * D); mean: (G, 1, D). Returns (B, H, 1, W).
     """
-    blocks, slots = ahead[0].size(2), z.size(2)
+    blocks, slots = cos.size(2), z.size(2)
     block = min(block, slots)
-    turned = rotate(q.expand(-1, -1, blocks, -1), *ahead) * scale  # (B, H, N, D)
+    turned = rotate(q.expand(-1, -1, blocks, -1), cos, sin) * scale  # (B, H, N, D)
     u = absorb(turned, up, q.size(3)).unflatten(1, (z.size(1), -1)).transpose(2, 3)
     if slots % block:
         z = F.pad(z, (0, 0, 0, blocks * block - slots))
@@ -118,17 +164,52 @@ def anchored_attention(
         added = (turned.unflatten(1, (len(mean), -1)) * mean[:, None]).sum(-1).flatten(1, 2)
         scores = scores + added.unflatten(1, (z.size(1), -1)).transpose(2, 3)[..., None]
     scores = scores.transpose(2, 3).flatten(3).flatten(1, 2)[:, :, None, :slots]
-    return _read(scores, v, mask)
+    return _read(scores, v, span, bias)
 
 
-def _read(scores: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over scores (B, H, 1, S), and what it reads of v (B, L, S, W): (B, H, 1, W)."""
-    if mask is not None:
-        seen = mask.dtype == torch.bool
-        scores = scores.masked_fill(~mask, -torch.inf) if seen else scores + mask
+def rotary_decode(
+    q: Tensor,
+    z: Tensor,
+    v: Tensor,
+    span: Tensor,
+    scale: float,
+    cos: Tensor,
+    sin: Tensor,
+    up: Tensor,
+    mean: Tensor | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attention of one or a few new tokens over latents of keys that are lifted, then rotated.
+
+    q: (B, H, T, D), rotated; z: (B, L, S, R) latents of keys before the rotation; v, span, bias: as
+    in `latent_decode`; cos, sin: of the angles of all slots, (B or 1, 1, S, D / 2); up:
+    (L, R, G / L * D); mean: (G, 1, D), added before the rotation. Returns (B, H, T, W).
+    """
+    return latent_decode(q, rebuild(z, cos, sin, up, mean), v, span, scale, bias)
+
+
+def rebuild(z: Tensor, cos: Tensor, sin: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
+    """Rotated keys (B, G, S, D) from their latents. Arguments as in `rotary_decode`."""
+    k = lift(z, up, 2 * cos.size(-1))
+    return rotate(k if mean is None else k + mean, cos, sin)
+
+
+def _read(
+    scores: Tensor, v: Tensor, span: Tensor, bias: Tensor | None, slopes: Tensor | None = None
+) -> Tensor:
+    """Softmax over scores (B, H, T, S), and what it reads of v (B, L, S, W): (B, H, T, W)."""
+    new, slots = scores.shape[2:]
+    slot = torch.arange(slots, device=v.device)
+    last = span[:, 1:] - new + torch.arange(new, device=v.device)  # (B or 1, T)
+    seen = (slot >= span[:, :1, None]) & (slot <= last[..., None])  # (B or 1, T, S)
+    if slopes is not None and bias is None:
+        bias = (slot - span[:, 1:] + 1).float()
+    if bias is not None:
+        scores = scores + bias[:, None, None] * (1 if slopes is None else slopes[:, None, None])
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
     p = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    p = p.unflatten(1, (v.size(1), -1)).flatten(2, 3)  # and those of one value latent
-    return (p @ v).flatten(1, 2)[:, :, None]
+    p = p.unflatten(1, (v.size(1), -1)).flatten(2, 3)  # queries of one value latent together
+    return (p @ v).unflatten(2, (-1, new)).flatten(1, 2)
 
 
 def _widen(x: Tensor, width: int, heads: int) -> Tensor:

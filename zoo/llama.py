@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import absorb, anchored_attention, latent_attention, lift, lift_heads
+from .attention import Seen, absorb, anchored_decode, lift, lift_heads, rebuild, rotary_decode
 from .cache import StaticCache
 from .model import Config, LatentAttention, Model, parameter
 from .rope import frequencies, rotate
@@ -102,7 +102,7 @@ class Where(NamedTuple):
 
     slots: Angles
     new: Angles
-    mask: Tensor | None
+    mask: Tensor | Seen | None
     offset: Angles | None = None  # of the new tokens within their blocks
     ahead: Angles | None = None  # of the one new token from the centre of every block
 
@@ -110,6 +110,8 @@ class Where(NamedTuple):
 class Attention(LatentAttention):
     """Attention of one layer over latents. Weights are named as in a Hugging Face checkpoint."""
 
+    anchored_decode: Callable[..., Tensor] = staticmethod(anchored_decode)
+    rotary_decode: Callable[..., Tensor] = staticmethod(rotary_decode)
     k_pairs: Tensor | None  # the frequency of every pair of columns, (L, R / 2): kept, never cast
 
     def __init__(self, config: LlamaConfig, layer: int):
@@ -145,13 +147,7 @@ class Attention(LatentAttention):
         prompt = x.size(1) > 1  # for one token, lifting what it read is less work than all values
         if self.v_up is not None and prompt:
             v = lift(v, self.v_up, self.head_dim)
-        if self.k_down is not None and self.k_up is not None and where.ahead is not None:
-            y = anchored_attention(
-                *(q, k, v, where.mask, self.scale, where.ahead, self.k_up, self.k_mean, self.anchor)
-            )
-        else:
-            q, k = self._read(rotate(q, *where.new), k, where)
-            y = latent_attention(q, k, v, where.mask, self.scale)
+        y = self._read(q, k, v, where)
         if self.v_up is not None and not prompt:
             y = lift_heads(y, self.v_up, self.head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -168,14 +164,23 @@ class Attention(LatentAttention):
             return rotate(k, cos, sin)
         return rotate(k, *where.new) if self.k_up is None else k
 
-    def _read(self, q: Tensor, k: Tensor, where: Where) -> tuple[Tensor, Tensor]:
-        """Rotated queries (B, H, T, D) and cached keys, as attention can compare them."""
-        if self.k_up is None:
-            return q, k
-        if self.k_pairs is not None:
-            return absorb(q, self.k_up, self.head_dim), k
-        k = lift(k, self.k_up, self.head_dim)
-        return q, rotate(k if self.k_mean is None else k + self.k_mean, *where.slots)
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
+        """What queries (B, H, T, D), not yet rotated, read of cached keys and values."""
+        seen, up, mean = where.mask, self.k_up, self.k_mean
+        if self.k_down is not None and where.ahead is not None and isinstance(seen, Seen):
+            return self.anchored_decode(
+                *(q, k, v, seen.span, self.scale, *where.ahead, up, mean, self.anchor, seen.bias)
+            )
+        q = rotate(q, *where.new)
+        if self.k_pairs is not None and up is not None:
+            q = absorb(q, up, self.head_dim)
+        elif up is not None and isinstance(seen, Seen):
+            return self.rotary_decode(
+                *(q, k, v, seen.span, self.scale, *where.slots, up, mean, seen.bias)
+            )
+        elif up is not None:
+            k = rebuild(k, *where.slots, up, mean)
+        return self.attend(q, k, v, seen)
 
 
 class MLP(nn.Module):
@@ -269,7 +274,7 @@ class Llama(Model):
         """Tokens (B, T) as vectors (B, T, width)."""
         return self.embed(tokens)
 
-    def where(self, position: Tensor, pos: Tensor, mask: Tensor | None) -> Where:
+    def where(self, position: Tensor, pos: Tensor, mask: Tensor | Seen | None) -> Where:
         """Angles of every slot and of the new tokens, and the mask."""
         new = position[:, pos]
         cos, sin = self.rope(position, new)

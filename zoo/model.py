@@ -5,14 +5,14 @@ and says how a Hugging Face checkpoint maps to them. Parts are named alike every
 `layers[i].attn.{q,k,v,o}_proj`, `head`, so that no step asks which family it is given.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from .attention import causal_mask
+from .attention import Seen, causal_mask, latent_attention, latent_decode, one_token
 from .cache import Latent, StaticCache
 
 
@@ -149,6 +149,9 @@ class Config:
 class LatentAttention(nn.Module):
     """What fold and calibrate rely on in the attention of every family."""
 
+    # what defines attention at decoding; `kernels.install` puts fused ops in their place
+    latent_decode: Callable[..., Tensor] = staticmethod(latent_decode)
+
     layer: int
     heads: int  # of queries
     head_dim: int
@@ -158,6 +161,13 @@ class LatentAttention(nn.Module):
     k_proj: nn.Linear
     v_proj: Any  # a linear layer, or None where k holds values as well
     o_proj: nn.Linear
+    scale: float
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Seen | None) -> Tensor:
+        """What queries (B, H, T, R) read of keys and values: (B, H, T, W)."""
+        if isinstance(mask, Seen):
+            return self.latent_decode(q, k, v, mask.span, self.scale, mask.bias, mask.slopes)
+        return latent_attention(q, k, v, mask, self.scale)
 
 
 class Model(nn.Module):
@@ -172,11 +182,11 @@ class Model(nn.Module):
         """Tokens (B, T) at positions (B or 1, T) as vectors (B, T, width)."""
         raise NotImplementedError
 
-    def where(self, position: Tensor, pos: Tensor, mask: Tensor | None) -> Any:
+    def where(self, position: Tensor, pos: Tensor, mask: Tensor | Seen | None) -> Any:
         """What the layers' attention needs of positions and masks, made once for all of them.
 
-        position: (B or 1, S) of every slot; pos: (T,) slots of the new tokens; mask: as
-        `causal_mask` makes it, None where it would be plainly causal.
+        position: (B or 1, S) of every slot; pos: (T,) slots of the new tokens; mask: for a prompt
+        as `causal_mask` makes it, None where it would be plainly causal; for one token `Seen`.
         """
         return mask
 
@@ -211,8 +221,11 @@ class Model(nn.Module):
             cache.check(tokens, pos)
         slot = torch.arange(slots, device=tokens.device)[None]
         position = slot if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
-        plain = cache is None and valid is None
-        mask = None if plain else causal_mask(pos, slots, valid)
+        mask: Tensor | Seen | None = None
+        if tokens.size(1) == 1:
+            mask = one_token(pos, None if valid is None else valid | (slot == pos))
+        elif cache is not None or valid is not None:
+            mask = causal_mask(pos, slots, valid)
         where = self.where(position, pos, mask)
         return self.start(tokens, position[:, pos]), pos, where
 

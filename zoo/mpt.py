@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import absorb, alibi_slopes, causal_mask, latent_attention, lift_heads
+from .attention import Seen, absorb, alibi_slopes, causal_mask, lift_heads
 from .cache import StaticCache
 from .model import Config, LatentAttention, Model, parameter
 
@@ -197,7 +197,7 @@ class Attention(LatentAttention):
         self.v_down = parameter(v.heads, v_n, v.width) if v_down else None
 
     def forward(
-        self, x: Tensor, pos: Tensor, mask: Tensor | None, cache: StaticCache | None
+        self, x: Tensor, pos: Tensor, mask: Tensor | Seen | None, cache: StaticCache | None
     ) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D or R)
@@ -209,7 +209,7 @@ class Attention(LatentAttention):
             q = absorb(q, self.k_up, self.head_dim)
         if cache is not None:
             k, v = cache.update(self.layer, pos, k, v)
-        y = latent_attention(q, k, v if self.v.width else k, mask, self.scale)
+        y = self.attend(q, k, v if self.v.width else k, mask)
         if self.v_up is not None:
             y = lift_heads(y, self.v_up, self.head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -246,7 +246,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, pos: Tensor, mask: Tensor | None, cache: StaticCache | None
+        self, x: Tensor, pos: Tensor, mask: Tensor | Seen | None, cache: StaticCache | None
     ) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
         x = x + self.attn(self.attn_norm(x), pos, mask, cache)
@@ -276,15 +276,21 @@ class MPT(Model):
         x = self.embed(tokens)
         return x if self.positions is None else x + self.positions(position)
 
-    def where(self, position: Tensor, pos: Tensor, mask: Tensor | None) -> Tensor | None:
-        """With ALiBi what is added to the scores, in fp32: (B or 1, H, T, S)."""
+    def where(
+        self, position: Tensor, pos: Tensor, mask: Tensor | Seen | None
+    ) -> Tensor | Seen | None:
+        """With ALiBi what is added to the scores: for a prompt (B or 1, H, T, S) in fp32."""
         if not self.config.alibi:
             return mask
+        slopes = alibi_slopes(self.config.num_attention_heads, self.config.alibi_bias_max)
+        slopes = slopes.to(position.device)
+        if isinstance(mask, Seen):  # without padding, positions are slots
+            bias = None if mask.bias is None else mask.bias + (position - position[:, pos])
+            return mask._replace(bias=bias, slopes=slopes)
         if mask is None:
             mask = causal_mask(pos, position.size(1))
-        slopes = alibi_slopes(self.config.num_attention_heads, self.config.alibi_bias_max)
         ahead = position[:, None] - position[:, pos, None]  # (B or 1, T, S), 0 or less where seen
-        bias = slopes.to(position.device)[:, None, None] * ahead[:, None]
+        bias = slopes[:, None, None] * ahead[:, None]
         return bias.masked_fill(~mask, -torch.inf)
 
     def finish(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import absorb, latent_attention, lift_heads
+from .attention import Seen, absorb, lift_heads
 from .cache import StaticCache
 from .model import Config, LatentAttention, Model, parameter
 
@@ -126,7 +126,7 @@ class Attention(LatentAttention):
         self.v_up = parameter(read.heads, read.width, shared[1] * d) if v_up else None
 
     def forward(
-        self, x: Tensor, pos: Tensor, mask: Tensor | None, cache: StaticCache | None
+        self, x: Tensor, pos: Tensor, mask: Tensor | Seen | None, cache: StaticCache | None
     ) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D or R)
@@ -138,7 +138,7 @@ class Attention(LatentAttention):
             q = absorb(q, self.k_up, self.head_dim)
         if cache is not None:
             k, v = cache.update(self.layer, pos, k, v)
-        y = latent_attention(q, k, v if self.v.width else k, mask, self.scale)
+        y = self.attend(q, k, v if self.v.width else k, mask)
         if self.v_up is not None:
             y = lift_heads(y, self.v_up, self.head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -171,7 +171,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, pos: Tensor, mask: Tensor | None, cache: StaticCache | None
+        self, x: Tensor, pos: Tensor, mask: Tensor | Seen | None, cache: StaticCache | None
     ) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
         if self.norm_before:

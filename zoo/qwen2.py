@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from .attention import causal_mask
+from .attention import Seen, causal_mask, one_token
 from .cache import StaticCache
 from .llama import Block, Llama, LlamaConfig, Where
 
@@ -52,13 +52,18 @@ class Qwen2(Llama):
     block = WindowedBlock
 
     def where(  # type: ignore[override]
-        self, position: Tensor, pos: Tensor, mask: Tensor | None
+        self, position: Tensor, pos: Tensor, mask: Tensor | Seen | None
     ) -> dict[int, Where]:
         """What Llama's attention needs, for every window there is."""
         full = super().where(position, pos, mask)
         found = {0: full}
         for window in set(self.config.windows) - {0}:
-            seen = causal_mask(pos, position.size(1)) if mask is None else mask
             ahead = position[:, None] - position[:, pos, None]  # (B or 1, T, S)
+            if isinstance(mask, Seen):
+                near = (ahead > -window)[:, 0]
+                visible = near if mask.bias is None else near & (mask.bias == 0)
+                found[window] = full._replace(mask=one_token(pos, visible))
+                continue
+            seen = causal_mask(pos, position.size(1)) if mask is None else mask
             found[window] = full._replace(mask=seen & (ahead > -window)[:, None])
         return found
