@@ -29,3 +29,12 @@ def test_what_does_not_fit_is_refused(batch, slots):
     tokens = torch.zeros(batch, len(slots), dtype=torch.long)
     with pytest.raises(ValueError, match="cache"):
         cache.check(tokens, torch.tensor(slots))
+
+
+def test_the_first_slots_are_a_view():
+    cache = StaticCache(LATENTS, batch=1, slots=5)
+    first = cache.first(2)
+    first.update(0, torch.tensor([1]), torch.ones(1, 1, 1, 24), torch.ones(1, 2, 1, 16))
+    assert cache.keys[0][0, 0, :, 0].tolist() == [0, 1, 0, 0, 0]
+    with pytest.raises(ValueError, match="cache of 2"):
+        first.check(torch.zeros(1, 1, dtype=torch.long), torch.tensor([2]))

@@ -1,6 +1,7 @@
 """The compressed key/value cache: fixed buffers, written in place, safe for CUDA graphs."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,14 @@ class StaticCache:
         self.keys[layer].index_copy_(2, pos, k)
         self.values[layer].index_copy_(2, pos, v)
         return self.keys[layer], self.values[layer]
+
+    def first(self, slots: int) -> "StaticCache":
+        """The first slots as a cache: a view, so what is written there is written here."""
+        view = copy(self)
+        view.slots = slots
+        view.keys = [x[:, :, :slots] for x in self.keys]
+        view.values = [x[:, :, :slots] for x in self.values]
+        return view
 
     def check(self, tokens: Tensor, pos: Tensor) -> None:
         """Raise ValueError unless tokens (B, T) at slots pos (T,) fit; compiled code skips it."""

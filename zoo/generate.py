@@ -51,6 +51,15 @@ def _step(
     return model(tokens, pos, cache, valid, last=1)[:, -1]
 
 
+def _begin(
+    model: Model, tokens: Tensor, pos: Tensor, cache: StaticCache, valid: Tensor | None
+) -> Tensor:
+    """A step at the start of the cache, which reads no slot behind its own tokens."""
+    count = tokens.size(1)
+    cache, valid = cache.first(count), None if valid is None else valid[:, :count]
+    return _step(model, tokens, pos, cache, valid)
+
+
 class Generator:
     """A model with one cache, for prompt after prompt: nothing is allocated or compiled twice.
 
@@ -80,6 +89,7 @@ class Generator:
         compiled = torch.compile(_step, fullgraph=True)
         self.decode = compiled if compile else _step
         self.prefill = compiled if prefill else _step
+        self.begin = torch.compile(_begin, fullgraph=True) if prefill else _begin
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor, start: int) -> Tensor:
@@ -98,7 +108,7 @@ class Generator:
             torch._dynamo.mark_dynamic(tokens, 1)
             torch._dynamo.mark_dynamic(pos, 0)
         valid = self.valid if self.batch > 1 else None  # one sequence is never padded
-        step = self.prefill if count > 1 else self.decode
+        step = self.decode if count == 1 else self.prefill if start else self.begin
         return step(self.model, tokens, pos, self.cache, valid)
 
     def stream(

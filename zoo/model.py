@@ -224,7 +224,7 @@ class Model(nn.Module):
         mask: Tensor | Seen | None = None
         if tokens.size(1) == 1:
             mask = one_token(pos, None if valid is None else valid | (slot == pos))
-        elif cache is not None or valid is not None:
+        elif valid is not None or slots > tokens.size(1):  # else the tokens fill all slots
             mask = causal_mask(pos, slots, valid)
         where = self.where(position, pos, mask)
         return self.start(tokens, position[:, pos]), pos, where
