@@ -10,6 +10,7 @@
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -178,6 +179,17 @@ void mix(const float* p, int64_t rows, int64_t ldp, const T* v, int64_t slots, i
   }
 }
 
+inline float largest(const float* s, int64_t n) {
+  V most(NEVER);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) most = at::vec::maximum(most, V::loadu(s + i));
+  float parts[W];
+  most.store(parts);
+  float x = *std::max_element(parts, parts + W);
+  for (; i < n; ++i) x = std::max(x, s[i]);
+  return x;
+}
+
 // p = exp(scores - peak) in place, a row of n; returns their sum
 inline float soften(float* s, int64_t n, float peak) {
   V total(0.f);
@@ -239,8 +251,7 @@ Tensor attend(const Tensor& q, int64_t keys, const Tensor& v, const Tensor& span
           }
           const int64_t seen = bound[1] - news + r % news + 1 - t;  // none behind the token itself
           for (int64_t i = std::max<int64_t>(0, seen); i < n; ++i) row[i] = NEVER;
-          float peak = peaks[r];
-          for (int64_t i = 0; i < n; ++i) peak = std::max(peak, row[i]);
+          const float peak = std::max(peaks[r], largest(row, n));
           if (peak == NEVER) {  // nothing seen so far
             std::fill_n(row, n, 0.f);
             keep[r] = 1.f;

@@ -1,0 +1,70 @@
+"""Talk to a checkpoint. What was said stays in the cache: every turn reads its new tokens only.
+
+python examples/chat.py OUT
+"""
+
+import argparse
+
+import torch
+
+from eigenzoo.kernels.install import install
+from eigenzoo.zoo.checkpoint import load, stop_tokens
+from eigenzoo.zoo.generate import Generator
+
+
+def main() -> None:
+    """Read a line, answer it, until there is none."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", help="folder, GGUF file or Hub id, with a chat template")
+    parser.add_argument("--slots", type=int, default=2048, help="tokens of the whole talk")
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+
+    checkpoint = load(args.source)
+    tokenizer, stop = checkpoint.tokenizer, stop_tokens(checkpoint)
+    install(checkpoint.model)
+    generator = Generator(
+        checkpoint.model, 1, args.slots, not args.no_compile, compile_prefill=False
+    )
+    talk: list[dict[str, str]] = []
+    cached: list[int] = []  # tokens whose keys and values are in the cache
+    while line := read():
+        talk.append({"role": "user", "content": line})
+        text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        answer = []
+        for token in reply(generator, cached, ids, stop):
+            answer.append(token)
+            print(tokenizer.decode(token), end="", flush=True)
+        print()
+        talk.append({"role": "assistant", "content": tokenizer.decode(answer)})
+
+
+def read() -> str:
+    """The next line, nothing at the end of the input."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def reply(generator: Generator, cached: list[int], ids: list[int], stop: list[int]):
+    """Yield the tokens that follow ids, up to a stop token or the end of the cache."""
+    same = 0  # a template may word earlier turns anew: what differs is read again
+    while same < min(len(cached), len(ids) - 1) and cached[same] == ids[same]:
+        same += 1
+    del cached[same:]
+    new = ids[same:]
+    while len(cached) + len(new) <= generator.slots:
+        logits = generator.advance(torch.tensor([new]), len(cached))
+        cached += new
+        token = int(logits.argmax(-1))
+        if token in stop:
+            return
+        yield token
+        new = [token]
+    print("\n[the cache is full]")
+
+
+if __name__ == "__main__":
+    main()

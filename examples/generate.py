@@ -1,0 +1,44 @@
+"""Generate with a checkpoint, dense or compressed: compiled, with fused attention, as a stream.
+
+    python examples/generate.py OUT "Once upon a time" "The capital of France is"
+
+Several prompts make a batch, padded on the left: each is answered as it would be alone.
+"""
+
+import argparse
+
+from eigenzoo.kernels.install import install
+from eigenzoo.zoo.checkpoint import load, stop_tokens
+from eigenzoo.zoo.generate import Generator
+
+
+def main() -> None:
+    """Load, compile, print token after token."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", help="folder, GGUF file or Hub id")
+    parser.add_argument("prompts", nargs="+")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    args = parser.parse_args()
+
+    checkpoint = load(args.source)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    install(model)  # attention over the cache by the fused ops, instead of their definitions
+    ids = [tokenizer(prompt)["input_ids"] for prompt in args.prompts]
+    slots = max(map(len, ids)) + args.max_new_tokens  # the cache is allocated once, and no larger
+    generator = Generator(model, len(ids), slots, compile_prefill=False)  # compiled at first use
+
+    stop, rows = stop_tokens(checkpoint), [[] for _ in ids]
+    for tokens in generator.stream(ids, args.max_new_tokens, stop=stop):
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            row.append(token)
+        if len(ids) == 1:  # several would run into one another
+            print(tokenizer.decode(tokens), end="", flush=True)
+    if len(ids) == 1:
+        print()
+        return
+    for prompt, row in zip(args.prompts, rows, strict=True):
+        print(f"{prompt}{tokenizer.decode(row, skip_special_tokens=True)}\n")
+
+
+if __name__ == "__main__":
+    main()

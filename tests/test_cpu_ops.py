@@ -1,0 +1,120 @@
+"""The C++ ops for CPUs against the definitions, with NaN wherever nothing may be read."""
+
+import os
+import subprocess
+import sys
+from itertools import combinations
+
+import pytest
+import torch
+
+from eigenzoo.kernels import cpu, ops
+from eigenzoo.zoo import attention
+
+pytestmark = pytest.mark.slow  # they are built once, in half a minute
+SLOTS = 300
+HEADS = [(4, 4, 4), (6, 3, 1), (9, 1, 3), (12, 4, 3)]  # of queries, latents of keys, of values
+DTYPES = {  # what rounding queries, maps and the output may cost: a few units in the last place
+    torch.float32: 1e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2e-3,
+}
+OPTIONS = ("padding", "bias", "more tokens", "slopes")
+SOME = [(), *((o,) for o in OPTIONS), *combinations(OPTIONS, 2)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _built():
+    cpu.load()
+
+
+def buffer(heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """A cache for two sequences that lies in a larger one of NaN."""
+    x = torch.full((2, heads, SLOTS + 64, width), torch.nan, dtype=dtype)[:, :, 32:-32]
+    return x.copy_(torch.randn(x.shape))
+
+
+def spans(length: int, options) -> torch.Tensor:
+    first = min(5, length - 3) if "padding" in options and length > 3 else 0
+    return torch.tensor([[0, length], [first, length]]) if first else torch.tensor([[0, length]])
+
+
+def biases(length: int, options) -> torch.Tensor | None:
+    if "bias" not in options:
+        return None
+    bias = torch.randn(2, SLOTS)
+    bias[1, 7 : max(7, length - 5)] = -torch.inf
+    return bias
+
+
+def compare(op, definition, q, k, v, span, *rest) -> None:
+    """The op reads the span alone; the definition is asked in fp32, before the poison is given."""
+    args = (q, k, v, span, *rest)
+    want = definition(
+        *(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
+    )
+    for b in range(2):
+        first, end = span[b % len(span)]
+        for x in (k, v):
+            x[b, :, :first], x[b, :, end:] = torch.nan, torch.nan
+    bound = DTYPES[q.dtype]
+    torch.testing.assert_close(op(*args).float(), want, atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rank", "width"), [(16, 16), (7, 33), (80, 96), (130, 72)])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_latents_are_read_as_defined(heads, rank, width, dtype):
+    torch.manual_seed(0)
+    h, k, v = heads
+    for length in (1, 15, 16, 17, 63, 64, 65, 200):
+        for options in SOME:
+            new = min(3, length) if "more tokens" in options else 1
+            q = torch.randn(2, h, new, rank).to(dtype)
+            slopes = torch.rand(h) if "slopes" in options else None
+            rest = (0.2, biases(length, options), slopes)
+            args = q, buffer(k, rank, dtype), buffer(v, width, dtype), spans(length, options)
+            compare(ops.latent_decode, attention.latent_decode, *args, *rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [3, 16, 64, 1000])
+@pytest.mark.parametrize(("heads", "kv"), zip(HEADS, (4, 3, 3, 12), strict=True), ids=str)
+def test_anchored_and_rebuilt_keys_are_read_as_defined(heads, kv, block, dtype):
+    torch.manual_seed(0)
+    (h, k, v), d, rank = heads, 40, 48
+    for length in (1, 17, 64, 200):
+        for options in [x for x in SOME if "slopes" not in x and "more tokens" not in x]:
+            up = (torch.randn(k, rank, kv // k * d) * rank**-0.5).to(dtype)
+            mean = torch.randn(kv, 1, d).to(dtype) if options else None
+            angle = 6 * torch.rand(2 if options else 1, 1, SLOTS, d // 2)
+            ahead, bias = angle[:, :, : -(-SLOTS // block)], biases(length, options)
+            q, span = torch.randn(2, h, 1, d).to(dtype), spans(length, options)
+            for op, definition, *rest in (
+                (ops.anchored_decode, attention.anchored_decode, ahead, block, bias),
+                (ops.rotary_decode, attention.rotary_decode, angle, bias),
+            ):
+                angles, *rest = rest
+                rest = (angles.cos(), angles.sin(), up, mean, *rest)
+                cache = buffer(k, rank, dtype), buffer(v, 24, dtype)
+                compare(op, definition, q, *cache, span, 0.1, *rest)
+
+
+def test_the_ops_are_built_once_and_half_a_file_is_never_seen(tmp_path):
+    code = "from eigenzoo.kernels import cpu, ops; cpu.load(); print(cpu.library())"
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    first = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    [kept] = (tmp_path / "eigenzoo").iterdir()
+    assert first.stdout.strip() == str(kept)
+    written = kept.stat().st_mtime_ns
+    again = subprocess.run(command, capture_output=True, text=True, env=env | {"CXX": "none"})
+    assert again.stdout == first.stdout
+    assert kept.stat().st_mtime_ns == written
+
+
+def test_without_a_compiler_it_says_what_to_do(tmp_path):
+    code = "from eigenzoo.kernels import cpu, ops; cpu.load()"
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": "no-compiler"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert "there is no no-compiler: install g++" in done.stderr
