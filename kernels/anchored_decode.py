@@ -74,7 +74,7 @@ def join(peak, total, read, BLOCKS: tl.constexpr, SHARED: tl.constexpr):
     peak = tl.reshape(peak, [BLOCKS, SHARED])
     top = tl.max(peak, 0)
     w = tl.exp2(peak - top[None, :])
-    whole = ()
+    whole = tl.tuple(())
     for i in tl.static_range(len(read)):
         y = tl.reshape(read[i], [BLOCKS, SHARED, read[i].shape[1]])
         whole += (tl.sum(y * w[:, :, None], 0),)

@@ -1,4 +1,4 @@
-"""Attention of one or a few new tokens over keys that are lifted, then rotated, while they are read.
+"""Attention of one or a few new tokens over keys that are lifted and rotated while they are read.
 
 A tile of latents is lifted for one kv head, half a head at a time, as the rotation pairs the
 halves; the keys live in registers only. One program reads one split for all query heads that share
@@ -7,6 +7,7 @@ a kv head and a latent of values.
 
 from math import gcd
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from . import split
 from .split import attend, extent, load, nothing, product, store
 
+MOST_HELD = 48 << 10  # bytes of the lift of one head that stay in shared memory
 LOG2E = tl.constexpr(split.LOG2E)
 
 
@@ -26,8 +28,8 @@ def kernel(
     K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, LIFTED: tl.constexpr,
     QUERIES: tl.constexpr, TOKENS: tl.constexpr,
     K_SLOT: tl.constexpr, V_SLOT: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
-    HALF: tl.constexpr, K_CHUNKS: tl.constexpr, V_CHUNKS: tl.constexpr, D_CHUNKS: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
+    HALF: tl.constexpr, V_CHUNKS: tl.constexpr, R_CHUNK: tl.constexpr, D_CHUNKS: tl.constexpr,
+    HELD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
 ):
     # fmt: on
     """One split of one group of query heads; see `launch`.
@@ -44,6 +46,8 @@ def kernel(
     kv = group // K_SHARE
     z_ptr += b * z_batch + (kv // LIFTED).to(tl.int64) * z_head
     v_ptr += b * v_batch + (group // V_SHARE).to(tl.int64) * v_head
+    if mean_ptr is not None:
+        mean_ptr += kv * 2 * HALF
     up_ptr += (kv // LIFTED) * RK * LIFTED * 2 * HALF + kv % LIFTED * 2 * HALF
     first, end, low, high = extent(span_ptr + b * span_batch, TILE)
     last = end - TOKENS + rows % TOKENS  # the slot of a row's own token
@@ -52,10 +56,9 @@ def kernel(
     for start in range(low, high, TILE):
         slot, past = start + column, tl.cast(start, tl.int64)
         there = (slot >= first) & (slot < high)
-        z = load(z_ptr + past * K_SLOT, column, there, K_SLOT, RK, K_CHUNKS)
-        a = lifted(z, up_ptr, mean_ptr, kv * 2 * HALF, LIFTED, RK, HALF, D_CHUNKS, TILE, UPCAST)
-        c = lifted(
-            z, up_ptr + HALF, mean_ptr, (kv * 2 + 1) * HALF, LIFTED, RK, HALF, D_CHUNKS, TILE, UPCAST
+        a, c = lifted(
+            z_ptr + past * K_SLOT, up_ptr, mean_ptr, column, there, K_SLOT, LIFTED * 2 * HALF,
+            RK, HALF, R_CHUNK, D_CHUNKS, HELD, TILE, UPCAST,
         )
         at = b * angle_batch + past * HALF
         cos = load(cos_ptr + at, column, there, HALF, HALF, D_CHUNKS)[0]
@@ -75,22 +78,49 @@ def kernel(
 # fmt: off
 @triton.jit
 def lifted(
-    z, up_ptr, mean_ptr, mean_at, LIFTED: tl.constexpr, RK: tl.constexpr, HALF: tl.constexpr,
-    D_CHUNKS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
+    z_ptr, up_ptr, mean_ptr, rows, there, K_SLOT: tl.constexpr, UP_ROW: tl.constexpr,
+    RK: tl.constexpr, HALF: tl.constexpr, R_CHUNK: tl.constexpr, D_CHUNKS: tl.constexpr,
+    HELD: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    # fmt: on
-    """Half a head of the keys of a tile, (TILE, HALF) padded, in fp32."""
-    k = tl.zeros([TILE, D_CHUNKS[0]], tl.float32)
+    """Both halves of the keys of a tile, each (TILE, HALF) padded, in fp32.
+
+    The compiler moves what does not change out of the loop over tiles. Where that is the lift, it
+    stays in shared memory; HELD says that it fits. Else every tile reads it anew.
+    """
+    a = tl.zeros([TILE, D_CHUNKS[0]], tl.float32)
+    c = tl.zeros([TILE, D_CHUNKS[0]], tl.float32)
     if mean_ptr is not None:
         d = tl.arange(0, D_CHUNKS[0])
-        k += tl.load(mean_ptr + mean_at + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
-    at = 0
-    for i in tl.static_range(len(z)):
-        r = at + tl.arange(0, z[i].shape[1])
-        up = load(up_ptr, r, r < RK, LIFTED * 2 * HALF, HALF, D_CHUNKS)[0]
-        k = product(z[i], up, k, UPCAST)
-        at += z[i].shape[1]
-    return k
+        a += tl.load(mean_ptr + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+        c += tl.load(mean_ptr + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+    if HELD:
+        for r in tl.static_range(0, RK, R_CHUNK):
+            a, c = lifted_more(
+                a, c, r, z_ptr, up_ptr, rows, there,
+                K_SLOT, UP_ROW, RK, HALF, R_CHUNK, D_CHUNKS, UPCAST,
+            )
+    else:
+        for r in range(0, RK, R_CHUNK):
+            a, c = lifted_more(
+                a, c, r, z_ptr, up_ptr, rows, there,
+                K_SLOT, UP_ROW, RK, HALF, R_CHUNK, D_CHUNKS, UPCAST,
+            )
+    return a, c
+
+
+@triton.jit
+def lifted_more(
+    a, c, r, z_ptr, up_ptr, rows, there, K_SLOT: tl.constexpr, UP_ROW: tl.constexpr,
+    RK: tl.constexpr, HALF: tl.constexpr, R_CHUNK: tl.constexpr, D_CHUNKS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # fmt: on
+    """Halves a and c of the keys, and what R_CHUNK numbers of the latents from r on add."""
+    z = load(z_ptr + r, rows, there, K_SLOT, RK - r, (R_CHUNK,))[0]
+    at = r + tl.arange(0, R_CHUNK)
+    a = product(z, load(up_ptr, at, at < RK, UP_ROW, HALF, D_CHUNKS)[0], a, UPCAST)
+    c = product(z, load(up_ptr + HALF, at, at < RK, UP_ROW, HALF, D_CHUNKS)[0], c, UPCAST)
+    return a, c
 
 
 def launch(
@@ -111,7 +141,7 @@ def launch(
     lifted = up.size(2) // d  # kv heads of a latent
     shared = gcd(heads // (z.size(1) * lifted), heads // v.size(1))  # query heads of one group
     groups = heads // shared
-    shape = constants(shared, tokens, z.size(3), v.size(3), d, z.element_size())
+    shape = constants(shared, tokens, z.size(3), v.size(3), d, z.element_size(), bool(torch.version.hip))
     splits = split.splits_of(batch * groups, z.size(2), shape["TILE"])
     parts = split.Parts(q, splits, v.size(3))
     mean = None if mean is None else mean.contiguous()
@@ -131,20 +161,24 @@ def launch(
     return parts.merge()
 
 
-def constants(shared: int, tokens: int, rk: int, rv: int, head_dim: int, itemsize: int) -> dict:
-    """What the shapes alone say; also for `aot.py`."""
-    queries, half = shared * tokens, head_dim // 2
+def constants(
+    shared: int, tokens: int, rk: int, rv: int, head_dim: int, itemsize: int, amd: bool
+) -> dict:
+    """What the shapes alone say; also for `aot.py`. amd: hold no lift, it would be in registers."""
+    queries, half = shared * tokens, max(split.LEAST_ROWS, triton.next_power_of_2(head_dim // 2))
+    padded = triton.cdiv(rk, split.LEAST_ROWS) * split.LEAST_ROWS
     return {
         "QUERIES": queries,
         "TOKENS": tokens,
         "RK": rk,
         "RV": rv,
-        "HALF": half,
-        "K_CHUNKS": split.chunks(rk),
+        "HALF": head_dim // 2,
+        "R_CHUNK": max(32, gcd(padded, 64)),
         "V_CHUNKS": split.chunks(rv, least=32),
-        "D_CHUNKS": (max(split.LEAST_ROWS, triton.next_power_of_2(half)),),
+        "D_CHUNKS": (half,),
+        "HELD": padded * 2 * half * itemsize <= MOST_HELD and not amd,
         "ROWS": max(split.LEAST_ROWS, triton.next_power_of_2(queries)),
         "TILE": split.tile_of(rk + rv, itemsize, most=32),
         "num_warps": 4,
-        "num_stages": 1,
+        "num_stages": 2,
     }

@@ -29,14 +29,12 @@ def extent(span_ptr, TILE: tl.constexpr):
 
 
 @triton.jit
-def load(
-    ptr, rows, there, STRIDE: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr
-):
-    """Rows of WIDTH numbers, a tuple of chunks; zeros where `there` is false."""
-    parts, at = (), 0
+def load(ptr, rows, there, STRIDE: tl.constexpr, width, CHUNKS: tl.constexpr):
+    """Rows of `width` numbers, a tuple of chunks; zeros where `there` is false."""
+    parts, at = tl.tuple(()), 0
     for i in tl.static_range(len(CHUNKS)):
         column = at + tl.arange(0, CHUNKS[i])
-        mask = there[:, None] & (column < WIDTH)[None, :]
+        mask = there[:, None] & (column < width)[None, :]
         parts += (tl.load(ptr + (rows * STRIDE)[:, None] + column[None, :], mask=mask, other=0.0),)
         at += CHUNKS[i]
     return parts
@@ -65,7 +63,7 @@ def nothing(ROWS: tl.constexpr, CHUNKS: tl.constexpr):
 
     The peak is finite: a row that sees nothing for some tiles must not subtract infinities.
     """
-    read = ()
+    read = tl.tuple(())
     for i in tl.static_range(len(CHUNKS)):
         read += (tl.zeros([ROWS, CHUNKS[i]], tl.float32),)
     return tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32), read
@@ -76,7 +74,7 @@ def attend(peak, total, read, s, v, UPCAST: tl.constexpr):
     """The state after one more tile: scores s (ROWS, TILE) in base 2, values v in chunks."""
     top = tl.maximum(peak, tl.max(s, 1))
     p, decay = tl.exp2(s - top[:, None]), tl.exp2(peak - top)
-    more = ()
+    more = tl.tuple(())
     for i in tl.static_range(len(v)):
         more += (product(p, v[i], read[i] * decay[:, None], UPCAST),)
     return top, total * decay + tl.sum(p, 1), more
@@ -130,7 +128,7 @@ def chunks(width: int, least: int = LEAST_ROWS) -> tuple[int, ...]:
     return (power, rest) if rest < power else (2 * power,)
 
 
-def tile_of(numbers: int, itemsize: int, most: int = 64) -> int:
+def tile_of(numbers: int, itemsize: int, most: int = 128) -> int:
     """How many slots one tile has, if a slot has so many numbers."""
     tile = most
     while tile > LEAST_ROWS and tile * numbers * itemsize > TILE_BYTES:
