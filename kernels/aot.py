@@ -1,0 +1,231 @@
+"""What the compiler makes of the kernels for GPUs that need not be there: `python -m
+eigenzoo.kernels.aot`.
+
+Registers, spills, shared memory and the hot loop of every kernel and target: an upper bound on what
+can go well and a guard against regressions, not a speed.
+"""
+
+import argparse
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import anchored_decode, latent_decode, rotary_decode
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class Limits(NamedTuple):
+    """Of one multiprocessor: bytes of shared memory, and bytes of memory it is fed per clock."""
+
+    shared: int
+    bytes_per_clock: float
+
+
+# data sheets: bandwidth / multiprocessors / boost clock of A100, H100 and B200
+LIMITS = {
+    "sm_80": Limits(164 << 10, 2.04e12 / 108 / 1.41e9),
+    "sm_90": Limits(228 << 10, 3.35e12 / 132 / 1.76e9),
+    "sm_100": Limits(228 << 10, 8.0e12 / 148 / 1.85e9),
+}
+LOADS = ("LDG.", "LDGSTS.", "global_load", "buffer_load")
+REGISTERS, WARPS, MOST_BLOCKS = 65536, 64, 32  # of one multiprocessor, on all three
+MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+
+class Case(NamedTuple):
+    """One kernel for one shape."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    dtype: torch.dtype = torch.bfloat16
+
+
+class Reading(NamedTuple):
+    """What was compiled; `loop` counts instructions of the longest loop, by opcode."""
+
+    registers: int
+    spills: int
+    shared: int
+    blocks: int  # that fit on a multiprocessor together; 0 where it is not known
+    loop: dict[str, int]
+    ratio: float  # clocks to issue the loop, over clocks to read its tile from memory
+
+
+def latent(
+    rk: int, rv: int, shared: int = 1, tokens: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> Case:
+    """`latent_decode` for `shared` query heads of one latent."""
+    shape = latent_decode.constants(shared, tokens, rk, rv, dtype.itemsize)
+    shape |= {"bias_ptr": None, "slopes_ptr": None}
+    return Case(f"latent {rk}/{rv} x{shared * tokens}", latent_decode.kernel, shape, dtype)
+
+
+def anchored(rk: int, rv: int, shared: int, block: int) -> Case:
+    """`anchored_decode` for blocks of `block` slots."""
+    shape = anchored_decode.constants(shared, block, rk, rv, 2)
+    shape |= {"bias_ptr": None, "added_ptr": None}
+    return Case(f"anchored {rk}/{rv} x{shared} {block}", anchored_decode.kernel, shape)
+
+
+def rotary(rk: int, rv: int, shared: int, lifted: int, head_dim: int = 128) -> Case:
+    """`rotary_decode` for a latent of `lifted` kv heads."""
+    shape = rotary_decode.constants(shared, 1, rk, rv, head_dim, 2, amd=False)
+    shape |= {"bias_ptr": None, "mean_ptr": None, "LIFTED": lifted}
+    return Case(f"rotary {rk}/{rv} x{shared} of {lifted}", rotary_decode.kernel, shape)
+
+
+CASES = (
+    *(latent(r, r) for r in (16, 32, 48, 64, 72, 80, 96, 112, 128)),
+    *(latent(r, r, 4) for r in (64, 80, 96, 128)),
+    latent(64, 96),
+    latent(320, 80, 4),
+    latent(320, 320, 4),
+    latent(512, 128, 4),
+    *(
+        anchored(r, 80, shared, block)
+        for r, shared in ((80, 1), (320, 4))
+        for block in (16, 32, 64)
+    ),
+    anchored(160, 160, 8, 32),
+    anchored(80, 80, 4, 0),
+    *(rotary(r, 80, 1, 1) for r in (64, 80, 96)),
+    rotary(160, 80, 4, 2),
+    rotary(320, 80, 1, 4),
+)
+
+
+def compiled(case: Case, target: GPUTarget) -> Any:
+    """The kernel as Triton compiles it when tensors are aligned and strides divide by 16."""
+    constants = {"K_SHARE": 1, "V_SHARE": 1, "UPCAST": False} | case.constants
+    constants |= {"K_SLOT": constants["RK"], "V_SLOT": constants["RV"]}
+    if target.backend == "hip" and "HELD" in constants:
+        constants["HELD"] = False
+    options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
+    names = case.kernel.arg_names
+    types = {n: "constexpr" if n in constants else _type(n, case.dtype) for n in names}
+    aligned = [i for i, n in enumerate(names) if types[n] not in ("constexpr", "fp32")]
+    source = ASTSource(
+        fn=case.kernel,
+        signature=types,
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    # its default changes with Triton 3.10
+    return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
+
+
+def _type(name: str, dtype: torch.dtype) -> str:
+    own = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    if name == "span_ptr":
+        return "*i64"
+    if name.split("_")[0] in ("part", "weight", "bias", "slopes", "cos", "sin"):
+        return "*fp32" if name.endswith("_ptr") else "i32"
+    if name.endswith("_ptr"):
+        return "*" + own
+    return "fp32" if name == "scale" else "i32"
+
+
+def read(case: Case, name: str) -> Reading:
+    """Compile a case for a target of `TARGETS` and read what came out."""
+    target = TARGETS[name]
+    made = compiled(case, target)
+    shared, warps = made.metadata.shared, case.constants["num_warps"]
+    if target.backend == "hip":
+        text = made.asm["amdgcn"]
+        counts = [re.search(rf"\.{k}:\s+(\d+)", text) for k in ("vgpr_count", "vgpr_spill_count")]
+        registers, spills = (int(c[1]) if c else -1 for c in counts)
+        return Reading(registers, spills, shared, 0, count(text.splitlines()), math.nan)
+    usage, text = _disassembled(made.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    registers, spills = int(found[1]), int(found[2])
+    loop = max(loops(text), key=len, default=[])
+    limits, size = LIMITS[name], case.dtype.itemsize
+    per_warp = -(-registers * 32 // 256) * 256  # registers are given out in 256s
+    blocks = (REGISTERS // per_warp // warps, limits.shared // (shared + 1024), WARPS // warps)
+    bytes_read = (case.constants["RK"] + case.constants["RV"]) * case.constants["TILE"] * size
+    issue = len(loop) * warps / 4  # four schedulers, one instruction each per clock
+    ratio = issue / (bytes_read / limits.bytes_per_clock)
+    return Reading(registers, spills, shared, min(*blocks, MOST_BLOCKS), count(loop), ratio)
+
+
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        usage, text = (
+            subprocess.run([TOOLS / tool, flag, f.name], capture_output=True, text=True, check=True)
+            for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    return usage.stdout, text.stdout
+
+
+def loops(text: str) -> Iterator[list[str]]:
+    """Instructions of every loop in disassembled text: from a label to a branch back to it."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if back and back[1] in labels:
+                yield instructions[labels[back[1]] :]
+
+
+def count(instructions: list[str]) -> dict[str, int]:
+    """How often each opcode occurs; loads from memory by their width."""
+    counts: dict[str, int] = {}
+    for line in instructions:
+        words = re.sub(r"^@!?U?P\w+\s+", "", line.strip()).split()
+        if not words:
+            continue
+        op = words[0]
+        if op.split(".")[0] in ("LDG", "LDGSTS"):
+            width = re.search(r"\.(128|64|U16|U8)\b", op)
+            op = f"{op.split('.')[0]}.{width[1] if width else 32}"
+        elif not op.startswith(("global_load", "buffer_load", "v_mfma")):
+            op = op.split(".")[0]
+        counts[op] = counts.get(op, 0) + 1
+    return counts
+
+
+def main() -> None:
+    """Print one line a target and case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--only", default="", help="cases whose name begins so")
+    given = parser.parse_args()
+    print("target  case                    regs spills shared blocks loop ratio loads")
+    for target in given.targets.split(","):
+        for case in (c for c in CASES if c.name.startswith(given.only)):
+            r = read(case, target)
+            loads = {k: n for k, n in r.loop.items() if k.startswith(LOADS)}
+            loop = sum(r.loop.values()) if r.blocks else 0
+            print(
+                f"{target:7} {case.name:23} {r.registers:4} {r.spills:6} {r.shared:6} "
+                f"{r.blocks:6} {loop:4} {r.ratio:5.2f} {loads}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The decoding ops by their names in PyTorch: `torch.ops.eigenzoo.*`.
+
+`zoo.attention` defines what they compute. This file says their types and the shapes of what they
+return, and needs torch only; `install.py` says what runs on which device.
+"""
+
+import torch
+from torch import Tensor
+
+SCHEMAS = {
+    "latent_decode": (
+        "Tensor q, Tensor k, Tensor v, Tensor span, float scale, Tensor? bias=None, "
+        "Tensor? slopes=None"
+    ),
+    "anchored_decode": (
+        "Tensor q, Tensor z, Tensor v, Tensor span, float scale, Tensor cos, Tensor sin, "
+        "Tensor up, Tensor? mean, int block, Tensor? bias=None"
+    ),
+    "rotary_decode": (
+        "Tensor q, Tensor z, Tensor v, Tensor span, float scale, Tensor cos, Tensor sin, "
+        "Tensor up, Tensor? mean, Tensor? bias=None"
+    ),
+}
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.size(3))
+
+
+for _name, _arguments in SCHEMAS.items():
+    torch.library.define(f"eigenzoo::{_name}", f"({_arguments}) -> Tensor")
+    torch.library.register_fake(f"eigenzoo::{_name}", _shape)
+
+
+def latent_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """The op of `zoo.attention.latent_decode`, which says what the arguments are."""
+    return torch.ops.eigenzoo.latent_decode(q, k, v, span, scale, bias, slopes)
+
+
+def anchored_decode(
+    q: Tensor,
+    z: Tensor,
+    v: Tensor,
+    span: Tensor,
+    scale: float,
+    cos: Tensor,
+    sin: Tensor,
+    up: Tensor,
+    mean: Tensor | None,
+    block: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The op of `zoo.attention.anchored_decode`, which says what the arguments are."""
+    return torch.ops.eigenzoo.anchored_decode(q, z, v, span, scale, cos, sin, up, mean, block, bias)
+
+
+def rotary_decode(
+    q: Tensor,
+    z: Tensor,
+    v: Tensor,
+    span: Tensor,
+    scale: float,
+    cos: Tensor,
+    sin: Tensor,
+    up: Tensor,
+    mean: Tensor | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The op of `zoo.attention.rotary_decode`, which says what the arguments are."""
+    return torch.ops.eigenzoo.rotary_decode(q, z, v, span, scale, cos, sin, up, mean, bias)
