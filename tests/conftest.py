@@ -1,6 +1,11 @@
+import os
 import sys
 
 import pytest
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores: before torch
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import tiny
 
 from eigenzoo.zoo import cli

@@ -4,7 +4,8 @@ import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.calibrate import Lengths, Moments, calibrate
+from eigenzoo.zoo.calibrate import calibrate
+from eigenzoo.zoo.moments import Lengths, Moments
 
 
 @pytest.fixture(scope="module")

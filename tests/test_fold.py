@@ -7,9 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eigenzoo.zoo.allocate import Ranks, greedy
 from eigenzoo.zoo.basis import METHODS
-from eigenzoo.zoo.calibrate import Moments, calibrate
+from eigenzoo.zoo.calibrate import calibrate
 from eigenzoo.zoo.fold import fold
 from eigenzoo.zoo.model import Model
+from eigenzoo.zoo.moments import Moments
 
 MODELS = {
     "llama": lambda: tiny.native(),

@@ -7,11 +7,12 @@ import torch
 from eigenzoo.zoo import generate
 from eigenzoo.zoo import statistics as passes
 from eigenzoo.zoo import sweep as sweeping
-from eigenzoo.zoo.calibrate import Needs, calibrate
+from eigenzoo.zoo.calibrate import calibrate
 from eigenzoo.zoo.checkpoint import load
 from eigenzoo.zoo.compress import Settings, compress, needs
 from eigenzoo.zoo.data import calibration_tokens, encode
 from eigenzoo.zoo.evaluate import decode_speed, perplexity
+from eigenzoo.zoo.moments import Needs
 from eigenzoo.zoo.rows import read_rows
 from eigenzoo.zoo.search import ErrorBudget
 from eigenzoo.zoo.statistics import Calibration, kind, narrow, union

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .calibrate import DAMPING, Moments, Statistics
+from .calibrate import DAMPING
 from .model import LatentAttention, Model
+from .moments import Moments, Statistics
 from .rope import rotate
 from .solve import Basis, solve, solve_pairs
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from .allocate import Ranks, check_keep, greedy, proportional
 from .basis import METHODS, LayerBasis, Method
-from .calibrate import Needs, Statistics, calibrate
+from .calibrate import calibrate
 from .fold import fold
 from .keys import BLOCK, KEYS, TURNED, choose_keys
 from .model import Config, Model
+from .moments import Needs, Statistics
 from .refit import REFITS, refit
 from .search import ErrorBudget, ranks_of
 

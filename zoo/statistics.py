@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .calibrate import Moments, Needs, Statistics, calibrate
+from .calibrate import calibrate
 from .data import calibration_tokens, read_text
 from .model import Model
+from .moments import Moments, Needs, Statistics
 from .provenance import digest
 
 SUMS = ("count", "origin", "sum", "gram")

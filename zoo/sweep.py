@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from .allocate import kv_bytes
 from .basis import Basis, LayerBasis
-from .calibrate import Needs, Statistics
 from .checkpoint import Checkpoint
 from .compress import Settings, compress, error_search, needs
 from .data import encode, python_docs, read_text
 from .evaluate import decode_speed, perplexity
 from .generate import Generator
 from .model import Config, Model
+from .moments import Needs, Statistics
 from .provenance import device_name, digest, fingerprint, versions
 from .rows import Row, append, resume
 from .search import ErrorBudget
