@@ -1,12 +1,13 @@
 """Switch a model from the attention that defines decoding to the fused ops."""
 
+from functools import cache
 from typing import TypeVar
 
 import torch
 
 from ..zoo import attention
 from ..zoo.model import Model
-from . import ops
+from . import cpu, ops
 
 FUSED = {  # what defines an op, and the op
     attention.latent_decode: ops.latent_decode,
@@ -16,21 +17,31 @@ FUSED = {  # what defines an op, and the op
 AnyModel = TypeVar("AnyModel", bound=Model)
 
 
-def register_cpu() -> None:
-    """On the CPU an op is its definition."""
-    for definition, op in FUSED.items():
-        torch.library.impl(f"eigenzoo::{op.__name__}", "CPU", definition)
+DEVICES = ("cpu", "cuda")
 
 
-def register_cuda() -> None:
-    """On a GPU, NVIDIA's or AMD's, an op is a Triton kernel. Raises ValueError without Triton."""
+@cache
+def register(device: str) -> None:
+    """Give the ops what runs on a kind of device: C++ for the CPU, Triton for NVIDIA's and AMD's.
+
+    Raises ValueError where there is nothing for it, or a compiler or Triton is missing.
+    """
+    if device == "cpu":
+        cpu.load()
+        return
+    if device != "cuda":
+        raise ValueError(
+            f"there are no fused ops for {device}: expected one of {', '.join(DEVICES)}, or leave "
+            "the reference ops"
+        )
     try:
         from . import anchored_decode, latent_decode, rotary_decode
     except ModuleNotFoundError as e:
         if e.name != "triton":
             raise
         raise ValueError(
-            "on a GPU the fused ops need Triton: pip install 'eigenzoo[triton]'"
+            "on a GPU the fused ops need Triton: pip install 'eigenzoo[triton]', or leave the "
+            "reference ops"
         ) from None
     for kernel in (latent_decode, anchored_decode, rotary_decode):
         name = kernel.__name__.rpartition(".")[2]
@@ -40,15 +51,12 @@ def register_cuda() -> None:
 def install(model: AnyModel) -> AnyModel:
     """Let every layer of a model decode by the fused ops; prompts go the way they went.
 
-    Returns the model. A second time changes nothing.
+    Returns the model. A second time changes nothing. On a CPU the ops are built when they are
+    wanted first, which takes half a minute. Raises ValueError as `register` does.
     """
+    register(model.device.type)
     for layer in model.layers:
         for definition, op in FUSED.items():
             if getattr(type(layer.attn), definition.__name__, None) is definition:
                 setattr(layer.attn, op.__name__, op)
     return model
-
-
-register_cpu()
-if torch.cuda.is_available():
-    register_cuda()

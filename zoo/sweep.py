@@ -96,17 +96,19 @@ class Sweep:
         save_statistics: bool = True,
         force: bool = False,
         decode: int | None = None,
+        ready: Callable[[Model], Model] = lambda model: model,
     ):
         """Take over the rows that are in the file already.
 
         command: how the rows are made, for their readers. save_statistics: in a folder beside the
         file, so that another run need not calibrate. force: start the file anew. decode: slots of
         a cache at whose end decoding is timed; rows that lack it are not taken over, without it
-        all are. Raises ValueError where the file's rows are of another model, dtype or evaluation,
-        or decode at other slots.
+        all are. ready: gives a model, before it is timed, the ops it decodes with. Raises
+        ValueError where the file's rows are of another model, dtype or evaluation, or decode at
+        other slots.
         """
         self.original, self.model, self.path = original, original.model, path
-        self.evaluation, self.decode = evaluation, decode
+        self.evaluation, self.decode, self.ready = evaluation, decode, ready
         if self.model.config.kv_width != self.model.config.dense_kv_width:
             raise ValueError("the model is compressed already: take the model it was made from")
         longest = self.model.config.max_position_embeddings
@@ -259,7 +261,8 @@ class Sweep:
 
         Neither is compiled, so that this takes seconds: compiled speeds, as of `bench`, differ.
         """
-        generators = [Generator(m, 1, slots, compile=False) for m in (self.model, model)]
+        models = (self.ready(m) for m in (self.model, model))
+        generators = [Generator(m, 1, slots, compile=False) for m in models]
         dense, low = decode_speed(generators, DECODE_STEPS)
         return {"slots": slots, "seconds_per_step": 1 / low, "speedup": low / dense}
 

@@ -12,8 +12,10 @@ from .options import (
     Device,
     Dtype,
     Keys,
+    Ops,
     Revision,
     Trust,
+    fuse,
     load,
     say,
     say_keys,
@@ -45,6 +47,7 @@ def bench(
     steps: Annotated[int, typer.Option(help="Decoding steps in a round.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds; the models take turns.")] = 3,
     compile: Compile = True,
+    ops: Ops = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -84,6 +87,8 @@ def bench(
             f"given {len(sources or [])} checkpoints and shape {shape}: expected two checkpoints, "
             "or --shape alone"
         )
+    for model in models.values():
+        fuse(model, ops, compile)
     if compile:
         say("compiling before each first step: a minute or two for many layers")
     rows = measure(models, contexts, batch, steps, rounds, compile)

@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from .options import AsJson, Compile, Force, Keep, Method, Samples, Seed, SeqLen, load, name_of, say
+from .options import (
+    AsJson,
+    Compile,
+    Force,
+    Keep,
+    Method,
+    Ops,
+    Samples,
+    Seed,
+    SeqLen,
+    fuse,
+    load,
+    name_of,
+    say,
+)
 
 
 def demo(
@@ -25,6 +39,7 @@ def demo(
     context: Annotated[int, typer.Option(help="Slots of the cache that is measured.")] = 1024,
     windows: Annotated[int, typer.Option(help="Windows of 1024 tokens to evaluate.")] = 4,
     compile: Compile = True,
+    ops: Ops = "auto",
     seed: Seed = 0,
     as_json: AsJson = False,
     force: Force = False,
@@ -50,6 +65,8 @@ def demo(
     compress_checkpoint(original, out, settings, "self", samples, seq_len, seed=seed, force=force)
     say(f"3/4 loading {out}")
     models = {"original": original.model, "compressed": load(str(out)).model}
+    for model in models.values():
+        fuse(model, ops, compile)
     say("4/4 measuring both" + (": compiling takes a minute or two each" if compile else ""))
     question = encode_prompt(tokenizer, "What is the capital of France?")
     tokens, stop = encode(tokenizer, words), stop_tokens(original)

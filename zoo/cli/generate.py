@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from .options import AsJson, Compile, Device, Dtype, Revision, Seed, Source, Trust, load, say
+from .options import (
+    AsJson,
+    Compile,
+    Device,
+    Dtype,
+    Ops,
+    Revision,
+    Seed,
+    Source,
+    Trust,
+    fuse,
+    load,
+    say,
+)
 
 
 def generate(
@@ -26,6 +39,7 @@ def generate(
     compile_prefill: Annotated[
         bool, typer.Option("--compile-prefill", help="Compile the prompt's step as well.")
     ] = False,
+    ops: Ops = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Seed = 0,
@@ -49,6 +63,7 @@ def generate(
     ids = [encode_prompt(tokenizer, p, chat) for p in prompts]
     stop = stop_tokens(checkpoint)
     slots = max(len(i) for i in ids) + max_new_tokens
+    fuse(model, ops, compile)
     generator = Generator(model, len(ids), slots, compile, compile_prefill)
     if compile or compile_prefill:
         say("compiling at the first tokens: a minute or two, the first time")

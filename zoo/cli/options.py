@@ -64,6 +64,14 @@ Trust = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+Ops = Annotated[
+    str,
+    typer.Option(
+        "--ops",
+        help="Attention at decoding: fused (Triton on a GPU; C++ on a CPU, built at first use in "
+        "half a minute), reference, or auto: fused where the decoding step is compiled.",
+    ),
+]
 Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the decoding step.")]
 
 
@@ -111,6 +119,16 @@ def torch_device(name: str) -> Any:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used: {reason}") from None
     return device
+
+
+def fuse(model: Any, ops: str, compile: bool) -> Any:
+    """The model, with the fused ops in it if `ops` says so. Raises ValueError for other names."""
+    from ...kernels.install import DEVICES, install
+
+    if ops not in ("auto", "fused", "reference"):
+        raise ValueError(f"ops {ops!r} are unknown: expected auto, fused or reference")
+    wanted = compile and model.device.type in DEVICES if ops == "auto" else ops == "fused"
+    return install(model) if wanted else model
 
 
 def say_keys(settings: Any) -> None:

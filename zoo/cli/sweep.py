@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,12 +13,14 @@ from .options import (
     AsJson,
     Device,
     Dtype,
+    Ops,
     Revision,
     Samples,
     Seed,
     SeqLen,
     Source,
     Trust,
+    fuse,
     load,
     parse_refit,
     parse_shared,
@@ -79,10 +82,12 @@ def sweep(
         typer.Option(
             metavar="SLOTS",
             help="Time decoding at the end of a cache of so many slots, in turns with the "
-            "uncompressed model; neither is compiled (bench does that), so a cell takes seconds. "
+            "uncompressed model, with the fused ops unless --ops says else; neither is compiled "
+            "(bench does that), so a cell takes seconds. "
             "Rows in OUT that lack it are made again. [default: not timed]",
         ),
     ] = None,
+    ops: Ops = "fused",
     save_statistics: Annotated[
         bool,
         typer.Option(
@@ -140,7 +145,10 @@ def sweep(
     ]
     evaluation = Evaluation(text, window or min(2048, length), windows)
     command = shlex.join(["eigenzoo", *sys.argv[1:]])
-    work = Sweep(original, out, evaluation, calibrations, command, save_statistics, force, decode)
+    work = Sweep(
+        *(original, out, evaluation, calibrations, command, save_statistics, force, decode),
+        ready=partial(fuse, ops=ops, compile=True),
+    )
     settings = work.distinct(settings)
     rows, total = [], 1 + len(settings) * len(calibrations)
     if work.done:
