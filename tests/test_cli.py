@@ -218,6 +218,16 @@ def test_generate_answers_a_batch(run, low):
     assert "of the uncompressed" in error
 
 
+@pytest.mark.slow
+def test_generate_says_the_same_with_fused_ops(run, low):
+    words = ["-p", "the cat", "-p", "a mat and saw", "--no-compile", "--max-new-tokens", "9"]
+    found = [
+        json.loads(run("generate", low, *words, "--ops", ops, "--json")[1])["outputs"]
+        for ops in ("reference", "fused", "auto")
+    ]
+    assert found[0] == found[1] == found[2]
+
+
 def test_generate_streams_one_answer_and_reads_standard_input(low):
     words = ["generate", str(low), "--no-compile", "--max-new-tokens", "6", "--temperature", "1"]
     found = [
@@ -284,6 +294,7 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
         ("bench", "--shape", "opt-125m", "--layers", "13"): "layers is 13",
         ("generate", low, "-p", "x", "--temperature", "-1"): "expected temperature",
         ("generate", low, "-p", "x", "--max-new-tokens", "0", "--no-compile"): "do not fit",
+        ("generate", low, "-p", "x", "--ops", "fast"): "ops 'fast' are unknown",
     }
     for words, named in cases.items():
         code, text, error = run(*words)
