@@ -141,7 +141,9 @@ def launch(
     lifted = up.size(2) // d  # kv heads of a latent
     shared = gcd(heads // (z.size(1) * lifted), heads // v.size(1))  # query heads of one group
     groups = heads // shared
-    shape = constants(shared, tokens, z.size(3), v.size(3), d, z.element_size(), bool(torch.version.hip))
+    shape = constants(
+        *(shared, tokens, z.size(3), v.size(3), d, z.element_size()), amd=bool(torch.version.hip)
+    )
     splits = split.splits_of(batch * groups, z.size(2), shape["TILE"])
     parts = split.Parts(q, splits, v.size(3))
     mean = None if mean is None else mean.contiguous()

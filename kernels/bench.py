@@ -1,0 +1,96 @@
+"""Speed of the fused ops on a GPU: `python -m eigenzoo.kernels.bench`.
+
+One layer's attention for one new token, beside full rank, SDPA and flex_attention, and what share
+of the bandwidth that a copy reaches each of them reaches. Calls are replayed from a CUDA graph and
+take turns on caches that together exceed the L2 cache several times.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from . import (
+    install,  # noqa: F401  registers what runs where
+    ops,
+)
+
+ROTATION = 1 << 30  # bytes of caches that take turns: 20 times the L2 cache of an H100
+RANKS = ((64, 64), (64, 96), (80, 80), (96, 96), (112, 112))
+
+
+def seconds(calls: list[Callable[[], object]], rounds: int = 20) -> float:
+    """Median seconds of one call, all of `calls` replayed one after another."""
+    for call in calls:
+        call()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(rounds):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return median(times) / len(calls)
+
+
+def copy_bandwidth(size: int = 1 << 30) -> float:
+    """Bytes per second, read and written, of a copy of `size` bytes."""
+    x = torch.empty(size, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * size / seconds([lambda: y.copy_(x)])
+
+
+def caches(batch: int, heads: int, slots: int, rk: int, rv: int) -> list[tuple[Tensor, Tensor]]:
+    """Random keys and values in bf16, of ROTATION bytes together, two pairs at least."""
+    size = 2 * batch * heads * slots * (rk + rv)
+
+    def one(width: int) -> Tensor:
+        return torch.randn(batch, heads, slots, width, dtype=torch.bfloat16, device="cuda")
+
+    return [(one(rk), one(rv)) for _ in range(max(2, ROTATION // size))]
+
+
+def main() -> None:
+    """Print one line a way to attend."""
+    parser = argparse.ArgumentParser(prog="python -m eigenzoo.kernels.bench", description=__doc__)
+    for name, value in (("batch", 8), ("slots", 8192), ("heads", 32), ("kv-heads", 32)):
+        parser.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no GPU that torch can use: this benchmark measures nothing else")
+    b, h, g, s = given.batch, given.heads, given.kv_heads, given.slots
+    span = torch.tensor([[0, s]], device="cuda")
+    bandwidth, flex = copy_bandwidth(), torch.compile(flex_attention)
+    print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e9:.0f} GB/s")
+    full = 0.0
+
+    def report(name: str, rk: int, rv: int, call: Callable[..., object]) -> None:
+        nonlocal full
+        q = torch.randn(b, h, 1, rk, dtype=torch.bfloat16, device="cuda")
+        pairs = caches(b, g, s, rk, rv)
+        time = seconds([partial(call, q, k, v) for k, v in pairs])
+        full = full or time
+        share = 2 * b * g * s * (rk + rv) / time / bandwidth
+        print(f"{name:14} {rk:3}/{rv:3} {1e6 * time:8.1f} us {full / time:5.2f}x {share:5.0%}")
+
+    with torch.inference_mode():
+        report("SDPA", 128, 128, partial(F.scaled_dot_product_attention, enable_gqa=h > g))
+        report("flex_attention", 128, 128, partial(flex, enable_gqa=h > g))
+        fused = partial(ops.latent_decode, span=span, scale=128**-0.5)
+        for rk, rv in ((128, 128), *RANKS):
+            report("latent_decode", rk, rv, fused)
+
+
+if __name__ == "__main__":
+    main()

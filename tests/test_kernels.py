@@ -1,0 +1,161 @@
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.library import opcheck
+
+from eigenzoo.kernels import ops, split
+from eigenzoo.kernels.install import FUSED, install
+from eigenzoo.zoo import attention
+from eigenzoo.zoo.compress import Settings, compress
+from eigenzoo.zoo.generate import Generator
+
+torch.manual_seed(0)
+ROOT = Path(__file__).parents[1]
+SPAN = torch.tensor([[3, 20], [0, 12]])
+Q, K, V, BIAS = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 20, 8), torch.randn(2, 1, 20, 5), None
+UP, MEAN = torch.randn(2, 8, 32), torch.randn(4, 1, 16)
+ANGLES, AHEAD = torch.rand(2, 1, 20, 8), torch.rand(1, 1, 3, 8)
+CALLS = {  # op and arguments
+    "latent": (ops.latent_decode, (Q[..., :8], K, V, SPAN, 0.3)),
+    "alibi": (ops.latent_decode, (Q[..., :8], K, V, SPAN, 0.3, BIAS, torch.rand(4))),
+    "few tokens": (ops.latent_decode, (torch.randn(2, 4, 3, 8), K, V, SPAN, 0.3)),
+    "anchored": (
+        ops.anchored_decode,
+        (Q, K, V, SPAN, 0.3, AHEAD.cos(), AHEAD.sin(), UP, MEAN, 8, torch.rand(2, 20)),
+    ),
+    "rotary": (
+        ops.rotary_decode,
+        (Q, K, V, SPAN, 0.3, ANGLES.cos(), ANGLES.sin(), UP, None, torch.rand(2, 20)),
+    ),
+}
+call = pytest.mark.parametrize(("op", "arguments"), CALLS.values(), ids=CALLS)
+
+
+@pytest.mark.slow
+def test_launchers_agree_with_the_definitions_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted.py"]
+    where = {"cwd": ROOT / "tests", "env": os.environ | {"TRITON_INTERPRET": "1"}}
+    done = subprocess.run(command, capture_output=True, text=True, **where)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@call
+def test_ops_are_registered_as_torch_expects(op, arguments):
+    opcheck(getattr(torch.ops.eigenzoo, op.__name__).default, arguments)
+
+
+@call
+def test_on_the_cpu_an_op_is_its_definition(op, arguments):
+    definition = getattr(attention, op.__name__)
+    assert torch.equal(op(*arguments), definition(*arguments))
+
+
+@call
+def test_ops_compile_in_one_graph_and_export(op, arguments):
+    class Twice(torch.nn.Module):
+        def forward(self, q, *rest):
+            return op(2 * q, *rest) + 1
+
+    want = Twice()(*arguments)
+    compiled = torch.compile(Twice(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), want)
+    exported = torch.export.export(Twice(), arguments)
+    assert f"eigenzoo.{op.__name__}.default" in {str(n.target) for n in exported.graph.nodes}
+    torch.testing.assert_close(exported.module()(*arguments), want)
+
+
+def test_ops_without_triton_need_torch_only():
+    code = (
+        "import sys; sys.modules['triton'] = None; from eigenzoo.kernels import install; "
+        "install.register_cuda()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ValueError: on a GPU the fused ops need Triton" in done.stderr
+
+
+LOW = {  # family, changes, settings of the compression
+    "anchored": ("llama", {}, {"keys": "anchored", "anchor_block": 3, "heads_per_latent": (4, 2)}),
+    "rebuilt": ("llama", {}, {"keys": "rebuild", "heads_per_latent": (2, 1)}),
+    "pairs": ("llama", {}, {"keys": "pairs", "heads_per_latent": (2, 2)}),
+    "joint": ("opt", {}, {"heads_per_latent": (4, 4), "latent": "joint-kv"}),
+    "alibi": ("mpt", {}, {"heads_per_latent": (2, 4)}),
+}
+
+
+def low(name: str):
+    """A small compressed model."""
+    family, changes, settings = LOW[name]
+    layers = {"n_layers" if family == "mpt" else "num_hidden_layers": 2}
+    dense = tiny.native(family, **changes, **layers)
+    return compress(dense, tiny.tokens(8, 64), Settings(**settings, rank_multiple=2)).model
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Names of the ops that are called, in the order of calls."""
+    names = []
+    for definition, op in FUSED.items():
+
+        def noted(*arguments, op=op):
+            names.append(op.__name__)
+            return op(*arguments)
+
+        noted.__name__ = op.__name__
+        monkeypatch.setitem(FUSED, definition, noted)
+    return names
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_an_installed_model_writes_the_same_text(name, used):
+    prompts = [[5, 9, 33, 7, 120], [8, 41]]
+    model = low(name)
+    want = list(Generator(model, 2, 30, compile=False).stream(prompts, 20))
+    assert install(install(model)) is model
+    got = list(Generator(model, 2, 30, compile=False).stream(prompts, 20))
+    assert torch.equal(torch.stack(got), torch.stack(want))
+    kinds = {"anchored": "anchored_decode", "rebuilt": "rotary_decode"}
+    assert set(used) == {kinds.get(name, "latent_decode")}
+    assert len(used) == 2 * 19  # layers, and tokens behind the first
+
+
+def test_an_installed_model_keeps_its_weights_and_other_models_their_attention():
+    model, other = low("alibi"), low("alibi")
+    names = list(model.state_dict())
+    install(model)
+    assert list(model.state_dict()) == names
+    assert other.layers[0].attn.latent_decode is attention.latent_decode
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_a_growing_text_compiles_one_step(name):
+    torch._dynamo.reset()
+    model, x = install(low(name)), tiny.tokens(2, 30)
+    cache = model.new_cache(2, 30)
+    valid = torch.ones(2, 30, dtype=torch.bool)
+    valid[1, :4] = False
+    want = model(x, valid=valid)
+    model(x[:, :9], torch.arange(9), cache, valid)
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    for stance, slots in (("default", range(9, 10)), ("fail_on_recompile", range(10, 30))):
+        with torch.compiler.set_stance(stance):
+            for t in slots:
+                got = step(x[:, [t]], torch.tensor([t]), cache, valid)
+                torch.testing.assert_close(got[:, 0], want[:, t], atol=1e-4, rtol=0)
+
+
+def test_splits_fill_a_gpu_and_chunks_cover_every_width():
+    for width in range(1, 1200):
+        parts = split.chunks(width)
+        assert width <= sum(parts) < max(2 * width, 17)
+        assert all(p & (p - 1) == 0 and p >= 16 for p in parts)
+        assert all(a > b for a, b in pairwise(parts))
+    assert split.splits_of(1, 1 << 20, 64) == 128
+    assert split.splits_of(32, 8192, 64) == 16
+    assert split.splits_of(1024, 8192, 64) == 1
+    assert split.splits_of(1, 100, 64) == 1
