@@ -100,25 +100,6 @@ def test_anchored_and_rebuilt_keys_are_read_as_defined(heads, kv, block, dtype):
                 compare(op, definition, q, *cache, span, 0.1, *rest)
 
 
-def test_the_ops_are_registered_as_torch_wants_them():
-    torch.manual_seed(0)
-    span, angle = torch.tensor([[0, 20]]), torch.rand(1, 1, 32, 8)
-    q, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 32, 5)
-    slopes, bias = torch.rand(4), torch.randn(2, 32)
-    z, up = torch.randn(2, 1, 32, 12), torch.randn(1, 12, 32)
-    names = torch.ops.eigenzoo
-    k = torch.randn(2, 2, 32, 16)
-    torch.library.opcheck(names.latent_decode.default, (q, k, v, span, 0.2, bias, slopes))
-    angles = angle.cos(), angle.sin()
-    torch.library.opcheck(
-        names.rotary_decode.default, (q, z, v, span, 0.2, *angles, up, torch.randn(2, 1, 16))
-    )
-    angles = tuple(a[:, :, :4] for a in angles)
-    torch.library.opcheck(
-        names.anchored_decode.default, (q, z, v, span, 0.2, *angles, up, None, 8, bias)
-    )
-
-
 def test_the_ops_are_built_once_and_half_a_file_is_never_seen(tmp_path):
     code = "from eigenzoo.kernels import cpu, ops; cpu.load(); print(cpu.library())"
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}

@@ -1,3 +1,7 @@
+"""The ops as PyTorch and the models see them. On this machine they run in C++; see also
+test_cpu_ops.py, interpreted.py and test_aot.py for what runs where.
+"""
+
 import os
 import subprocess
 import sys
@@ -10,11 +14,12 @@ import torch
 from torch.library import opcheck
 
 from eigenzoo.kernels import ops, split
-from eigenzoo.kernels.install import FUSED, install
+from eigenzoo.kernels.install import FUSED, install, register
 from eigenzoo.zoo import attention
 from eigenzoo.zoo.compress import Settings, compress
 from eigenzoo.zoo.generate import Generator
 
+pytestmark = pytest.mark.slow  # the ops are built first, in half a minute
 torch.manual_seed(0)
 ROOT = Path(__file__).parents[1]
 SPAN = torch.tensor([[3, 20], [0, 12]])
@@ -37,7 +42,11 @@ CALLS = {  # op and arguments
 call = pytest.mark.parametrize(("op", "arguments"), CALLS.values(), ids=CALLS)
 
 
-@pytest.mark.slow
+@pytest.fixture(autouse=True, scope="module")
+def _built():
+    register("cpu")
+
+
 def test_launchers_agree_with_the_definitions_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted.py"]
     where = {"cwd": ROOT / "tests", "env": os.environ | {"TRITON_INTERPRET": "1"}}
@@ -48,12 +57,6 @@ def test_launchers_agree_with_the_definitions_under_the_interpreter():
 @call
 def test_ops_are_registered_as_torch_expects(op, arguments):
     opcheck(getattr(torch.ops.eigenzoo, op.__name__).default, arguments)
-
-
-@call
-def test_on_the_cpu_an_op_is_its_definition(op, arguments):
-    definition = getattr(attention, op.__name__)
-    assert torch.equal(op(*arguments), definition(*arguments))
 
 
 @call
@@ -73,16 +76,20 @@ def test_ops_compile_in_one_graph_and_export(op, arguments):
 def test_ops_without_triton_need_torch_only():
     code = (
         "import sys; sys.modules['triton'] = None; from eigenzoo.kernels import install; "
-        "install.register_cuda()"
+        "install.register('cuda')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ValueError: on a GPU the fused ops need Triton" in done.stderr
 
 
+WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 LOW = {  # family, changes, settings of the compression
     "anchored": ("llama", {}, {"keys": "anchored", "anchor_block": 3, "heads_per_latent": (4, 2)}),
     "rebuilt": ("llama", {}, {"keys": "rebuild", "heads_per_latent": (2, 1)}),
     "pairs": ("llama", {}, {"keys": "pairs", "heads_per_latent": (2, 2)}),
+    "rotated": ("llama", {}, {"keys": "rotated"}),
+    "full": ("llama", {}, {"keys": "full", "keep": 0.8}),
+    "windows": ("qwen2", WINDOWS, {"keys": "rebuild", "heads_per_latent": (2, 2)}),
     "joint": ("opt", {}, {"heads_per_latent": (4, 4), "latent": "joint-kv"}),
     "alibi": ("mpt", {}, {"heads_per_latent": (2, 4)}),
 }
@@ -119,7 +126,8 @@ def test_an_installed_model_writes_the_same_text(name, used):
     assert install(install(model)) is model
     got = list(Generator(model, 2, 30, compile=False).stream(prompts, 20))
     assert torch.equal(torch.stack(got), torch.stack(want))
-    kinds = {"anchored": "anchored_decode", "rebuilt": "rotary_decode"}
+    kinds = dict.fromkeys(("anchored", "rotated"), "anchored_decode")
+    kinds |= dict.fromkeys(("rebuilt", "windows"), "rotary_decode")
     assert set(used) == {kinds.get(name, "latent_decode")}
     assert len(used) == 2 * 19  # layers, and tokens behind the first
 
@@ -147,6 +155,20 @@ def test_a_growing_text_compiles_one_step(name):
             for t in slots:
                 got = step(x[:, [t]], torch.tensor([t]), cache, valid)
                 torch.testing.assert_close(got[:, 0], want[:, t], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["anchored", "alibi"])
+def test_inductor_keeps_the_ops_in_one_graph(name):
+    torch._dynamo.reset()
+    model, prompts = install(low(name)), [[5, 9, 33, 7, 120], [8, 41]]
+    want = list(Generator(model, 2, 30, compile=False).stream(prompts, 20))
+    got = list(Generator(model, 2, 30, compile_prefill=False).stream(prompts, 20))
+    assert torch.equal(torch.stack(got), torch.stack(want))
+
+
+def test_a_device_without_fused_ops_is_refused():
+    with pytest.raises(ValueError, match="no fused ops for mps"):
+        register("mps")
 
 
 def test_splits_fill_a_gpu_and_chunks_cover_every_width():
