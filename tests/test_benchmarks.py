@@ -6,16 +6,43 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
-CALIBRATION = Path(__file__).parents[1] / "benchmarks/calibration.py"
+FILES = Path(__file__).parents[1] / "benchmarks"
+KEYS = ("anchored", "rebuild")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_what_calibration_costs_is_printed(dense_folder):
-    words = [sys.executable, CALIBRATION, dense_folder, "--samples", "4", "--seq-len", "32"]
+    words = [
+        sys.executable,
+        FILES / "calibration.py",
+        dense_folder,
+        "--samples",
+        "4",
+        "--seq-len",
+        "32",
+    ]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     # 3 layers, keys and values, 3 sums of one latent of 4 heads of 16: squares, and a little more
     assert 3 * 2 * 3 * 8 * 64**2 / 2**20 < found["sums_mib"] < 3 * 2 * 3 * 8 * 64 * 66 / 2**20
     assert found["ratio"] == found["seconds"] / found["passes_seconds"] > 0
     assert found["peak_mib"] >= 0
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_sweep_take_turns_at_decoding(run, dense_folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    words = ["--keep", "0.5", "--samples", "4", *(w for k in KEYS for w in ("--keys", k))]
+    (tmp_path / "text.txt").write_text(tiny.WORDS * 20)
+    words += ["--seq-len", "32", "--window", "64", "--text", tmp_path / "text.txt"]
+    code, _, error = run("sweep", dense_folder, rows, *words)
+    assert code == 0, error
+    command = [sys.executable, FILES / "rows.py", dense_folder, rows, "--context", "64"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [x["model"] for x in found] == ["dense", *(f"fisher, keys {k}" for k in KEYS)]
+    assert found[0]["speedup"] == 1
+    for row, measured in zip(rows.read_text().splitlines(), found, strict=True):
+        assert measured["cache_bytes"] == 64 * json.loads(row)["kv_bytes_per_token"]
