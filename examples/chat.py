@@ -6,6 +6,7 @@ python examples/chat.py OUT
 import argparse
 
 import torch
+from transformers import TextStreamer
 
 from eigenzoo.kernels.install import install
 from eigenzoo.zoo.checkpoint import load, stop_tokens
@@ -32,11 +33,12 @@ def main() -> None:
         talk.append({"role": "user", "content": line})
         text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # waits for whole characters
         answer = []
         for token in reply(generator, cached, ids, stop):
             answer.append(token)
-            print(tokenizer.decode(token), end="", flush=True)
-        print()
+            streamer.put(torch.tensor([token]))
+        streamer.end()
         talk.append({"role": "assistant", "content": tokenizer.decode(answer)})
 
 
@@ -63,7 +65,7 @@ def reply(generator: Generator, cached: list[int], ids: list[int], stop: list[in
             return
         yield token
         new = [token]
-    print("\n[the cache is full]")
+    print("[the cache is full]")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ Several prompts make a batch, padded on the left: each is answered as it would b
 
 import argparse
 
+from transformers import TextStreamer
+
 from eigenzoo.kernels.install import install
 from eigenzoo.zoo.checkpoint import load, stop_tokens
 from eigenzoo.zoo.generate import Generator
@@ -28,13 +30,14 @@ def main() -> None:
     generator = Generator(model, len(ids), slots, compile_prefill=False)  # compiled at first use
 
     stop, rows = stop_tokens(checkpoint), [[] for _ in ids]
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # waits for whole characters
     for tokens in generator.stream(ids, args.max_new_tokens, stop=stop):
         for row, token in zip(rows, tokens.tolist(), strict=True):
             row.append(token)
         if len(ids) == 1:  # several would run into one another
-            print(tokenizer.decode(tokens), end="", flush=True)
+            streamer.put(tokens)
     if len(ids) == 1:
-        print()
+        streamer.end()
         return
     for prompt, row in zip(args.prompts, rows, strict=True):
         print(f"{prompt}{tokenizer.decode(row, skip_special_tokens=True)}\n")

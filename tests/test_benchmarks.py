@@ -46,3 +46,22 @@ def test_the_rows_of_a_sweep_take_turns_at_decoding(run, dense_folder, tmp_path)
     assert found[0]["speedup"] == 1
     for row, measured in zip(rows.read_text().splitlines(), found, strict=True):
         assert measured["cache_bytes"] == 64 * json.loads(row)["kv_bytes_per_token"]
+
+
+@pytest.mark.slow
+def test_cpu_ops_are_timed_beside_sdpa():
+    words = [
+        sys.executable,
+        FILES / "cpu_ops.py",
+        "--slots",
+        "200",
+        "--caches",
+        "1",
+        "--rounds",
+        "1",
+    ]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["shape"] for row in found} == {"multi-head", "grouped"}
+    assert all(row["milliseconds"] > 0 for row in found)
+    assert [row["speedup"] for row in found if row["case"] == "sdpa"] == [1, 1]

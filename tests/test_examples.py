@@ -16,7 +16,8 @@ from eigenzoo.zoo.checkpoint import load
 from eigenzoo.zoo.compress import Settings
 
 peft = pytest.importorskip("peft")
-LORA = Path(__file__).parents[1] / "examples/lora.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LORA = EXAMPLES / "lora.py"
 LOAD = """
 import sys, json
 from transformers import AutoModelForCausalLM
@@ -106,3 +107,49 @@ def test_lora_refuses_projections_that_are_bent_afterwards(python, tmp_path):
     done = python(LORA, tmp_path / "low", tmp_path / "a.txt", tmp_path / "new")
     assert done.returncode != 0
     assert "clip_qkv" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """A compressed checkpoint with a chat template."""
+    place = tmp_path_factory.mktemp("talking")
+    tiny.save(place / "dense", chat=True, num_hidden_layers=2)
+    settings = Settings(keep=0.5, rank_multiple=2)
+    compress_checkpoint(load(str(place / "dense")), place / "low", settings, samples=4, seq_len=32)
+    return place / "low"
+
+
+@pytest.mark.slow
+def test_generate_streams_one_prompt_and_answers_several_as_alone(talking, python):
+    def run(*prompts: str) -> str:
+        words = EXAMPLES / "generate.py", talking, *prompts, "--max-new-tokens", "9"
+        done = python(*words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    alone = run("the cat sat")
+    assert alone.strip()
+    assert f"the cat sat{alone.rstrip(chr(10))}\n" in run(
+        "the cat sat", "on a mat and saw 12 birds"
+    )
+
+
+@pytest.mark.slow
+def test_transformers_generates_alone_and_compiled(talking, python):
+    script = EXAMPLES / "transformers_generate.py"
+    found = [
+        python(script, talking, "the cat sat", "--max-new-tokens", "9", *words)
+        for words in ((), ("--no-compile",))
+    ]
+    assert all(done.returncode == 0 for done in found), found[0].stderr + found[1].stderr
+    assert found[0].stdout == found[1].stdout
+    assert found[0].stdout.startswith("the cat sat")
+
+
+@pytest.mark.slow
+def test_chat_keeps_what_was_said_in_the_cache(talking):
+    words = [sys.executable, EXAMPLES / "chat.py", talking, "--slots", "120", "--no-compile"]
+    said = "the cat sat\non a mat\n"
+    done = subprocess.run([*map(str, words)], input=said, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> ") == 3

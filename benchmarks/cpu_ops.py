@@ -1,0 +1,134 @@
+"""Attention of one new token on this CPU: the ops of kernels/cpu.cpp beside PyTorch's SDPA.
+
+    python benchmarks/cpu_ops.py [--threads 1] [--slots 8192] [--dtype float32] [--dtype bfloat16]
+
+All cases take turns in one process, each over several caches, so that none is found in the
+processor's own; medians. SDPA reads whole keys and values of D = 128; the ops read latents. Prints
+a line of JSON a case: milliseconds, speed against SDPA, and the share of read bandwidth, as a dot
+product of long vectors has it in the same turns.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eigenzoo.kernels import ops
+from eigenzoo.kernels.install import register
+
+D = 128
+SHAPES = {  # query heads, kv heads
+    "multi-head": (32, 32),
+    "grouped": (32, 8),
+}
+Case = tuple[Callable[[], object], int]  # a call, and the bytes of cache that it reads
+
+
+def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> dict[str, Case]:
+    """What is measured for one shape."""
+
+    def made(latents: int, *widths: int) -> list[list[Tensor]]:
+        return [
+            [torch.randn(1, latents, slots, w).to(dtype) for w in widths] for _ in range(caches)
+        ]
+
+    def size(kept: list[list[Tensor]]) -> int:
+        return sum(x.nbytes for x in kept[0])
+
+    full, span = made(kv, D, D), torch.tensor([[0, slots]])
+    q = torch.randn(1, heads, 1, D).to(dtype)
+    eighth = torch.tensor([[0, slots // 8]])
+    seen = (torch.arange(slots) < slots // 8)[None, None, None]
+
+    def sdpa(mask: Tensor | None = None) -> None:
+        for k, v in full:
+            F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+    def latent(q: Tensor, kept: list[list[Tensor]], span: Tensor = span) -> Callable[[], None]:
+        def call() -> None:
+            for k, v in kept:
+                ops.latent_decode(q, k, v, span, 0.1)
+
+        return call
+
+    found: dict[str, Case] = {
+        "sdpa": (sdpa, size(full)),
+        "sdpa, 1/8 full": (lambda: sdpa(seen), size(full)),
+        "latent_decode 128/128": (latent(q, full), size(full)),
+        "latent_decode 128/128, 1/8 full": (latent(q, full, eighth), size(full) // 8),
+    }
+    for rk, rv in ((80, 80), (64, 96)):
+        kept = made(kv, rk, rv)
+        call = latent(torch.randn(1, heads, 1, rk).to(dtype), kept)
+        found[f"latent_decode {rk}/{rv}"] = call, size(kept)
+    for shared in (2, 4):
+        rank = 80 * shared
+        kept, up = made(kv // shared, rank, rank), torch.randn(kv // shared, rank, shared * D)
+        call = latent(torch.randn(1, heads, 1, rank).to(dtype), kept)
+        found[f"latent_decode {rank}, {shared} heads a latent"] = call, size(kept)
+        for block in (16, 32, 64):
+            angle = torch.rand(1, 1, -(-slots // block), D // 2)
+            rest = (span, 0.1, angle.cos(), angle.sin(), up.to(dtype), None, block)
+
+            def anchored(kept: list = kept, rest: tuple = rest) -> None:
+                for z, v in kept:
+                    ops.anchored_decode(q, z, v, *rest)
+
+            name = f"anchored_decode {rank}, {shared} heads a latent, blocks of {block}"
+            found[name] = anchored, size(kept)
+    return found
+
+
+def medians(found: dict[str, Case], rounds: int) -> dict[str, float]:
+    """Seconds a call, of cases that take turns."""
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for turn in range(rounds + 1):
+        for name, (call, _) in found.items():
+            start = time.perf_counter()
+            call()
+            if turn:  # the first warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: median(t) for name, t in times.items()}
+
+
+def main() -> None:
+    """Measure every shape in every dtype."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--slots", type=int, default=8192)
+    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--caches", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    register("cpu")
+    x = torch.ones(1 << 26)
+    for name in args.dtype or ["float32"]:
+        for shape, (heads, kv) in SHAPES.items():
+            found = cases(args.slots, heads, kv, getattr(torch, name), args.caches)
+            found["dot"] = lambda: torch.dot(x, x[:]), x.nbytes
+            times = medians(found, args.rounds)
+            bandwidth = x.nbytes / times.pop("dot")
+            for case, seconds in times.items():
+                each = seconds / args.caches
+                row = {
+                    "case": case,
+                    "shape": shape,
+                    "dtype": name,
+                    "threads": args.threads,
+                    "slots": args.slots,
+                    "milliseconds": round(1e3 * each, 3),
+                    "speedup": round(times["sdpa"] / seconds, 2),
+                    "of_bandwidth": round(found[case][1] / each / bandwidth, 2),
+                }
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
