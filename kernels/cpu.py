@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import ninja
 import torch
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -50,19 +51,23 @@ def load() -> None:
 def _build(kept: Path) -> None:
     from torch.utils import cpp_extension  # takes its time
 
-    compiler = cpp_extension.get_cxx_compiler()
+    compiler, instead = cpp_extension.get_cxx_compiler(), "or use the reference ops"
     if shutil.which(compiler) is None:
         raise ValueError(
             f"the attention ops for CPUs are compiled on first use, and there is no {compiler}: "
-            "install g++ or clang, name another in CXX, or use the reference ops"
+            f"install g++ or clang, name another in CXX, {instead}"
         )
+    os.environ["PATH"] += os.pathsep + ninja.BIN_DIR  # an environment need not be activated
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as place:  # half a file is never seen
-        cpp_extension.load(  # loads what it has built
-            "eigenzoo_cpu",
-            [str(SOURCE)],
-            extra_cflags=flags(),
-            build_directory=place,
-            is_python_module=False,
-        )
+        try:
+            cpp_extension.load(  # loads what it has built
+                "eigenzoo_cpu",
+                [str(SOURCE)],
+                extra_cflags=flags(),
+                build_directory=place,
+                is_python_module=False,
+            )
+        except RuntimeError as error:
+            raise ValueError(f"{compiler} cannot build {SOURCE}, {instead}: {error}") from error
         os.replace(Path(place) / "eigenzoo_cpu.so", kept)

@@ -118,3 +118,14 @@ def test_without_a_compiler_it_says_what_to_do(tmp_path):
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": "no-compiler"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert "there is no no-compiler: install g++" in done.stderr
+
+
+def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text('#!/bin/sh\ncase "$*" in *cpu.cpp*) exit 1;; esac\nexec c++ "$@"\n')
+    broken.chmod(0o755)
+    code = "from eigenzoo.kernels import cpu, ops; cpu.load()"
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(broken)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert f"ValueError: {broken} cannot build" in done.stderr
+    assert not list((tmp_path / "eigenzoo").iterdir())
