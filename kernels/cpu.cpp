@@ -206,7 +206,7 @@ inline float soften(float* s, int64_t n, float peak) {
   return sum;
 }
 
-struct Task {  // what a thread is at: a sequence, a unit of its heads, and the slots it reads
+struct Task {  // what a thread is at: a sequence, and a unit of its heads
   int64_t b, unit;
 };
 

@@ -14,10 +14,8 @@ FUSED = {  # what defines an op, and the op
     attention.anchored_decode: ops.anchored_decode,
     attention.rotary_decode: ops.rotary_decode,
 }
+DEVICES = ("cpu", "cuda")  # for which there are fused ops
 AnyModel = TypeVar("AnyModel", bound=Model)
-
-
-DEVICES = ("cpu", "cuda")
 
 
 @cache
