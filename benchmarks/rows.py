@@ -13,7 +13,6 @@ from pathlib import Path
 
 from eigenzoo.kernels.install import install
 from eigenzoo.zoo.allocate import Ranks
-from eigenzoo.zoo.bench import random_model
 from eigenzoo.zoo.checkpoint import load
 from eigenzoo.zoo.compress import Settings
 from eigenzoo.zoo.evaluate import decode_speed
@@ -21,6 +20,7 @@ from eigenzoo.zoo.fold import low_config
 from eigenzoo.zoo.generate import Generator
 from eigenzoo.zoo.model import Config
 from eigenzoo.zoo.rows import Row, read_rows
+from eigenzoo.zoo.shapes import random_model
 from eigenzoo.zoo.summary import label
 
 

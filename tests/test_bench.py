@@ -2,26 +2,47 @@ import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.bench import SHAPES, bench, random_model, shaped, uniform, weight_bytes
+from eigenzoo.zoo.bench import bench
+from eigenzoo.zoo.checkpoint import native_config
 from eigenzoo.zoo.compress import Settings
+from eigenzoo.zoo.contestants import Cell, Native, Transformers, weight_bytes
 from eigenzoo.zoo.families import new_model
 from eigenzoo.zoo.keys import KEYS
+from eigenzoo.zoo.shapes import SHAPES, random_model, shaped, uniform
 
 BILLIONS = {
     "opt-125m": 0.125,
     "opt-1.3b": 1.3,
     "opt-6.7b": 6.7,
+    "mpt-1b": 1.31,
     "mpt-7b": 6.65,
     "mpt-30b": 30.0,
+    "llama-3.2-1b": 1.24,
     "llama-2-7b": 6.74,
     "llama-3.1-8b": 8.03,
 }
 
 
+CPU = torch.device("cpu")
+
+
+def native(name, layers=None, context=0):
+    return native_config(shaped(name, layers, context).to_dict())
+
+
+def cell(context=64, batch=2, slots=64):
+    return Cell(context, batch, slots, 3, torch.float32, CPU, compile=False)
+
+
+def same(model):
+    """No ops are installed."""
+    return model
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_have_the_published_number_of_parameters(name):
     with torch.device("meta"):
-        model = new_model(SHAPES[name])
+        model = new_model(native(name))
     count = sum(p.numel() for p in model.parameters())
     assert count == pytest.approx(1e9 * BILLIONS[name], rel=0.02)
 
@@ -29,7 +50,7 @@ def test_shapes_have_the_published_number_of_parameters(name):
 @pytest.mark.parametrize("name", ["opt-1.3b", "mpt-7b", "llama-3.1-8b"])
 @pytest.mark.parametrize("shared", [1, 4])
 def test_uniform_ranks_keep_what_was_asked(name, shared):
-    config = shaped(name, 4, 8192)
+    config = native(name, 4, 8192)
     low = uniform(config, Settings(heads_per_latent=(shared, shared)).fit(config))
     assert 0.49 < low.kv_width / low.dense_kv_width <= 0.6
     assert low.max_position_embeddings >= 8192
@@ -40,9 +61,10 @@ def test_random_models_decode_whatever_the_keys(keys):
     config = tiny.native(head_dim=16).config
     low = uniform(config, Settings(keep=0.7, keys=keys, rank_multiple=3).fit(config))
     assert 0.6 < low.kv_width / low.dense_kv_width <= 0.7
-    model = random_model(low, torch.float32, torch.device("cpu"))
-    rows = bench({"low": model}, [20], steps=3, rounds=1, compile=False)
-    assert rows[0]["kv_bytes_read"] == 20 * 4 * low.kv_width
+    model = random_model(low, torch.float32, CPU)
+    run = Native("low", low, same).start(cell(20, 1, 30))
+    assert run.kv_bytes == 20 * 4 * low.kv_width  # what a step reads, not what there is room for
+    assert len(run.round()) == 3
     assert model(tiny.tokens(1, 20)).isfinite().all()
 
 
@@ -55,23 +77,45 @@ def test_whole_keys_are_more_than_half_of_the_bytes():
 def test_a_step_reads_all_weights_but_the_tables_it_looks_up():
     model = tiny.native("opt")
     tables = model.positions.weight.numel()  # the embedding is the head: it is read
-    assert weight_bytes(model) == 4 * (sum(p.numel() for p in model.parameters()) - tables)
+    assert weight_bytes(model, model.head) == 4 * (
+        sum(p.numel() for p in model.parameters()) - tables
+    )
     untied = tiny.native()
-    assert weight_bytes(untied) == 4 * sum(
+    assert weight_bytes(untied, untied.head) == 4 * sum(
         p.numel() for name, p in untied.named_parameters() if name != "embed.weight"
     )
 
 
-def test_rows_hold_ratios_of_one_run():
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("family", ["llama", "opt", "mpt"])
+def test_transformers_decodes_at_the_end_of_a_filled_cache(family, static, monkeypatch):
+    names = {"opt": "opt-125m", "mpt": "mpt-1b", "llama": "llama-3.2-1b"}
+    config = shaped(names[family], 1, 80)
+    sizes = {
+        "opt": {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64},
+        "mpt": {"d_model": 32},
+        "llama": {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2},
+    }
+    config.update(sizes[family] | {"num_attention_heads": 4, "vocab_size": 96, "head_dim": 8})
+    run = Transformers("transformers", config, static).start(cell(slots=80))
+    heads = 2 if family == "llama" else 4
+    assert run.kv_bytes == 2 * 64 * 2 * heads * 8 * 4
+    assert len(run.round()) == len(run.round()) == 3
+
+
+def test_contestants_take_turns_in_their_own_processes_and_a_broken_one_says_so(capfd):
     config = tiny.native("opt").config
     settings = Settings(keep=0.5, heads_per_latent=(2, 2), rank_multiple=1)
     low = uniform(config, settings.fit(config))
-    kind = torch.float32, torch.device("cpu")
-    models = {"dense": random_model(config, *kind), "compressed": random_model(low, *kind)}
-    dense, small = bench(models, [64], batch=2, steps=3, rounds=2, compile=False)
-    assert dense["speedup"] == dense["speedup_of_bytes"] == 1
+    models = [Native("dense", config, same), Native("low", low, same), Native("gone", "/no", same)]
+    dense, small, gone = bench(models, cell(), rounds=2)
+    assert "failed" in gone
+    assert "/no does not exist" in capfd.readouterr().err
+    assert dense["speedup"] == dense["bound"] == 1
     assert small["speedup"] == pytest.approx(dense["seconds_per_step"] / small["seconds_per_step"])
     assert dense["kv_bytes_read"] == 2 * 64 * 4 * config.kv_width == 2 * small["kv_bytes_read"]
+    assert small["bound"] == pytest.approx(1 / (1 - dense["kv_read_share"] / 2))
     read = small["weight_bytes_read"] + small["kv_bytes_read"]
     assert small["floor_seconds"] == pytest.approx(read / small["bandwidth"])
     assert small["kv_read_share"] == small["kv_bytes_read"] / read
+    assert small["peak_memory"] > 2**26

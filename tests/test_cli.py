@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -167,17 +168,25 @@ def test_evaluate_asks_for_planted_facts(run, low, tmp_path):
     assert "0% -" in text
 
 
-def test_bench_compares_two_checkpoints(run, dense_folder, low):
-    words = ["--context", "64", "--context", "128", "--steps", "3", "--rounds", "1"]
-    code, text, _ = run("bench", dense_folder, low, *words, "--no-compile", "--json")
+def test_bench_sets_checkpoints_side_by_side_and_goes_on_where_it_stopped(
+    run, dense_folder, low, tmp_path
+):
+    words = ["bench", dense_folder, low, "--context", "64", "--batch", "1", "--buffer", "2"]
+    words += ["--steps", "3", "--rounds", "1", "--no-compile", "--out", tmp_path / "out", "--json"]
+    code, text, _ = run(*words)
     rows = json.loads(text)
     assert code == 0
-    assert [(x["context"], x["model"]) for x in rows] == [
-        (context, model) for context in (64, 128) for model in ("dense", "compressed")
+    assert [(x["context"], x["slots"], x["model"]) for x in rows] == [
+        (64, 128, Path(name).name) for name in (dense_folder, low)
     ]
     assert rows[1]["kv_bytes_read"] <= 0.5 * rows[0]["kv_bytes_read"]
-    code, text, _ = run("bench", dense_folder, low, *words, "--no-compile")
-    assert "by bytes" in text
+    names = {"bench.jsonl", "speed.png", "memory.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    file = tmp_path / "out" / "bench.jsonl"
+    file.write_text(file.read_text() + '{"half')
+    assert json.loads(run(*words)[1]) == rows  # nothing was measured anew
+    text = run(*words[:-1])[1]
+    assert "context 64, batch 1, 128 slots" in text
 
 
 def test_compress_takes_joint_latents_where_nothing_rotates(run, tmp_path):
@@ -289,7 +298,8 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
         ("compress", dense_folder, new, "--keys", "turned"): "expected one of rebuild, anchored",
         ("compress", dense_folder, new, "--keys", "full", "--keep", "0.5"): "beside whole keys",
         ("bench", "--shape", "opt-125m", "--keys", "pairs"): "nothing rotates",
-        ("bench", dense_folder): "given 1 checkpoints",
+        ("bench",): "given 0 checkpoints",
+        ("bench", dense_folder, "--context", "8"): "expected at least 1",
         ("bench", "--shape", "opt-1"): "shape 'opt-1' is unknown",
         ("bench", "--shape", "opt-125m", "--layers", "13"): "layers is 13",
         ("generate", low, "-p", "x", "--temperature", "-1"): "expected temperature",

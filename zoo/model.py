@@ -97,6 +97,15 @@ class Config:
         """How many positions the model has a vector for; 0 where it needs none."""
         return 0
 
+    def check_length(self, slots: int) -> None:
+        """Raise ValueError if the model does not know as many positions."""
+        limit = self.learned_positions
+        if limit and slots > limit:
+            raise ValueError(
+                f"the model knows {limit} positions, {slots} tokens or slots do not fit: take "
+                "fewer, a smaller window or a smaller cache"
+            )
+
     @property
     def fixed_angles(self) -> bool:
         """Whether a rotation, if there is one, never depends on the length of the text."""
@@ -216,7 +225,7 @@ class Model(nn.Module):
         slots = tokens.size(1) if cache is None else cache.slots
         if pos is None:
             pos = torch.arange(tokens.size(1), device=tokens.device)
-        self._check_length(slots)
+        self.config.check_length(slots)
         if cache is not None:
             cache.check(tokens, pos)
         slot = torch.arange(slots, device=tokens.device)[None]
@@ -261,17 +270,9 @@ class Model(nn.Module):
 
     def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> StaticCache:
         """An empty cache for `batch` sequences of up to `slots` tokens, in the model's dtype."""
-        self._check_length(slots)
+        self.config.check_length(slots)
         latents = [self.config.latents(i) for i in range(self.config.num_hidden_layers)]
         return StaticCache(latents, batch, slots, dtype or self.dtype, self.device)
-
-    def _check_length(self, slots: int) -> None:
-        limit = self.config.learned_positions
-        if limit and slots > limit:
-            raise ValueError(
-                f"the model knows {limit} positions, {slots} tokens or slots do not fit: take "
-                "fewer, a smaller window or a smaller cache"
-            )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Figures of sweeps. Needs matplotlib (extra `plots`); draws without a screen and global state."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -141,4 +142,43 @@ def errors(row: Row, title: str) -> Figure:
     panels[0].set_ylabel("share of the error left")
     figure.suptitle(title)
     figure.colorbar(ScalarMappable(depth, colours), ax=list(panels), label="layer")
+    return figure
+
+
+def decoding(rows: Sequence[Mapping[str, Any]], title: str) -> dict[str, Figure]:
+    """What `bench.bench` measured, against the context: tokens per second, and peak memory."""
+    whole = [row for row in rows if "failed" not in row]
+    sides = {
+        "speed": ("tokens per second", "tokens_per_second", 1),
+        "memory": ("peak memory, GiB", "peak_memory", 2**-30),
+    }
+    return {
+        name: _against_context(whole, title, label, key, scale)
+        for name, (label, key, scale) in sides.items()
+    }
+
+
+def _against_context(
+    rows: Sequence[Mapping[str, Any]], title: str, label: str, key: str, scale: float
+) -> Figure:
+    """One panel a batch size, one line a model."""
+    batches, names = (list(dict.fromkeys(row[x] for row in rows)) for x in ("batch", "model"))
+    contexts = sorted({row["context"] for row in rows})
+    figure = Figure(figsize=(1 + 3.5 * len(batches), 4.5), layout="constrained", dpi=150)
+    panels = figure.subplots(1, len(batches), squeeze=False)[0]
+    for axes, batch in zip(panels, batches, strict=True):
+        for i, name in enumerate(names):
+            cells = [x for x in rows if (x["batch"], x["model"]) == (batch, name)]
+            points = sorted((x["context"], scale * x[key]) for x in cells)
+            colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+            handle = name if batch == batches[0] else None
+            axes.plot(*zip(*points, strict=True), label=handle, color=colour, marker=mark)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts, contexts)
+        axes.set_ylim(bottom=0)
+        axes.set(title=f"batch {batch}", xlabel="context, tokens")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(label)
+    figure.suptitle(title)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure

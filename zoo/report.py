@@ -44,22 +44,29 @@ def comparison(rows: Mapping[str, Mapping[str, Any]], context: int, text: str) -
 
 def bench(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print what `bench.bench` measured."""
-    table = Table("context", "model", "ms/step", "floor", "tok/s", "KV read", "speed", "by bytes")
-    for x in rows:
-        table.add_row(
-            str(x["context"]),
-            x["model"],
-            f"{1e3 * x['seconds_per_step']:.2f}",
-            f"{1e3 * x['floor_seconds']:.2f}",
-            f"{x['tokens_per_second']:.2f}",
-            f"{x['kv_read_share']:.0%}",
-            f"{x['speedup']:.2f}x",
-            f"{x['speedup_of_bytes']:.2f}x",
-        )
-    Console().print(table)
+    heads = "model", "tok/s", "ms/step", "floor", "KV read", "speed", "bound", "peak MiB"
+    places = dict.fromkeys((x["context"], x["batch"], x["slots"]) for x in rows)
+    for context, batch, slots in places:
+        table = Table(*heads, title=f"context {context}, batch {batch}, {slots} slots")
+        for x in (x for x in rows if (x["context"], x["batch"]) == (context, batch)):
+            if "failed" in x:
+                table.add_row(x["model"], x["failed"])
+                continue
+            table.add_row(
+                x["model"],
+                f"{x['tokens_per_second']:.2f}",
+                f"{1e3 * x['seconds_per_step']:.2f}",
+                f"{1e3 * x['floor_seconds']:.2f}",
+                f"{x['kv_read_share']:.0%}",
+                f"{x['speedup']:.2f}x" if "speedup" in x else "",
+                f"{x['bound']:.2f}x" if "bound" in x else "",
+                f"{x['peak_memory'] / 2**20:.0f}",
+            )
+        Console().print(table)
     print(
-        f"floor: all bytes read at {rows[0]['bandwidth'] / 1e9:.1f} GB/s, as a sum reads memory "
-        "here. KV read: their share.\nby bytes: the speed that fewer bytes alone would give."
+        "speed: over the first model, in turns. bound: the most that its smaller cache can give.\n"
+        "KV read: share of the cache in all bytes that a step reads. floor: milliseconds for\n"
+        "all of them, as a sum reads memory. peak: while decoding; on a CPU of the whole process."
     )
 
 

@@ -1,7 +1,11 @@
 """eigenzoo bench."""
 
 import json
-from typing import Annotated
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +20,6 @@ from .options import (
     Revision,
     Trust,
     fuse,
-    load,
     say,
     say_keys,
     torch_device,
@@ -27,69 +30,163 @@ from .options import (
 def bench(
     sources: Annotated[
         list[str] | None,
-        typer.Argument(help="An uncompressed and a compressed checkpoint; or none, and --shape."),
+        typer.Argument(
+            help="Checkpoints; speeds are told over the first, the uncompressed. Or none, and "
+            "--shape."
+        ),
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Random weights in a published shape, such as opt-1.3b.")
     ] = None,
     layers: Annotated[int | None, typer.Option(help="With --shape: so many layers only.")] = None,
-    keep: Annotated[float, typer.Option(help="With --shape: share of the KV bytes kept.")] = 0.5,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="With --shape: share of the KV bytes kept; repeat for more. [default: 0.5]"
+        ),
+    ] = None,
     heads_per_latent: Annotated[
         int, typer.Option(help="With --shape: kv heads that share a latent.")
     ] = 1,
     latent: Annotated[str, typer.Option(help="With --shape: separate or joint-kv.")] = "separate",
     keys: Keys = "auto",
     anchor_block: AnchorBlock = None,
+    transformers: Annotated[
+        bool,
+        typer.Option(
+            "--transformers",
+            help="The first model in transformers as well, by its generate: with the dynamic "
+            "cache, and with a static one and compiled.",
+        ),
+    ] = False,
     context: Annotated[
-        list[int] | None, typer.Option(help="Slots, all in use; repeat for more. [default: 2048]")
+        list[int] | None,
+        typer.Option(help="Tokens in the cache at the end; repeat for more. [default: 2048]"),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="Sequences decoded together; repeat for more. [default: 1]"),
+    ] = None,
+    buffer: Annotated[
+        int, typer.Option(help="Static caches have so many times the slots of the context.")
+    ] = 1,
     steps: Annotated[int, typer.Option(help="Decoding steps in a round.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds; the models take turns.")] = 3,
     compile: Compile = True,
     ops: Ops = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for bench.jsonl, written as rows come, and plots (extra `plots`). The "
+            "same command goes on where it was stopped."
+        ),
+    ] = None,
     as_json: AsJson = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Decode speed, uncompressed against compressed in one run, beside what memory allows."""
+    """Decode speed and memory of models side by side, beside what memory allows.
+
+    Each model is in a process of its own, and they take turns.
+    """
+    import torch
+
     from .. import report
     from ..bench import bench as measure
-    from ..bench import random_model, shaped, uniform
+    from ..checkpoint import inspect, locate, native_config, read_config
     from ..compress import Settings
+    from ..contestants import Cell, Contestant, Native, Transformers
+    from ..rows import append
+    from ..shapes import shaped, uniform
 
-    contexts = context or [2048]
-    if shape is not None and not sources:
-        shared = heads_per_latent, heads_per_latent
-        settings = Settings("fisher", keep, None, shared, 8, latent, keys, anchor_block)
-        settings.check()
-        import torch
-
-        config = shaped(shape, layers, max(contexts))
-        kind, place = torch_dtype(dtype) or torch.float32, torch_device(device)
-        settings = settings.fit(config, place.type)
-        say_keys(settings)
-        low = uniform(config, settings)
-        models = {
-            "dense": random_model(config, kind, place),
-            "compressed": random_model(low, kind, place),
-        }
-    elif shape is None and len(sources or []) == 2:
-        names = ("dense", "compressed")
-        models = {
-            n: load(s, dtype, device, revision, trust_remote_code).model
-            for n, s in zip(names, sources or [], strict=True)
-        }
-    else:
+    contexts, batches, sources = context or [2048], batch or [1], sources or []
+    if min(contexts) < steps + 2 or min(*contexts, *batches, buffer, steps, rounds) < 1:
         raise ValueError(
-            f"given {len(sources or [])} checkpoints and shape {shape}: expected two checkpoints, "
-            "or --shape alone"
+            f"contexts {contexts}, batches {batches}, buffer {buffer}, {rounds} rounds of {steps} "
+            "steps: expected at least 1 of each, and contexts at least two tokens longer"
         )
-    for model in models.values():
-        fuse(model, ops, compile)
+    if (shape is None) != bool(sources):
+        raise ValueError(
+            f"given {len(sources)} checkpoints and shape {shape}: expected checkpoints, or --shape "
+            "alone"
+        )
+    place, kind = torch_device(device), torch_dtype(dtype)
+    prepare = partial(fuse, ops=ops, compile=compile)
+    models: list[Contestant] = []
+    first: Any
+    if shape is not None:
+        first = shaped(shape, layers, buffer * max(contexts))
+        dense = native_config(first.to_dict())
+        configs = {"dense": dense}
+        for share in keep or [0.5]:
+            shared = heads_per_latent, heads_per_latent
+            settings = Settings("fisher", share, None, shared, 8, latent, keys, anchor_block)
+            settings.check()
+            settings = settings.fit(dense, place.type)
+            say_keys(settings)
+            configs[f"keep {share:g}"] = uniform(dense, settings)
+        models += [Native(name, config, prepare) for name, config in configs.items()]
+        title = shape + (f", {layers} layers" if layers else "")
+    else:
+        first = sources[0]
+        names = [Path(s).name for s in sources]
+        names = names if len(set(names)) == len(names) else sources
+        configs = {
+            n: native_config(read_config(locate(s, revision)))
+            for n, s in zip(names, sources, strict=True)
+        }
+        kind = kind or getattr(torch, inspect(first, revision)["dtype"])
+        models += [
+            Native(n, s, prepare, revision, trust_remote_code)
+            for n, s in zip(names, sources, strict=True)
+        ]
+        title = names[0]
+    for config in configs.values():
+        config.check_length(buffer * max(contexts))
+    if transformers:
+        models += [
+            Transformers(f"transformers {name}", first, name == "static", revision)
+            for name in ("dynamic", "static")
+        ]
+    if out is not None:
+        try:
+            from ..plots import decoding
+        except ModuleNotFoundError:
+            raise ValueError("plots need matplotlib: pip install 'eigenzoo[plots]'") from None
+        out.mkdir(exist_ok=True)
+    file, command = out and out / "bench.jsonl", shlex.join(["eigenzoo", *sys.argv[1:]])
+    rows = _done(file, command)
     if compile:
         say("compiling before each first step: a minute or two for many layers")
-    rows = measure(models, contexts, batch, steps, rounds, compile)
+    for count in batches:
+        for length in contexts:
+            if any((x["context"], x["batch"]) == (length, count) for x in rows):
+                continue
+            cell = Cell(
+                *(length, count, buffer * length, steps, kind or torch.float32, place, compile)
+            )
+            for row in measure(models, cell, rounds):
+                rows.append(row | {"ops": ops, "compiled": compile, "command": command})
+                if file:
+                    append(file, rows[-1])
+    if out:
+        for name, figure in decoding(rows, title).items():
+            figure.savefig(out / f"{name}.png")
     print(json.dumps(rows)) if as_json else report.bench(rows)
+
+
+def _done(file: Path | None, command: str) -> list[dict[str, Any]]:
+    """The rows that the same command left behind; a last line that is not whole does not count."""
+    if file is None or not file.exists():
+        return []
+    whole = file.read_bytes().rpartition(b"\n")[0] + b"\n"
+    file.write_bytes(whole.lstrip())
+    try:
+        rows = [json.loads(line) for line in whole.split(b"\n") if line]
+        return [row for row in rows if row["command"] == command]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} holds something else than rows of eigenzoo bench: {error}"
+        ) from error
