@@ -4,8 +4,9 @@
 
 All cases take turns in one process, each over several caches, so that none is found in the
 processor's own; medians. SDPA reads whole keys and values of D = 128; the ops read latents. Prints
-a line of JSON a case: milliseconds, speed against SDPA, and the share of read bandwidth, as a dot
-product of long vectors has it in the same turns.
+a line of JSON a case: milliseconds, speed against SDPA, the share of read bandwidth, as a dot
+product of long vectors has it in the same turns, and the time over the floor: that of the bytes, or
+of lifting the keys, at the speed of a product of two large matrices of the same dtype.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,15 @@ SHAPES = {  # query heads, kv heads
     "multi-head": (32, 32),
     "grouped": (32, 8),
 }
-Case = tuple[Callable[[], object], int]  # a call, and the bytes of cache that it reads
+
+
+class Case(NamedTuple):
+    """What is timed, and what one cache of it costs at least."""
+
+    call: Callable[[], object]
+    nbytes: int
+    flops: int = 0  # of a matrix product that cannot be left out
+
 
 
 def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> dict[str, Case]:
@@ -57,20 +67,20 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
         return call
 
     found: dict[str, Case] = {
-        "sdpa": (sdpa, size(full)),
-        "sdpa, 1/8 full": (lambda: sdpa(seen), size(full)),
-        "latent_decode 128/128": (latent(q, full), size(full)),
-        "latent_decode 128/128, 1/8 full": (latent(q, full, eighth), size(full) // 8),
+        "sdpa": Case(sdpa, size(full)),
+        "sdpa, 1/8 full": Case(lambda: sdpa(seen), size(full)),
+        "latent_decode 128/128": Case(latent(q, full), size(full)),
+        "latent_decode 128/128, 1/8 full": Case(latent(q, full, eighth), size(full) // 8),
     }
     for rk, rv in ((80, 80), (64, 96)):
         kept = made(kv, rk, rv)
         call = latent(torch.randn(1, heads, 1, rk).to(dtype), kept)
-        found[f"latent_decode {rk}/{rv}"] = call, size(kept)
+        found[f"latent_decode {rk}/{rv}"] = Case(call, size(kept))
     for shared in (2, 4):
         rank = 80 * shared
         kept, up = made(kv // shared, rank, rank), torch.randn(kv // shared, rank, shared * D)
         call = latent(torch.randn(1, heads, 1, rank).to(dtype), kept)
-        found[f"latent_decode {rank}, {shared} heads a latent"] = call, size(kept)
+        found[f"latent_decode {rank}, {shared} heads a latent"] = Case(call, size(kept))
         for block in (16, 32, 64):
             angle = torch.rand(1, 1, -(-slots // block), D // 2)
             rest = (span, 0.1, angle.cos(), angle.sin(), up.to(dtype), None, block)
@@ -80,7 +90,19 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
                     ops.anchored_decode(q, z, v, *rest)
 
             name = f"anchored_decode {rank}, {shared} heads a latent, blocks of {block}"
-            found[name] = anchored, size(kept)
+            found[name] = Case(anchored, size(kept))
+    angle = torch.rand(1, 1, slots, D // 2)
+    for shared in (1, 2, 4):
+        rank = 80 * shared
+        kept, up = made(kv // shared, rank, rank), torch.randn(kv // shared, rank, shared * D)
+        rest = (span, 0.1, angle.cos(), angle.sin(), up.to(dtype), None)
+
+        def rotary(kept: list = kept, rest: tuple = rest) -> None:
+            for z, v in kept:
+                ops.rotary_decode(q, z, v, *rest)
+
+        lift = 2 * slots * kv * rank * D
+        found[f"rotary_decode {rank}, {shared} heads a latent"] = Case(rotary, size(kept), lift)
     return found
 
 
@@ -88,9 +110,9 @@ def medians(found: dict[str, Case], rounds: int) -> dict[str, float]:
     """Seconds a call, of cases that take turns."""
     times: dict[str, list[float]] = {name: [] for name in found}
     for turn in range(rounds + 1):
-        for name, (call, _) in found.items():
+        for name, case in found.items():
             start = time.perf_counter()
-            call()
+            case.call()
             if turn:  # the first warms up
                 times[name].append(time.perf_counter() - start)
     return {name: median(t) for name, t in times.items()}
@@ -112,11 +134,13 @@ def main() -> None:
     for name in args.dtype or ["float32"]:
         for shape, (heads, kv) in SHAPES.items():
             found = cases(args.slots, heads, kv, getattr(torch, name), args.caches)
-            found["dot"] = lambda: torch.dot(x, x[:]), x.nbytes
+            found["dot"] = Case(lambda: torch.dot(x, x[:]), x.nbytes)
+            square = torch.randn(1024, 1024).to(getattr(torch, name))
+            found["product"] = Case(lambda s=square: s @ s, 0)  # type: ignore[misc]
             times = medians(found, args.rounds)
-            bandwidth = x.nbytes / times.pop("dot")
+            bandwidth, peak = x.nbytes / times.pop("dot"), 2 * 1024**3 / times.pop("product")
             for case, seconds in times.items():
-                each = seconds / args.caches
+                each, (_, nbytes, flops) = seconds / args.caches, found[case]
                 row = {
                     "case": case,
                     "shape": shape,
@@ -125,7 +149,8 @@ def main() -> None:
                     "slots": args.slots,
                     "milliseconds": round(1e3 * each, 3),
                     "speedup": round(times["sdpa"] / seconds, 2),
-                    "of_bandwidth": round(found[case][1] / each / bandwidth, 2),
+                    "of_bandwidth": round(nbytes / each / bandwidth, 2),
+                    "over_floor": round(each / max(nbytes / bandwidth, flops / peak), 2),
                 }
                 print(json.dumps(row), flush=True)
 

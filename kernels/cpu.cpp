@@ -14,6 +14,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #define DISPATCH(x, name, ...)                                              \
@@ -28,8 +29,9 @@ using Maybe = std::optional<Tensor>;
 using V = at::vec::Vectorized<float>;
 constexpr int64_t W = V::size();
 constexpr int64_t TILE = 128;  // slots whose scores are held at once
-constexpr int64_t AHEAD = 2048;  // bytes
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+inline int64_t whole(int64_t width) { return (width + W - 1) / W * W; }  // of vectors
 
 inline V load(const float* p) { return V::loadu(p); }
 inline V load(const at::BFloat16* p) {
@@ -42,62 +44,132 @@ inline V load(const at::Half* p) {
   at::vec::load_fp32_from_fp16(p, x);
   return x;
 }
+inline V load(const float* p, int64_t count) { return V::loadu(p, count); }
 template <class T>
 V load(const T* p, int64_t count) {  // the first numbers, zeros behind them
+  if (count == W) return load(p);
+#ifdef CPU_CAPABILITY_AVX512
+  alignas(32) T all[W];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(all), _mm256_maskz_loadu_epi16((1u << count) - 1, p));
+#else
   T all[W] = {};
   std::copy_n(p, count, all);
+#endif
   return load(all);
 }
 
-// asks memory for what is read soon; past the end it does nothing
-inline void ahead(const void* p, int64_t bytes = 0) {
-  __builtin_prefetch(static_cast<const char*>(p) + bytes);
+// Asks memory for what is read soon, behind what the processor fetches by itself while it reads in
+// order without much arithmetic between; past the end it does nothing
+constexpr int64_t AHEAD = 8192;  // bytes
+inline void soon(const void* p, int64_t bytes = 0) {
+  __builtin_prefetch(static_cast<const char*>(p) + bytes, 0, 2);
 }
 
-// out[m][n] = a[m] · b[n] for M rows of a and N of b, `size` numbers long
-template <int M, int N, class T>
-inline void dots(const float* a, int64_t lda, const T* b, int64_t ldb, int64_t size, float* out,
-                 int64_t ldo) {
-  V sum[M][N];
-  for (auto& row : sum)
-    for (auto& x : row) x = V(0.f);
-  int64_t i = 0;
-  for (; i + W <= size; i += W) {
-    V x[M];
-    for (int m = 0; m < M; ++m) x[m] = V::loadu(a + m * lda + i);
-    for (int n = 0; n < N; ++n) {
-      ahead(b + n * ldb + i, AHEAD);
-      V y = load(b + n * ldb + i);
-      for (int m = 0; m < M; ++m) sum[m][n] = at::vec::fmadd(x[m], y, sum[m][n]);
-    }
+// How numbers of T are multiplied with numbers of A, DEPTH to a lane
+template <class A, class T>
+struct Lanes {
+  static constexpr int64_t DEPTH = 1, COUNT = W;
+  using X = V;
+  static V left(const A* p, int64_t count) { return load(p, count); }
+  static V right(const T* p, int64_t count) { return load(p, count); }
+  static V everywhere(const A* p, int64_t) { return V(float(*p)); }
+  static V column(const T* p, int64_t, int64_t, int64_t count) { return load(p, count); }
+  static V add(V a, V b, V sum) { return at::vec::fmadd(a, b, sum); }
+};
+
+#ifdef __AVX512BF16__
+template <class T>
+using Factor = std::conditional_t<std::is_same_v<T, at::BFloat16>, at::BFloat16, float>;
+
+template <>
+struct Lanes<at::BFloat16, at::BFloat16> {  // pairs of bf16, sums in fp32
+  static constexpr int64_t DEPTH = 2, COUNT = 2 * W;
+  using X = __m512i;
+  static X left(const at::BFloat16* p, int64_t count) { return right(p, count); }
+  static X right(const at::BFloat16* p, int64_t count) {
+    return count == COUNT ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << count) - 1, p);
   }
-  if (i < size)
-    for (int n = 0; n < N; ++n) {
-      V y = load(b + n * ldb + i, size - i);
-      for (int m = 0; m < M; ++m)
-        sum[m][n] = at::vec::fmadd(load(a + m * lda + i, size - i), y, sum[m][n]);
+  // numbers that stand side by side, and columns of rows that stand below one another
+  static X everywhere(const at::BFloat16* p, int64_t rows) {
+    return _mm512_set1_epi32(rows > 1 ? p[1].x << 16 | p[0].x : p[0].x);
+  }
+  static X column(const at::BFloat16* p, int64_t ld, int64_t rows, int64_t count) {
+    X x = wide(p, count);
+    return rows > 1 ? _mm512_or_si512(x, _mm512_slli_epi32(wide(p + ld, count), 16)) : x;
+  }
+  static X wide(const at::BFloat16* p, int64_t count) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(0xffffu >> (W - count), p));
+  }
+  static V add(X a, X b, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+};
+#else
+template <class T>
+using Factor = float;  // what T is multiplied with
+#endif
+
+// what each of W vectors adds up to
+inline V totals(const V* x) {
+#ifdef CPU_CAPABILITY_AVX512
+  __m512 y[W / 2], z[W / 4];  // halves of two, then of four vectors in one
+  for (int i = 0; i < W / 2; ++i)
+    y[i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]) + _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+  for (int i = 0; i < W / 4; ++i) {
+    const auto a = _mm512_castps_pd(y[2 * i]), b = _mm512_castps_pd(y[2 * i + 1]);
+    z[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  auto quarters = [](__m512 a, __m512 b) {
+    return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+  };
+  return quarters(quarters(z[0], z[1]), quarters(z[2], z[3]));
+#else
+  float square[W * W], turned[W * W];
+  for (int i = 0; i < W; ++i) x[i].store(square + i * W);
+  at::vec::transpose_mxn<float, W, W>(square, W, turned, W);
+  V total = V::loadu(turned);
+  for (int i = 1; i < W; ++i) total = total + V::loadu(turned + i * W);
+  return total;
+#endif
+}
+
+// out[m][n] = a[m] · b[n] for M rows of a and N of b, `size` numbers long. One row of b after the
+// other, in the order of memory: that is what the processor fetches ahead of by itself.
+template <int M, int N, class A, class T>
+inline void dots(const A* a, int64_t lda, const T* b, int64_t ldb, int64_t size, float* out,
+                 int64_t ldo) {
+  using L = Lanes<A, T>;
+  V sums[M * N];
+  for (int n = 0; n < N; ++n) {
+    V sum[M];
+    for (auto& x : sum) x = V(0.f);
+    const T* row = b + n * ldb;
+    int64_t i = 0;
+    for (; i + L::COUNT <= size; i += L::COUNT) {
+      if (M > 1) soon(row + i, AHEAD);
+      const auto y = L::right(row + i, L::COUNT);
+      for (int m = 0; m < M; ++m) sum[m] = L::add(L::left(a + m * lda + i, L::COUNT), y, sum[m]);
     }
-  if constexpr (M * N == W) {  // W sums at once: turn the square, add its rows
-    float square[W * W], turned[W * W], sums[W];
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) sum[m][n].store(square + (m * N + n) * W);
-    at::vec::transpose_mxn<float, W, W>(square, W, turned, W);
-    V total = V::loadu(turned);
-    for (int j = 1; j < W; ++j) total = total + V::loadu(turned + j * W);
-    total.store(sums);
-    for (int m = 0; m < M; ++m) std::copy_n(sums + m * N, N, out + m * ldo);
+    if (i < size) {
+      const auto y = L::right(row + i, size - i);
+      for (int m = 0; m < M; ++m) sum[m] = L::add(L::left(a + m * lda + i, size - i), y, sum[m]);
+    }
+    for (int m = 0; m < M; ++m) sums[m * N + n] = sum[m];
+  }
+  if constexpr (M * N == W) {
+    float all[W];
+    totals(sums).store(all);
+    for (int m = 0; m < M; ++m) std::copy_n(all + m * N, N, out + m * ldo);
   } else {
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n) {
-        float parts[W];
-        sum[m][n].store(parts);
-        out[m * ldo + n] = std::accumulate(parts, parts + W, 0.f);
+        float x[W];
+        sums[m * N + n].store(x);
+        out[m * ldo + n] = std::accumulate(x, x + W, 0.f);
       }
   }
 }
 
-template <int M, class T>
-void multiply_rows(const float* a, int64_t lda, const T* b, int64_t cols, int64_t ldb, int64_t size,
+template <int M, class A, class T>
+void multiply_rows(const A* a, int64_t lda, const T* b, int64_t cols, int64_t ldb, int64_t size,
                    float* out, int64_t ldo) {
   constexpr int N = W / M;
   int64_t n = 0;
@@ -106,8 +178,8 @@ void multiply_rows(const float* a, int64_t lda, const T* b, int64_t cols, int64_
 }
 
 // out (rows, cols) = a (rows, size) bᵀ, b (cols, size)
-template <class T>
-void multiply(const float* a, int64_t rows, int64_t lda, const T* b, int64_t cols, int64_t ldb,
+template <class A, class T>
+void multiply(const A* a, int64_t rows, int64_t lda, const T* b, int64_t cols, int64_t ldb,
               int64_t size, float* out, int64_t ldo) {
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4) multiply_rows<4>(a + m * lda, lda, b, cols, ldb, size, out + m * ldo, ldo);
@@ -115,67 +187,87 @@ void multiply(const float* a, int64_t rows, int64_t lda, const T* b, int64_t col
   if (m < rows) multiply_rows<1>(a + m * lda, lda, b, cols, ldb, size, out + m * ldo, ldo);
 }
 
-// out[m] = keep[m] out[m] + Σ_t p[m][t] v[t], for M rows and N vectors of their width
-template <int M, int N, class T>
-inline void blend(const float* p, int64_t ldp, const T* v, int64_t slots, int64_t ldv,
-                  const float* keep, float* out, int64_t ldo) {
+// out[m] = keep[m] out[m] + Σ_t p[m][t] v[t], for M rows and n <= N vectors, as v(step, i) gives them
+// for the slots of a step
+template <int M, int N, class L, class A, class Get>
+void blend(int64_t n, const A* p, int64_t ldp, const Get& v, int64_t slots, const float* keep,
+           float* out, int64_t ldo) {
+  if constexpr (N > 1)
+    if (n < N) return blend<M, N - 1, L>(n, p, ldp, v, slots, keep, out, ldo);
   V sum[M][N];
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) sum[m][n] = V::loadu(out + m * ldo + n * W) * V(keep[m]);
-  for (int64_t t = 0; t < slots; ++t) {
-    V y[N];
-    for (int n = 0; n < N; ++n) {
-      ahead(v + (t + slots) * ldv + n * W);
-      y[n] = load(v + t * ldv + n * W);
-    }
+    for (int i = 0; i < N; ++i) sum[m][i] = V::loadu(out + m * ldo + i * W) * V(keep[m]);
+  for (int64_t t = 0, step = 0; t < slots; t += L::DEPTH, ++step) {
+    typename L::X y[N];
+    for (int i = 0; i < N; ++i) y[i] = v(step, i);
     for (int m = 0; m < M; ++m) {
-      V x(p[m * ldp + t]);
-      for (int n = 0; n < N; ++n) sum[m][n] = at::vec::fmadd(x, y[n], sum[m][n]);
+      const auto x = L::everywhere(p + m * ldp + t, slots - t);
+      for (int i = 0; i < N; ++i) sum[m][i] = L::add(x, y[i], sum[m][i]);
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) sum[m][n].store(out + m * ldo + n * W);
+    for (int i = 0; i < N; ++i) sum[m][i].store(out + m * ldo + i * W);
 }
 
-template <int M, int N, class T>
-void mix_rows(const float* p, int64_t ldp, const T* v, int64_t slots, int64_t ldv, int64_t width,
+// the same for all vectors, in parts of up to N
+template <int M, class L, class A, class Get>
+void mix_rows(const A* p, int64_t ldp, const Get& v, int64_t slots, int64_t vectors,
               const float* keep, float* out, int64_t ldo) {
+  constexpr int N = W == 16 ? (M == 4 ? 5 : 8) : M == 1 ? 8 : 8 / M;  // sums fit the registers
   int64_t i = 0;
-  for (; i + N * W <= width; i += N * W)
-    blend<M, N>(p, ldp, v + i, slots, ldv, keep, out + i, ldo);
-  if constexpr (N > 1) {
-    if (i < width) mix_rows<M, N / 2>(p, ldp, v + i, slots, ldv, width - i, keep, out + i, ldo);
-  } else {
-    for (; i < width; ++i)
-      for (int m = 0; m < M; ++m) {
-        float x = out[m * ldo + i] * keep[m];
-        for (int64_t t = 0; t < slots; ++t) x += p[m * ldp + t] * float(v[t * ldv + i]);
-        out[m * ldo + i] = x;
-      }
+  for (int64_t parts = (vectors + N - 1) / N; parts; --parts) {  // as even as they can be
+    const int64_t n = (vectors - i + parts - 1) / parts;
+    auto part = [v, i](int64_t step, int64_t j) { return v(step, i + j); };
+    blend<M, N, L>(n, p, ldp, part, slots, keep, out + i * W, ldo);
+    i += n;
   }
 }
 
-// out (rows, width) = keep (rows) * out + p (rows, slots) v, v (slots, width)
-template <class T>
-void mix(const float* p, int64_t rows, int64_t ldp, const T* v, int64_t slots, int64_t ldv,
+// out (rows, width) = keep (rows) * out + p (rows, slots) v, v (slots, width). out has room for
+// whole vectors.
+template <class A, class T>
+void mix(const A* p, int64_t rows, int64_t ldp, const T* v, int64_t slots, int64_t ldv,
          int64_t width, const float* keep, float* out, int64_t ldo) {
-  constexpr int N = W == 16 ? 4 : 2;  // 16 or 8 sums in registers
-  // a strip of slots at a time: memory is read row after row, and what is read again is near
-  const int64_t strip = std::max<int64_t>(8, 16384 / (width * sizeof(T)));
+  using L = Lanes<A, T>;
+  constexpr int64_t ROOM = 256;  // 16 or 8 KB
   const float ones[4] = {1.f, 1.f, 1.f, 1.f};
-  for (int64_t t = 0; t < slots; t += strip) {
-    const int64_t n = std::min(strip, slots - t);
-    const T* x = v + t * ldv;
-    auto kept = [&](int64_t m) { return t ? ones : keep + m; };
-    int64_t m = 0;
-    for (; m + 4 <= rows; m += 4)
-      mix_rows<4, N>(p + m * ldp + t, ldp, x, n, ldv, width, kept(m), out + m * ldo, ldo);
-    if (m + 2 <= rows) {
-      mix_rows<2, 2 * N>(p + m * ldp + t, ldp, x, n, ldv, width, kept(m), out + m * ldo, ldo);
-      m += 2;
+  const int64_t panel = ROOM / 4 * W;
+  typename L::X packed[ROOM];
+  for (int64_t first = 0; first < width; first += panel) {
+    const int64_t size = std::min(width - first, panel), vectors = whole(size) / W;
+    const int64_t strip = ROOM / vectors * L::DEPTH;  // slots that stay near
+    for (int64_t t = 0; t < slots; t += strip) {
+      const int64_t n = std::min(strip, slots - t);
+      const T* x = v + t * ldv + first;
+      auto kept = [&](int64_t m) { return t ? ones : keep + m; };
+      auto read = [=](int64_t step, int64_t i) {
+        const int64_t j = step * L::DEPTH;
+        return L::column(x + j * ldv + i * W, ldv, n - j, std::min(W, size - i * W));
+      };
+      if (rows == 1 && L::DEPTH == 1 && vectors <= 8) {  // in order as it is
+        mix_rows<1, L>(p + t, ldp, read, n, vectors, kept(0), out + first, ldo);
+        continue;
+      }
+      auto* y = packed;  // memory is read row after row
+      for (int64_t j = 0; j * L::DEPTH < n; ++j)
+        for (int64_t i = 0; i < vectors; ++i) {
+          for (int64_t k = 0; k < L::DEPTH; ++k)
+            soon(x + (j * L::DEPTH + k + strip) * ldv + i * W);
+          *y++ = read(j, i);
+        }
+      const typename L::X* near = packed;
+      auto get = [=](int64_t step, int64_t i) { return near[step * vectors + i]; };
+      float* to = out + first;
+      int64_t m = 0;
+      for (; m + 4 <= rows; m += 4)
+        mix_rows<4, L>(p + m * ldp + t, ldp, get, n, vectors, kept(m), to + m * ldo, ldo);
+      if (m + 2 <= rows) {
+        mix_rows<2, L>(p + m * ldp + t, ldp, get, n, vectors, kept(m), to + m * ldo, ldo);
+        m += 2;
+      }
+      if (m < rows)
+        mix_rows<1, L>(p + m * ldp + t, ldp, get, n, vectors, kept(m), to + m * ldo, ldo);
     }
-    if (m < rows)
-      mix_rows<1, 4 * N>(p + m * ldp + t, ldp, x, n, ldv, width, kept(m), out + m * ldo, ldo);
   }
 }
 
@@ -212,9 +304,9 @@ struct Task {  // what a thread is at: a sequence, and a unit of its heads
 
 // Everything but the scores. `scores(task, first, n, out)` fills out (rows, TILE) for n slots.
 template <class T, class Scores>
-Tensor attend(const Tensor& q, int64_t keys, const Tensor& v, const Tensor& span, const Maybe& bias,
-              const Maybe& slopes, const Scores& scores) {
-  const int64_t B = q.size(0), H = q.size(1), news = q.size(2), L = v.size(1), width = v.size(3);
+Tensor attend(const Tensor& q, int64_t keys, const Tensor& v, const Tensor& span, double scale,
+              const Maybe& bias, const Maybe& slopes, const Scores& scores) {
+  const int64_t B = q.size(0), H = q.size(1), news = q.size(2), L = v.size(1), width = v.size(3), room = whole(width);
   const int64_t units = std::gcd(keys, L), rows = H / units * news, latents = L / units;
   Tensor out = at::empty({B, H, news, width}, q.options());
   const int64_t* ends = span.const_data_ptr<int64_t>();
@@ -223,23 +315,25 @@ Tensor attend(const Tensor& q, int64_t keys, const Tensor& v, const Tensor& span
   for (int64_t b = 0; b < B; ++b) longest = std::max(longest, bounds(b)[1] - bounds(b)[0]);
   const int64_t wanted = (4 * at::get_num_threads() + B * units - 1) / (B * units);
   const int64_t splits = std::max<int64_t>(1, std::min(wanted, longest / 512));
-  const int64_t part = rows * (width + 2);  // sums, then peaks, then totals
+  const int64_t part = rows * (room + 2);  // sums, then peaks, then totals
   std::vector<float> parts(B * units * splits * part);
 
   at::parallel_for(0, B * units * splits, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> s(rows * TILE), keep(rows);
+    std::vector<Factor<T>> weights(rows * TILE);
     for (int64_t item = begin; item < end; ++item) {
       const Task task{item / splits / units, item / splits % units};
       const int64_t split = item % splits, *bound = bounds(task.b);
       const int64_t each = ((bound[1] - bound[0] + splits - 1) / splits + TILE - 1) / TILE * TILE;
       const int64_t from = bound[0] + split * each, to = std::min(bound[1], from + each);
-      float *sums = &parts[item * part], *peaks = sums + rows * width, *totals = peaks + rows;
+      float *sums = &parts[item * part], *peaks = sums + rows * room, *totals = peaks + rows;
       std::fill_n(peaks, rows, NEVER);
       for (int64_t t = from; t < to; t += TILE) {
         const int64_t n = std::min(TILE, to - t);
         scores(task, t, n, s.data());
         for (int64_t r = 0; r < rows; ++r) {
           float* row = &s[r * TILE];
+          for (int64_t i = 0; i < n; ++i) row[i] *= float(scale);
           const int64_t head = task.unit * (rows / news) + r / news;
           const float slope = slopes ? slopes->const_data_ptr<float>()[head] : 1.f;
           if (bias) {
@@ -261,12 +355,13 @@ Tensor attend(const Tensor& q, int64_t keys, const Tensor& v, const Tensor& span
           totals[r] = totals[r] * keep[r] + soften(row, n, peak);
           peaks[r] = peak;
         }
+        at::vec::convert(s.data(), weights.data(), rows * TILE);
         for (int64_t l = 0; l < latents; ++l) {
           const int64_t first = l * (rows / latents);
           const T* values = v.const_data_ptr<T>() + task.b * v.stride(0) +
                             (task.unit * latents + l) * v.stride(1) + t * v.stride(2);
-          mix(&s[first * TILE], rows / latents, TILE, values, n, v.stride(2), width, &keep[first],
-              sums + first * width, width);
+          mix(&weights[first * TILE], rows / latents, TILE, values, n, v.stride(2), width, &keep[first],
+              sums + first * room, room);
         }
       }
     }
@@ -278,23 +373,18 @@ Tensor attend(const Tensor& q, int64_t keys, const Tensor& v, const Tensor& span
       for (int64_t r = 0; r < rows; ++r) {
         float peak = NEVER, total = 0.f;
         auto at = [&](int64_t split) { return &parts[(item * splits + split) * part]; };
-        for (int64_t i = 0; i < splits; ++i) peak = std::max(peak, at(i)[rows * width + r]);
+        for (int64_t i = 0; i < splits; ++i) peak = std::max(peak, at(i)[rows * room + r]);
         std::vector<float> sum(width);
         for (int64_t i = 0; i < splits; ++i) {
           const float* p = at(i);
-          const float weight = std::exp(p[rows * width + r] - peak);
-          total += weight * p[rows * (width + 1) + r];
-          for (int64_t j = 0; j < width; ++j) sum[j] += weight * p[r * width + j];
+          const float weight = std::exp(p[rows * room + r] - peak);
+          total += weight * p[rows * (room + 1) + r];
+          for (int64_t j = 0; j < width; ++j) sum[j] += weight * p[r * room + j];
         }
         for (int64_t j = 0; j < width; ++j) y[(item * rows + r) * width + j] = T(sum[j] / total);
       }
   });
   return out;
-}
-
-// Queries (B, H, T, D) in fp32, one after the other
-Tensor queries(const Tensor& q, double scale) {
-  return q.to(at::kFloat).mul(scale).contiguous();
 }
 
 // The rows of latent l of sequence b, from slot t on: x (B, L, S, R) as the cache keeps it
@@ -305,19 +395,20 @@ const T* slots(const Tensor& x, int64_t b, int64_t l, int64_t t) {
 
 Tensor latent_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& span,
                      double scale, const Maybe& bias, const Maybe& slopes) {
-  const Tensor x = queries(q, scale);
   const int64_t K = k.size(1), rank = q.size(3), rows = q.size(1) / K * q.size(2);
   const int64_t latents = K / std::gcd(K, v.size(1));
   return DISPATCH(k, "latent_decode", [&] {
+    using A = Factor<scalar_t>;
+    const Tensor x = q.to(c10::CppTypeToScalarType<A>::value).contiguous();
     auto scores = [&](const Task& task, int64_t t, int64_t n, float* out) {
       for (int64_t i = 0; i < latents; ++i) {
         const int64_t l = task.unit * latents + i;
-        const float* a = x.const_data_ptr<float>() + (task.b * K + l) * rows * rank;
+        const A* a = x.const_data_ptr<A>() + (task.b * K + l) * rows * rank;
         multiply(a, rows, rank, slots<scalar_t>(k, task.b, l, t), n, k.stride(2), rank,
                  out + i * rows * TILE, TILE);
       }
     };
-    return attend<scalar_t>(q, K, v, span, bias, slopes, scores);
+    return attend<scalar_t>(q, K, v, span, scale, bias, slopes, scores);
   });
 }
 
@@ -344,7 +435,7 @@ Tensor turn(const Tensor& x, const Tensor& cos, const Tensor& sin) {
 Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Tensor& span,
                        double scale, const Tensor& cos, const Tensor& sin, const Tensor& up,
                        const Maybe& mean, int64_t block, const Maybe& bias) {
-  const Tensor x = queries(q, scale);
+  const Tensor x = q.to(at::kFloat).contiguous();
   const int64_t B = q.size(0), H = q.size(1), D = q.size(3), K = z.size(1), rank = z.size(3);
   const int64_t shared = up.size(2) / D, latents = K / std::gcd(K, v.size(1)), rows = H / K;
   const int64_t N = (span.select(1, 1).max().item<int64_t>() + block - 1) / block;
@@ -362,14 +453,16 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
     const Tensor turned = turn(x[b].squeeze(1), cos[own][0].narrow(0, 0, N).contiguous(),
                                sin[own][0].narrow(0, 0, N).contiguous())
                               .view({K * shared, -1, D});
-    u.push_back(at::bmm(turned.to(exact), maps).to(at::kFloat));  // (G, H / G N, R)
+    u.push_back(at::bmm(turned.to(exact), maps));  // (G, H / G N, R)
     if (mean) added.push_back(at::bmm(turned, mean->to(at::kFloat).transpose(1, 2)).contiguous());
   }
   return DISPATCH(z, "anchored_decode", [&] {
+    using A = Factor<scalar_t>;
+    for (Tensor& x : u) x = x.to(c10::CppTypeToScalarType<A>::value);
     auto scores = [&](const Task& task, int64_t t, int64_t n, float* out) {
       for (int64_t i = 0; i < latents; ++i) {
         const int64_t l = task.unit * latents + i;
-        const float* a = u[task.b].const_data_ptr<float>() + l * rows * N * rank;
+        const A* a = u[task.b].const_data_ptr<A>() + l * rows * N * rank;
         float* found = out + i * rows * TILE;
         for (int64_t from = t; from < t + n;) {
           const int64_t b = from / block, to = std::min(t + n, (b + 1) * block);
@@ -383,47 +476,51 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
         }
       }
     };
-    return attend<scalar_t>(q, K, v, span, bias, std::nullopt, scores);
+    return attend<scalar_t>(q, K, v, span, scale, bias, std::nullopt, scores);
   });
 }
 
 Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Tensor& span,
                      double scale, const Tensor& cos, const Tensor& sin, const Tensor& up,
                      const Maybe& mean, const Maybe& bias) {
-  const Tensor x = queries(q, scale);
+  const Tensor x = q.to(at::kFloat).contiguous();
   const int64_t H = q.size(1), D = q.size(3), K = z.size(1), rank = z.size(3), G = up.size(2) / D * K;
   const int64_t latents = K / std::gcd(K, v.size(1)), rows = H / G * q.size(2), half = D / 2;
+  const int64_t room = whole(D);
   const Tensor base = (mean ? mean->to(at::kFloat) : at::zeros({G, D}, x.options())).contiguous();
   return DISPATCH(z, "rotary_decode", [&] {
     auto scores = [&](const Task& task, int64_t t, int64_t n, float* out) {
-      std::vector<float> tile(n * rank), keys(n * D), ones(n, 1.f);
+      using A = Factor<scalar_t>;
+      std::vector<A> tile(n * rank);
+      std::vector<float> keys(n * room), ones(n, 1.f);
       const int64_t angles = ((cos.size(0) == 1 ? 0 : task.b) * cos.size(2) + t) * half;
       const float *c = cos.const_data_ptr<float>() + angles, *s = sin.const_data_ptr<float>() + angles;
       for (int64_t i = 0; i < latents; ++i) {
         const int64_t l = task.unit * latents + i;
         const scalar_t* latent = slots<scalar_t>(z, task.b, l, t);
         for (int64_t j = 0; j < n; ++j)
-          std::copy_n(latent + j * z.stride(2), rank, &tile[j * rank]);  // to fp32
+          std::copy_n(latent + j * z.stride(2), rank, &tile[j * rank]);
         for (int64_t g = 0; g < G / K; ++g) {  // lifted, rotated and compared, never written back
           const int64_t kv = l * (G / K) + g;
           for (int64_t j = 0; j < n; ++j)
-            std::copy_n(base.const_data_ptr<float>() + kv * D, D, &keys[j * D]);
+            std::copy_n(base.const_data_ptr<float>() + kv * D, D, &keys[j * room]);
           mix(tile.data(), n, rank, up.const_data_ptr<scalar_t>() + l * up.stride(0) + g * D, rank,
-              up.stride(1), D, ones.data(), keys.data(), D);
+              up.stride(1), D, ones.data(), keys.data(), room);
           for (int64_t j = 0; j < n; ++j)
-            for (int64_t d = 0; d < half; ++d) {
-              const float cj = c[j * half + d], sj = s[j * half + d];
-              float &a = keys[j * D + d], &b = keys[j * D + half + d];
-              const float turned = a * cj - b * sj;
-              b = b * cj + a * sj;
-              a = turned;
+            for (int64_t d = 0; d < half; d += W) {
+              const int64_t count = std::min(W, half - d);
+              float *to = &keys[j * room + d], *low = to + half;
+              const V a = load(to, count), b = load(low, count), cj = load(c + j * half + d, count),
+                      sj = load(s + j * half + d, count);
+              (a * cj - b * sj).store(to, count);
+              (b * cj + a * sj).store(low, count);
             }
           multiply(x.const_data_ptr<float>() + (task.b * G + kv) * rows * D, rows, D, keys.data(), n,
-                   D, D, out + (i * (G / K) + g) * rows * TILE, TILE);
+                   room, D, out + (i * (G / K) + g) * rows * TILE, TILE);
         }
       }
     };
-    return attend<scalar_t>(q, K, v, span, bias, std::nullopt, scores);
+    return attend<scalar_t>(q, K, v, span, scale, bias, std::nullopt, scores);
   });
 }
 

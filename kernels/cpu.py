@@ -25,6 +25,8 @@ def flags() -> list[str]:
     """Options for the compiler on this processor."""
     capability = torch.backends.cpu.get_cpu_capability()
     known = VECTORS.get(capability, [])
+    if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        known = [*known, "-mavx512bf16"]
     return ["-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability if known else 'DEFAULT'}", *known]
 
 
