@@ -38,7 +38,6 @@ class Case(NamedTuple):
     flops: int = 0  # of a matrix product that cannot be left out
 
 
-
 def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> dict[str, Case]:
     """What is measured for one shape."""
 
