@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import anchored_decode, latent_decode, rotary_decode
+from . import anchored_decode, latent_decode, rotary_decode, split
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TARGETS = {
@@ -57,6 +57,14 @@ class Case(NamedTuple):
     kernel: Any
     constants: dict[str, Any]
     dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of memory that one turn of the loop reads."""
+        c = self.constants
+        if "RK" not in c:
+            return int(c["WIDTH"] * c["TILE"] * 4)
+        return int((c["RK"] + c["RV"]) * c["TILE"] * self.dtype.itemsize)
 
 
 class Reading(NamedTuple):
@@ -97,6 +105,13 @@ def rotary(rk: int, rv: int, shared: int, lifted: int, head_dim: int = 128) -> C
     return Case(f"rotary {rk}/{rv} x{shared} of {lifted}", rotary_decode.kernel, shape)
 
 
+def merge(splits: int, width: int) -> Case:
+    """The second pass, which weighs the parts of all splits."""
+    shape = {"SPLITS": splits, "WIDTH": width, "BLOCK": triton.next_power_of_2(width)}
+    shape |= {"TILE": min(splits, 16), "num_warps": 4, "num_stages": 3}
+    return Case(f"merge {splits} of {width}", split._merge, shape)
+
+
 CASES = (
     *(latent(r, r) for r in (16, 32, 48, 64, 72, 80, 96, 112, 128)),
     *(latent(r, r, 4) for r in (64, 80, 96, 128)),
@@ -114,13 +129,17 @@ CASES = (
     *(rotary(r, 80, 1, 1) for r in (64, 80, 96)),
     rotary(160, 80, 4, 2),
     rotary(320, 80, 1, 4),
+    merge(32, 80),
+    merge(128, 320),
 )
 
 
 def compiled(case: Case, target: GPUTarget) -> Any:
     """The kernel as Triton compiles it when tensors are aligned and strides divide by 16."""
-    constants = {"K_SHARE": 1, "V_SHARE": 1, "UPCAST": False} | case.constants
-    constants |= {"K_SLOT": constants["RK"], "V_SLOT": constants["RV"]}
+    constants = dict(case.constants)
+    if "RK" in constants:
+        constants |= {"K_SHARE": 1, "V_SHARE": 1, "UPCAST": False}
+        constants |= {"K_SLOT": constants["RK"], "V_SLOT": constants["RV"]}
     if target.backend == "hip" and "HELD" in constants:
         constants["HELD"] = False
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
@@ -163,12 +182,11 @@ def read(case: Case, name: str) -> Reading:
     assert found, usage
     registers, spills = int(found[1]), int(found[2])
     loop = max(loops(text), key=len, default=[])
-    limits, size = LIMITS[name], case.dtype.itemsize
+    limits = LIMITS[name]
     per_warp = -(-registers * 32 // 256) * 256  # registers are given out in 256s
     blocks = (REGISTERS // per_warp // warps, limits.shared // (shared + 1024), WARPS // warps)
-    bytes_read = (case.constants["RK"] + case.constants["RV"]) * case.constants["TILE"] * size
     issue = len(loop) * warps / 4  # four schedulers, one instruction each per clock
-    ratio = issue / (bytes_read / limits.bytes_per_clock)
+    ratio = issue / (case.bytes_read / limits.bytes_per_clock)
     return Reading(registers, spills, shared, min(*blocks, MOST_BLOCKS), count(loop), ratio)
 
 

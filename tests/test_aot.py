@@ -15,6 +15,7 @@ CASES = (
     "latent 64/96",
     "latent 512",
     "anchored 320/80 x4 16",
+    "merge 128",
 )
 WITHOUT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
