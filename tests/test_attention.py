@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from eigenzoo.zoo.attention import (
+    Causal,
     causal_mask,
     latent_attention,
     latent_decode,
@@ -20,7 +21,7 @@ torch.manual_seed(0)
 def test_one_token_reads_what_a_prompt_reads(key_heads, latents, width):
     q, k = torch.randn(2, 6, 9, 8), torch.randn(2, key_heads, 9, 8)
     v = torch.randn(2, latents, 9, width)
-    prompt = latent_attention(q, k, v, None, 0.3)
+    prompt = latent_attention(q, k, v, Causal(), 0.3)
     for t in range(9):
         one = latent_decode(q[:, :, t : t + 1], k, v, torch.tensor([[0, t + 1]]), 0.3)
         torch.testing.assert_close(one[:, :, 0], prompt[:, :, t])
@@ -53,7 +54,7 @@ def test_padding_is_seen_by_nobody_but_itself():
 def test_a_few_tokens_see_as_far_as_themselves(new):
     q, k, v = torch.randn(2, 6, 9, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 2, 9, 5)
     few = latent_decode(q[:, :, -new:], k, v, torch.tensor([[0, 9]]), 0.3)
-    torch.testing.assert_close(few, latent_attention(q, k, v, None, 0.3)[:, :, -new:])
+    torch.testing.assert_close(few, latent_attention(q, k, v, Causal(), 0.3)[:, :, -new:])
 
 
 def test_one_token_begins_behind_padding_and_skips_it_between():

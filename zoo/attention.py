@@ -10,8 +10,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from .rope import rotate
+
+HIDDEN = -3e4  # what a score of padding is lowered by: enough, and fp16 holds it
 
 
 def causal_mask(pos: Tensor, slots: int, valid: Tensor | None = None) -> Tensor:
@@ -89,27 +92,101 @@ def one_token(pos: Tensor, visible: Tensor | None = None) -> Seen:
     )
 
 
-def latent_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+class Causal(NamedTuple):
+    """What new tokens in the last slots see: every slot up to their own, if it is no padding.
+
+    valid: (B, S), false where a slot holds padding. With slopes (H,), one a head (ALiBi), a score
+    falls by the slope for every position that lies between; position: (B or 1, S), whole numbers
+    below 2 ** 24. A token of padding sees padding, so as not to turn into NaN.
+    """
+
+    valid: Tensor | None = None
+    position: Tensor | None = None
+    slopes: Tensor | None = None
+
+
+Mask = Tensor | Causal | Seen  # a prompt's, as a matrix or in words, or one token's
+
+
+def latent_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Causal, scale: float
+) -> Tensor:
     """Softmax attention of a prompt, where keys and values may differ in heads and in width.
 
     q: (B, H, T, R), k: (B, K, S, R), v: (B, L, S, W) -> (B, H, T, W); K and L divide H.
     mask: (B or 1, H or 1, T, S), true where a token looks, or in fp32 what is added to the
-    scores; None means causal with T = S.
+    scores; `Causal` says the same of the last T slots, and no such matrix is made.
     """
-    # equal shapes keep SDPA on its flash path
-    width, heads = max(k.size(3), v.size(3)), math.lcm(k.size(1), v.size(1))
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
-    y = F.scaled_dot_product_attention(
-        _widen(q, width, q.size(1)),
-        _widen(k, width, heads),
-        _widen(v, width, heads),
-        mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=True,
-    )
+    if isinstance(mask, Causal):
+        q, k = _with_columns(q, k, mask, scale)
+    # equal shapes keep SDPA on its flash path; multiples of 8 are faster
+    heads = math.lcm(k.size(1), v.size(1))
+    width = -(-max(k.size(3), v.size(3)) // 8) * 8
+    wide = _widen(q, width, q.size(1)), _widen(k, width, heads), _widen(v, width, heads)
+    if isinstance(mask, Causal):
+        y = _causal(*wide, scale)
+    else:
+        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        y = F.scaled_dot_product_attention(*wide, mask, scale=scale, enable_gqa=True)
     return y[..., : v.size(3)]
+
+
+def _with_columns(q: Tensor, k: Tensor, seen: Causal, scale: float) -> tuple[Tensor, Tensor]:
+    """q and k behind columns of which the products are what is added to the scores.
+
+    A row of scores may be shifted as a whole, so that slope * (j - i) for slot j needs a column of
+    slopes and one of j. Both are cut into parts that 16 bits hold exactly, and the first column
+    takes about slope * i away, so that sums stay small where they count. Factors of 256 are for the
+    range of fp16.
+    """
+    left: list[Tensor] = []
+    right: list[Tensor] = []
+    if seen.slopes is not None and seen.position is not None:
+        slopes, position = seen.slopes[:, None, None] / scale, seen.position[:, None, :, None]
+        left.append(slopes * position[:, :, -q.size(2) :] / -256)
+        right.append(torch.full_like(slopes[:1], 256.0))
+        for slope in _parts(slopes * 256, 2, q.dtype):
+            for part in _parts(position / 256, 3, k.dtype):
+                left.append(slope)
+                right.append(part)
+    if seen.valid is not None:
+        left.append(torch.full_like(q[:1, :1, :1, :1], 1 / scale))
+        right.append(torch.where(seen.valid, 0.0, HIDDEN)[:, None, :, None])
+    return _behind(left, q), _behind(right, k)
+
+
+def _parts(x: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
+    """So many numbers of a dtype that sum up to x as nearly as they can."""
+    parts: list[Tensor] = []
+    for _ in range(count):
+        parts.append(x.to(dtype))
+        x = x - parts[-1].to(x.dtype)
+    return parts
+
+
+def _behind(columns: list[Tensor], x: Tensor) -> Tensor:
+    """x (B, h, n, w) behind columns that expand to (B, h, n, 1)."""
+    return torch.cat([c.to(x.dtype).expand(*x.shape[:3], 1) for c in columns] + [x], dim=3)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of T tokens in the last of S slots, each of which sees as far as itself.
+
+    q: (B, H, T, W), k, v: (B, h, S, W) -> (B, H, T, W); h divides H.
+    """
+    past = k.size(2) - q.size(2)
+    if past == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    if q.device.type != "cpu" or q.requires_grad:
+        seen = causal_lower_right(q.size(2), k.size(2))
+        return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
+    # for a CPU that would be a T x S matrix: what is past and what is new are read apart, and
+    # weighed by the sums of their softmaxes (which have no gradient)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    old, old_sum = flash(q, k[:, :, :past], v[:, :, :past], scale=scale)
+    new, new_sum = flash(q, k[:, :, past:], v[:, :, past:], is_causal=True, scale=scale)
+    weight = torch.sigmoid(new_sum - old_sum)[..., None]
+    return torch.lerp(old.to(weight.dtype), new.to(weight.dtype), weight).to(q.dtype)
 
 
 def latent_decode(

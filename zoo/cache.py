@@ -47,7 +47,10 @@ class StaticCache:
         return self.keys[layer], self.values[layer]
 
     def first(self, slots: int) -> "StaticCache":
-        """The first slots as a cache: a view, so what is written there is written here."""
+        """The first slots as a cache: a view, so what is written there is written here.
+
+        A prompt's next part is best given the slots up to its own: it reads all that it is given.
+        """
         view = copy(self)
         view.slots = slots
         view.keys = [x[:, :, :slots] for x in self.keys]

@@ -51,13 +51,17 @@ def _step(
     return model(tokens, pos, cache, valid, last=1)[:, -1]
 
 
-def _begin(
-    model: Model, tokens: Tensor, pos: Tensor, cache: StaticCache, valid: Tensor | None
+def _prompt(
+    model: Model, tokens: Tensor, filled: Tensor | None, cache: StaticCache, valid: Tensor | None
 ) -> Tensor:
-    """A step at the start of the cache, which reads no slot behind its own tokens."""
-    count = tokens.size(1)
-    cache, valid = cache.first(count), None if valid is None else valid[:, :count]
-    return _step(model, tokens, pos, cache, valid)
+    """A step of many tokens, which reads no slot behind its own.
+
+    filled: (S,), as long as the slots are that hold something then, None at the start; as a number
+    that length would be compiled into the graph.
+    """
+    end = (tokens[0] if filled is None else filled).size(0)
+    valid = None if valid is None else valid[:, :end]
+    return model(tokens, None, cache.first(end), valid, last=1)[:, -1]
 
 
 class Generator:
@@ -86,10 +90,8 @@ class Generator:
         prefill = compile if compile_prefill is None else compile_prefill
         if (compile or prefill) and device.type == "cpu":
             check_compiler()
-        compiled = torch.compile(_step, fullgraph=True)
-        self.decode = compiled if compile else _step
-        self.prefill = compiled if prefill else _step
-        self.begin = torch.compile(_begin, fullgraph=True) if prefill else _begin
+        self.decode = torch.compile(_step, fullgraph=True) if compile else _step
+        self.prompt = torch.compile(_prompt, fullgraph=True) if prefill else _prompt
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor, start: int) -> Tensor:
@@ -103,13 +105,14 @@ class Generator:
                 f"{batch} sequences of {start + count} tokens do not fit a cache for {self.batch} "
                 f"of {self.slots}: shorten the prompt or make a larger cache"
             )
-        pos = torch.arange(start, start + count, device=tokens.device)
-        if count > 1 and self.prefill is not _step:  # any other length takes the same graph
-            torch._dynamo.mark_dynamic(tokens, 1)
-            torch._dynamo.mark_dynamic(pos, 0)
         valid = self.valid if self.batch > 1 else None  # one sequence is never padded
-        step = self.decode if count == 1 else self.prefill if start else self.begin
-        return step(self.model, tokens, pos, self.cache, valid)
+        filled = torch.arange(start + count, device=tokens.device)
+        if count == 1:
+            return self.decode(self.model, tokens, filled[-1:], self.cache, valid)
+        if self.prompt is not _prompt:  # any other length takes the same graph
+            torch._dynamo.mark_dynamic(tokens, 1)
+            torch._dynamo.mark_dynamic(filled, 0)
+        return self.prompt(self.model, tokens, filled if start else None, self.cache, valid)
 
     def stream(
         self,

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Seen, absorb, anchored_decode, lift, lift_heads, rebuild, rotary_decode
+from .attention import Mask, Seen, absorb, anchored_decode, lift, lift_heads, rebuild, rotary_decode
 from .cache import StaticCache
 from .model import Config, LatentAttention, Model, parameter
 from .rope import frequencies, rotate
@@ -102,7 +102,7 @@ class Where(NamedTuple):
 
     slots: Angles
     new: Angles
-    mask: Tensor | Seen | None
+    mask: Mask
     offset: Angles | None = None  # of the new tokens within their blocks
     ahead: Angles | None = None  # of the one new token from the centre of every block
 
@@ -274,7 +274,7 @@ class Llama(Model):
         """Tokens (B, T) as vectors (B, T, width)."""
         return self.embed(tokens)
 
-    def where(self, position: Tensor, pos: Tensor, mask: Tensor | Seen | None) -> Where:
+    def where(self, position: Tensor, pos: Tensor, mask: Mask) -> Where:
         """Angles of every slot and of the new tokens, and the mask."""
         new = position[:, pos]
         cos, sin = self.rope(position, new)

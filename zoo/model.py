@@ -12,7 +12,15 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from .attention import Seen, causal_mask, latent_attention, latent_decode, one_token
+from .attention import (
+    Causal,
+    Mask,
+    Seen,
+    causal_mask,
+    latent_attention,
+    latent_decode,
+    one_token,
+)
 from .cache import Latent, StaticCache
 
 
@@ -172,7 +180,7 @@ class LatentAttention(nn.Module):
     o_proj: nn.Linear
     scale: float
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Seen | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """What queries (B, H, T, R) read of keys and values: (B, H, T, W)."""
         if isinstance(mask, Seen):
             return self.latent_decode(q, k, v, mask.span, self.scale, mask.bias, mask.slopes)
@@ -191,11 +199,12 @@ class Model(nn.Module):
         """Tokens (B, T) at positions (B or 1, T) as vectors (B, T, width)."""
         raise NotImplementedError
 
-    def where(self, position: Tensor, pos: Tensor, mask: Tensor | Seen | None) -> Any:
+    def where(self, position: Tensor, pos: Tensor, mask: Mask) -> Any:
         """What the layers' attention needs of positions and masks, made once for all of them.
 
-        position: (B or 1, S) of every slot; pos: (T,) slots of the new tokens; mask: for a prompt
-        as `causal_mask` makes it, None where it would be plainly causal; for one token `Seen`.
+        position: (B or 1, S) of every slot; pos: (T,) slots of the new tokens; mask: for one
+        token `Seen`; for a prompt `Causal`, or what `causal_mask` makes where the new tokens may
+        not be the last.
         """
         return mask
 
@@ -223,18 +232,19 @@ class Model(nn.Module):
     ) -> tuple[Tensor, Tensor, Any]:
         """What the first layer is given: x (B, T, width), slots (T,), and what `where` returns."""
         slots = tokens.size(1) if cache is None else cache.slots
+        last = pos is None or slots == tokens.size(1)  # then the new tokens take the last slots
         if pos is None:
-            pos = torch.arange(tokens.size(1), device=tokens.device)
+            pos = torch.arange(slots - tokens.size(1), slots, device=tokens.device)
         self.config.check_length(slots)
         if cache is not None:
             cache.check(tokens, pos)
         slot = torch.arange(slots, device=tokens.device)[None]
         position = slot if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
-        mask: Tensor | Seen | None = None
+        mask: Mask
         if tokens.size(1) == 1:
             mask = one_token(pos, None if valid is None else valid | (slot == pos))
-        elif valid is not None or slots > tokens.size(1):  # else the tokens fill all slots
-            mask = causal_mask(pos, slots, valid)
+        else:
+            mask = Causal(valid) if last else causal_mask(pos, slots, valid)
         where = self.where(position, pos, mask)
         return self.start(tokens, position[:, pos]), pos, where
 
@@ -262,9 +272,9 @@ class Model(nn.Module):
         """tokens (B, T) -> logits (B, T, vocabulary), or of the `last` tokens only.
 
         pos: (T,) slots that the tokens take in the cache, one row for the whole batch; by default
-        the first T. Without a cache the tokens see one another only. valid: (B, S), false at
-        slots that hold padding; positions are counted over the true ones. Raises ValueError if
-        the tokens do not fit the cache.
+        the last T, which is faster for a prompt: see `StaticCache.first`. Without a cache the
+        tokens see one another only. valid: (B, S), false at slots that hold padding; positions
+        are counted over the true ones. Raises ValueError if the tokens do not fit the cache.
         """
         return self.head(self.hidden(tokens, pos, cache, valid)[:, -last:])
 

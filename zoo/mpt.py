@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Seen, absorb, alibi_slopes, causal_mask, lift_heads
+from .attention import Causal, Mask, Seen, absorb, alibi_slopes, lift_heads
 from .cache import StaticCache
 from .model import Config, LatentAttention, Model, parameter
 
@@ -196,9 +196,7 @@ class Attention(LatentAttention):
         self.k_down = parameter(k.heads, k_n, k.width) if k_down else None
         self.v_down = parameter(v.heads, v_n, v.width) if v_down else None
 
-    def forward(
-        self, x: Tensor, pos: Tensor, mask: Tensor | Seen | None, cache: StaticCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: StaticCache | None) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D or R)
         k = _encode(self.k_proj(x), self.k.heads, self.k_down)  # (B, L, T, R)
@@ -245,9 +243,7 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, pos: Tensor, mask: Tensor | Seen | None, cache: StaticCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: StaticCache | None) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
         x = x + self.attn(self.attn_norm(x), pos, mask, cache)
         return x + self.mlp(self.mlp_norm(x))
@@ -276,10 +272,8 @@ class MPT(Model):
         x = self.embed(tokens)
         return x if self.positions is None else x + self.positions(position)
 
-    def where(
-        self, position: Tensor, pos: Tensor, mask: Tensor | Seen | None
-    ) -> Tensor | Seen | None:
-        """With ALiBi what is added to the scores: for a prompt (B or 1, H, T, S) in fp32."""
+    def where(self, position: Tensor, pos: Tensor, mask: Mask) -> Mask:
+        """With ALiBi its slopes, or what they add to the scores: (B or 1, H, T, S) in fp32."""
         if not self.config.alibi:
             return mask
         slopes = alibi_slopes(self.config.num_attention_heads, self.config.alibi_bias_max)
@@ -287,8 +281,8 @@ class MPT(Model):
         if isinstance(mask, Seen):  # without padding, positions are slots
             bias = None if mask.bias is None else mask.bias + (position - position[:, pos])
             return mask._replace(bias=bias, slopes=slopes)
-        if mask is None:
-            mask = causal_mask(pos, position.size(1))
+        if isinstance(mask, Causal):
+            return mask._replace(position=position, slopes=slopes)
         ahead = position[:, None] - position[:, pos, None]  # (B or 1, T, S), 0 or less where seen
         bias = slopes[:, None, None] * ahead[:, None]
         return bias.masked_fill(~mask, -torch.inf)

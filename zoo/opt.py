@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Seen, absorb, lift_heads
+from .attention import Mask, absorb, lift_heads
 from .cache import StaticCache
 from .model import Config, LatentAttention, Model, parameter
 
@@ -125,9 +125,7 @@ class Attention(LatentAttention):
         self.k_up = parameter(k.heads, k.width, shared[0] * d) if k_up else None
         self.v_up = parameter(read.heads, read.width, shared[1] * d) if v_up else None
 
-    def forward(
-        self, x: Tensor, pos: Tensor, mask: Tensor | Seen | None, cache: StaticCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: StaticCache | None) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D or R)
         k = self.k_proj(x).unflatten(-1, (self.k.heads, -1)).transpose(1, 2)  # (B, L, T, R)
@@ -170,9 +168,7 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, pos: Tensor, mask: Tensor | Seen | None, cache: StaticCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: StaticCache | None) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
         if self.norm_before:
             x = x + self.attn(self.attn_norm(x), pos, mask, cache)

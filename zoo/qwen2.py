@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from .attention import Seen, causal_mask, one_token
+from .attention import Causal, Mask, Seen, causal_mask, one_token
 from .cache import StaticCache
 from .llama import Block, Llama, LlamaConfig, Where
 
@@ -52,7 +52,7 @@ class Qwen2(Llama):
     block = WindowedBlock
 
     def where(  # type: ignore[override]
-        self, position: Tensor, pos: Tensor, mask: Tensor | Seen | None
+        self, position: Tensor, pos: Tensor, mask: Mask
     ) -> dict[int, Where]:
         """What Llama's attention needs, for every window there is."""
         full = super().where(position, pos, mask)
@@ -64,6 +64,7 @@ class Qwen2(Llama):
                 visible = near if mask.bias is None else near & (mask.bias == 0)
                 found[window] = full._replace(mask=one_token(pos, visible))
                 continue
-            seen = causal_mask(pos, position.size(1)) if mask is None else mask
-            found[window] = full._replace(mask=seen & (ahead > -window)[:, None])
+            if isinstance(mask, Causal):
+                mask = causal_mask(pos, position.size(1), mask.valid)
+            found[window] = full._replace(mask=mask & (ahead > -window)[:, None])
         return found
