@@ -1,12 +1,19 @@
+from itertools import pairwise
+
 import pytest
 import tiny
 import torch
+from torch.testing import assert_close
 
 from eigenzoo.zoo import generate
 from eigenzoo.zoo.compress import Settings, compress
 from eigenzoo.zoo.generate import Generator, Sampling, answer, choose, sample_text
 
 PROMPTS = [[5, 9, 33, 7, 120], [8, 41], [99, 3, 17, 200, 12, 77, 64, 5, 31]]
+
+
+def close(got, want):
+    assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
@@ -63,6 +70,39 @@ def test_a_compiled_batch_of_different_lengths_answers_each_as_alone(model):
     with torch.compiler.set_stance("fail_on_recompile"):
         longer = [p + p for p in PROMPTS]
         assert tokens_of(generator, longer, 10) == [recomputed(model, p, 10) for p in longer]
+
+
+def parts(generator: Generator, tokens: torch.Tensor, *ends: int) -> torch.Tensor:
+    """What a prompt that comes in parts, as a chat does, leads to."""
+    for start, end in pairwise((0, *ends)):
+        logits = generator.advance(tokens[:, start:end].clone(), start)
+    return logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["lifted", "alibi", "windows"], indirect=True)
+def test_later_parts_of_a_prompt_take_one_graph_of_any_length(model):
+    torch._dynamo.reset()
+    tokens = tiny.tokens(2, 40)
+    generator, plain = Generator(model, 2, 41), Generator(model, 2, 41, compile=False)
+    parts(generator, tokens, 9, 20)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = parts(generator, tokens, 11, 14, 40)
+    close(got, parts(plain, tokens, 40))
+
+
+def test_a_long_prompt_is_run_in_parts(model, monkeypatch):
+    tokens, generator = tiny.tokens(2, 40), Generator(model, 2, 40, compile=False)
+    want = generator.advance(tokens, 0)
+    monkeypatch.setattr(generate, "PART", 13)
+    close(generator.advance(tokens, 0), want)
+
+
+@pytest.mark.parametrize("padding", [0, 15])
+def test_parts_of_a_prompt_lead_where_the_whole_does(model, padding):
+    tokens, generator = tiny.tokens(2, 40), Generator(model, 2, 50, compile=False)
+    generator.valid[0, :padding] = False
+    close(parts(generator, tokens, 9, 12, 13, 40), parts(generator, tokens, 40))
 
 
 def test_steps_without_a_compiler_equal_recomputing(model):

@@ -177,7 +177,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     past = k.size(2) - q.size(2)
     if past == 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    if q.device.type != "cpu" or q.requires_grad:
+    if q.device.type != "cpu" or q.requires_grad or k.requires_grad:
         seen = causal_lower_right(q.size(2), k.size(2))
         return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
     # for a CPU that would be a T x S matrix: what is past and what is new are read apart, and

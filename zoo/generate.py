@@ -13,6 +13,8 @@ from tqdm import tqdm
 from .cache import StaticCache
 from .model import Model
 
+PART = 2048  # tokens of a prompt at once: more take memory in proportion and are no faster
+
 
 class Sampling(NamedTuple):
     """How the next token is chosen; temperature 0 takes the likeliest."""
@@ -52,14 +54,13 @@ def _step(
 
 
 def _prompt(
-    model: Model, tokens: Tensor, filled: Tensor | None, cache: StaticCache, valid: Tensor | None
+    model: Model, tokens: Tensor, past: Tensor, cache: StaticCache, valid: Tensor | None
 ) -> Tensor:
     """A step of many tokens, which reads no slot behind its own.
 
-    filled: (S,), as long as the slots are that hold something then, None at the start; as a number
-    that length would be compiled into the graph.
+    past: the slots before; as a number, how many there are would be compiled into the graph.
     """
-    end = (tokens[0] if filled is None else filled).size(0)
+    end = past.size(0) + tokens.size(1)
     valid = None if valid is None else valid[:, :end]
     return model(tokens, None, cache.first(end), valid, last=1)[:, -1]
 
@@ -105,14 +106,21 @@ class Generator:
                 f"{batch} sequences of {start + count} tokens do not fit a cache for {self.batch} "
                 f"of {self.slots}: shorten the prompt or make a larger cache"
             )
-        valid = self.valid if self.batch > 1 else None  # one sequence is never padded
-        filled = torch.arange(start + count, device=tokens.device)
+        for part in tokens.split(PART, dim=1):
+            logits = self._step(part.contiguous(), start)
+            start += part.size(1)
+        return logits
+
+    def _step(self, tokens: Tensor, start: int) -> Tensor:
+        count, valid = tokens.size(1), self.valid if self.batch > 1 else None  # one has no padding
+        past, pos = torch.arange(start + count, device=tokens.device).split([start, count])
         if count == 1:
-            return self.decode(self.model, tokens, filled[-1:], self.cache, valid)
+            return self.decode(self.model, tokens, pos, self.cache, valid)
         if self.prompt is not _prompt:  # any other length takes the same graph
             torch._dynamo.mark_dynamic(tokens, 1)
-            torch._dynamo.mark_dynamic(filled, 0)
-        return self.prompt(self.model, tokens, filled if start else None, self.cache, valid)
+            if start > 1:  # none is another graph: then nothing is past
+                torch._dynamo.mark_dynamic(past, 0)
+        return self.prompt(self.model, tokens, past, self.cache, valid)
 
     def stream(
         self,

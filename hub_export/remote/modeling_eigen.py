@@ -92,14 +92,16 @@ class EigenPreTrainedModel(PreTrainedModel):
         count = input_ids.size(1)
         past = 0 if cache is None else cache.get_seq_length()
         slots = past + count
-        if cache is not None and cache.is_compileable:
+        fixed = cache is not None and cache.is_compileable
+        if cache is not None and fixed:
             slots = cache.get_max_length()
         pos = torch.arange(count, device=input_ids.device) + past
         valid = _valid_slots(attention_mask, slots)
         if position_ids is not None and not torch.compiler.is_compiling():
             _check_positions(position_ids, valid, pos)
         native = None if cache is None else LatentCache(cache, slots)
-        return self.model.hidden(input_ids, pos, native, valid), cache
+        # a growing cache ends with the new tokens, and that is faster to know
+        return self.model.hidden(input_ids, pos if fixed else None, native, valid), cache
 
 
 def _valid_slots(mask: Tensor | None, slots: int) -> Tensor | None:
