@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.allocate import greedy, proportional, threshold_rank
+from eigenzoo.zoo.allocate import few_pairs, greedy, proportional, threshold_rank
 from eigenzoo.zoo.basis import Basis, LayerBasis
 from eigenzoo.zoo.llama import LlamaConfig
 
@@ -88,6 +88,73 @@ def test_proportional_ranks_meet_the_budget(keep):
     ranks = proportional(config(), bases(1, 32), [(1, 2), (90, 0.1)], keep, multiple=4)
     assert keep * 128 - 4 < cost(ranks) <= keep * 128
     assert all(r % 4 == 0 for r in (*ranks.k, *ranks.v))
+
+
+def loss(units, ranks) -> float:
+    sides = zip(units, *ranks, strict=True)
+    return sum(float(k.errors()[rk] + v.errors()[rv]) for (k, v), rk, rv in sides)
+
+
+def distinct(ranks) -> int:
+    return len(set(zip(*ranks, strict=True)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.9])
+def test_few_pairs_are_few_within_the_bytes_and_lose_no_more_than_equal_ranks(count, keep):
+    units, sizes = bases(1, 32, layers=7), config(layers=7)
+    ranks = few_pairs(sizes, units, count, keep, multiple=2)
+    assert distinct(ranks) <= count
+    assert cost(ranks) <= keep * 7 * 64
+    each = int(keep * 32) // 2 * 2
+    alike = (each,) * 7
+    assert loss(units, ranks) <= loss(units, (alike, alike)) + 1e-9
+
+
+def test_more_pairs_lose_less():
+    units, sizes = bases(1, 32, layers=7), config(layers=7)
+    losses = [loss(units, few_pairs(sizes, units, n, 0.5, multiple=2)) for n in range(1, 8)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_as_many_pairs_as_layers_change_nothing():
+    units, sizes = bases(1, 32, layers=7), config(layers=7)
+    assert few_pairs(sizes, units, 7, 0.5, 2) == greedy(sizes, units, 0.5, 2)
+
+
+def test_two_kinds_of_layers_are_the_two_groups():
+    light, heavy = bases(1, 32)
+    heavy = heavy._replace(k=heavy.k._replace(spectrum=heavy.k.spectrum * 50))
+    units, sizes = [light, heavy, heavy, light, heavy], config(layers=5)
+    assert few_pairs(sizes, units, 2, 0.5, 2) == greedy(sizes, units, 0.5, 2)
+    assert distinct(few_pairs(sizes, units, 1, 0.5, 2)) == 1
+
+
+def test_few_pairs_are_even_where_columns_are_pairs_and_leave_whole_keys_whole():
+    units, sizes = bases(1, 32, layers=5), config(layers=5)
+    paired = [x._replace(k=x.k._replace(pairs=torch.zeros(1, 16))) for x in units]
+    ranks = few_pairs(sizes, paired, 2, 0.5, multiple=3)
+    assert all(r % 6 == 0 or r == 32 for r in ranks.k)
+    whole = few_pairs(sizes, units, 2, 0.75, 2, whole_keys=True)
+    assert set(whole.k) == {32}
+    assert distinct(whole) <= 2
+
+
+def test_few_joint_latents():
+    joint = [x._replace(v=None) for x in bases(1, 64, layers=5)]
+    ranks = few_pairs(config(layers=5), joint, 2, 0.5, multiple=2)
+    assert distinct(ranks) <= 2
+    assert sum(ranks.k) <= 0.5 * 5 * 64
+    assert set(ranks.v) == {0}
+
+
+def test_few_pairs_of_ranks_in_proportion_to_weights():
+    weights = [(1, 2), (4, 3), (1, 2), (4, 2)]
+    units, sizes = bases(1, 32, layers=4), config(layers=4)
+    ranks = proportional(sizes, units, weights, 0.5, 1, count=2)
+    assert distinct(ranks) == 2
+    assert cost(ranks) <= 0.5 * 4 * 64
+    assert ranks.k[1] > ranks.k[0]
 
 
 @pytest.mark.parametrize("keep", [0, -0.1, 1.01, float("nan")])

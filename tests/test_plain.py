@@ -71,7 +71,7 @@ def test_a_plain_checkpoint_is_decoded_and_compressed_as_any_other(tmp_path):
     )
     plain = load(str(tmp_path / "out"))
     assert not torch.equal(plain.model.head.weight, plain.model.embed.weight)
-    (tokens,), _ = answer(Generator(plain.model, 1, 20, compile=False), [[5, 6, 7]], 9, stop=[])
+    (tokens,), *_ = answer(Generator(plain.model, 1, 20, compile=False), [[5, 6, 7]], 9, stop=[])
     assert len(tokens) == 9
     compress_checkpoint(plain, tmp_path / "again", Settings(keep=0.5), **options)
     again = load(str(tmp_path / "again")).model.config

@@ -66,18 +66,97 @@ def greedy(
     return Ranks(tuple(ranks[0::2]), tuple(ranks[1::2]))
 
 
+def few_pairs(
+    config: Config,
+    bases: Sequence[LayerBasis],
+    count: int | None,
+    keep: float,
+    multiple: int = 8,
+    whole_keys: bool = False,
+) -> Ranks:
+    """`greedy` with at most `count` distinct pairs (k, v) of ranks over the layers; None: any.
+
+    Layers that share their ranks are one to `greedy`, with the sums of their errors. Groups of them
+    are found by merging two at a time, those that lose least by it where every number costs what
+    the last one is worth to `greedy` without groups. Limits and errors are those of `greedy`.
+    """
+    ranks = greedy(config, bases, keep, multiple, whole_keys)
+    if count is None or len(set(zip(*ranks, strict=True))) <= count:
+        return ranks
+    groups = _groups(bases, ranks, count, multiple, whole_keys)
+    merged = [_merged([bases[i] for i in group]) for group in groups]
+    shared = greedy(config, merged, keep, multiple, whole_keys)
+    of = {layer: g for g, group in enumerate(groups) for layer in group}
+    k, v = (tuple(side[of[i]] for i in range(len(bases))) for side in shared)
+    return Ranks(k, v)
+
+
+def _merged(bases: Sequence[LayerBasis]) -> LayerBasis:
+    """Layers of equal ranks as one: what a rank costs, and what it leaves, are their sums."""
+
+    def side(units: Sequence[Basis]) -> Basis:
+        return units[0]._replace(spectrum=torch.cat([b.spectrum for b in units]))
+
+    v = [b.v for b in bases if b.v is not None]
+    return LayerBasis(side([b.k for b in bases]), side(v) if v else None)
+
+
+def _groups(
+    bases: Sequence[LayerBasis], ranks: Ranks, count: int, multiple: int, whole_keys: bool
+) -> list[list[int]]:
+    """The layers in `count` groups that lose little by equal ranks; ranks: without groups."""
+    v = [b.v for b in bases if b.v is not None]
+    sides = [([b.k for b in bases], ranks.k)] * (not whole_keys) + [(v, ranks.v)] * bool(v)
+    price = min(_worth(b, r, multiple) for side in sides for b, r in zip(*side, strict=True))
+    bills = [torch.stack([_bill(b, price, multiple) for b in units]) for units, _ in sides]
+    groups = [[i] for i in range(len(bases))]
+    while len(groups) > count:
+        a, b = divmod(int(torch.stack([_loss(x) for x in bills]).sum(0).argmin()), len(groups))
+        groups[a] += groups.pop(b)
+        for x in bills:
+            x[a] += x[b]
+        bills = [torch.cat((x[:b], x[b + 1 :])) for x in bills]
+    return groups
+
+
+def _worth(basis: Basis, rank: int, multiple: int) -> float:
+    """Error that a number of the last step up to a rank takes away."""
+    cut, errors = _cuts(basis, multiple), basis.errors()
+    at = cut.index(rank)
+    if at == 0:
+        return torch.inf
+    return float(errors[cut[at - 1]] - errors[rank]) / (rank - cut[at - 1]) / len(basis.spectrum)
+
+
+def _bill(basis: Basis, price: float, multiple: int) -> Tensor:
+    """Error and price of all numbers, for every rank that a unit may take."""
+    cut = _cuts(basis, multiple)
+    return basis.errors()[cut] + price * len(basis.spectrum) * basis.spectrum.new_tensor(cut)
+
+
+def _loss(bills: Tensor) -> Tensor:
+    """By how much two groups pay more with equal ranks than each with its best: (n, n), a < b.
+
+    bills: (n, ranks), sums over the layers of a group. Infinite where a >= b.
+    """
+    best = bills.amin(1)
+    more = (bills[:, None] + bills).amin(2) - best[:, None] - best
+    return more.masked_fill(torch.ones_like(more).tril().bool(), torch.inf)
+
+
 def proportional(
     config: Config,
     bases: Sequence[LayerBasis],
     weights: Sequence[tuple[float, float]],
     keep: float,
     multiple: int = 8,
+    count: int | None = None,
 ) -> Ranks:
     """Spend one budget so that latents of keys, and of values, get ranks as their weights are.
 
     weights: one pair a layer. A unit whose next rank r gains weight / r makes `greedy` the divisor
     method of apportionment (D'Hondt), and what one that is full cannot take goes to the others.
-    Limits, rounding and errors are those of `greedy`.
+    Limits, rounding and errors are those of `greedy`; count: as in `few_pairs`.
     """
 
     def falling(basis: Basis, weight: float) -> Basis:
@@ -88,7 +167,7 @@ def proportional(
         LayerBasis(falling(k, w_k), None if v is None else falling(v, w_v))
         for (k, v), (w_k, w_v) in zip(bases, weights, strict=True)
     ]
-    return greedy(config, given, keep, multiple)
+    return few_pairs(config, given, count, keep, multiple)
 
 
 def _cuts(basis: Basis, multiple: int) -> list[int]:

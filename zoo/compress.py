@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .allocate import Ranks, check_keep, greedy, proportional
+from .allocate import Ranks, check_keep, few_pairs, proportional
 from .basis import METHODS, LayerBasis, Method
 from .calibrate import calibrate
 from .fold import fold
@@ -33,7 +33,8 @@ class Settings(NamedTuple):
     `uniform`: the same ranks in all layers, for keys and values alike. damping: of the Fisher
     metric, None for the method's own. The last two are there to measure what they are worth.
     refit: names in `REFITS`, fitted to the calibration tokens after all else, None for the
-    method's own.
+    method's own. rank_pairs: at most so many distinct pairs of ranks over the layers, which then
+    compile faster; None for any.
     """
 
     method: str = "fisher"
@@ -48,6 +49,7 @@ class Settings(NamedTuple):
     budget: str = "global"
     damping: float | None = None
     refit: tuple[str, ...] | None = None
+    rank_pairs: int | None = None
 
     def check(self) -> None:
         """Raise ValueError for settings that fit no model, before anything long begins."""
@@ -60,6 +62,13 @@ class Settings(NamedTuple):
             raise ValueError(f"an error budget goes with eigen, not with {self.method}: use keep")
         if self.error_budget is not None and not self.error_budget >= 0:
             raise ValueError(f"the error budget is {self.error_budget}: expected 0 or more")
+        if self.rank_pairs is not None and self.rank_pairs < 1:
+            raise ValueError(f"rank pairs is {self.rank_pairs}: expected at least 1")
+        if self.rank_pairs is not None and self.method == "eigen":
+            raise ValueError(
+                "eigen finds the ranks of every layer by itself: leave rank pairs out, or choose "
+                "another method"
+            )
         if self.keys not in KEYS:
             raise ValueError(f"keys {self.keys!r} is unknown: expected one of {', '.join(KEYS)}")
         if self.anchor_block is not None and self.anchor_block < 2:
@@ -238,9 +247,10 @@ def compress(
         search = search or error_search(model, tokens, settings, seen)
     bases = search.bases if search else method.bases(model, seen, **options)
     found: list[dict[str, Any]] = [{} for _ in bases]
+    keep, multiple = settings.keep, settings.rank_multiple
     if search:
         budget = settings.error_budget
-        budget = search.meet(settings.keep) if budget is None else budget
+        budget = search.meet(keep) if budget is None else budget
         settings, chosen = settings._replace(error_budget=budget), search.choose(budget)
         ranks = ranks_of(chosen)
         found = [{"threshold": s.threshold, "output_error": s.error} for s in chosen]
@@ -250,11 +260,10 @@ def compress(
     elif method.ranks is not None or settings.budget == "uniform":
         alike = [(1.0, 1.0)] * len(bases)
         weights = method.ranks(model, seen) if method.ranks else alike
-        multiple = settings.rank_multiple
-        ranks = proportional(model.config, bases, weights, settings.keep, multiple)
+        ranks = proportional(model.config, bases, weights, keep, multiple, settings.rank_pairs)
     else:
         whole = settings.keys == "full"
-        ranks = greedy(model.config, bases, settings.keep, settings.rank_multiple, whole)
+        ranks = few_pairs(model.config, bases, settings.rank_pairs, keep, multiple, whole)
     layers = [_report(*x) for x in zip(bases, *ranks, strict=True)]
     layers = [a | b for a, b in zip(layers, found, strict=True)]
     anchor = settings.anchor(model.config)

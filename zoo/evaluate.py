@@ -92,7 +92,7 @@ def compare(
     rows: dict[str, dict[str, Any]] = {}
     for (name, model), generator in zip(models.items(), generators, strict=True):
         new = min(48, context - len(prompt))
-        (tokens_of_answer,), _ = answer(generator, [prompt], new, stop=stop)
+        (tokens_of_answer,), *_ = answer(generator, [prompt], new, stop=stop)
         quality = perplexity(model, tokens, 1024, windows)
         rows[name] = (
             quality._asdict() | kv_bytes(model.config, model.dtype) | {"answer": tokens_of_answer}

@@ -54,6 +54,13 @@ def compress(
         ),
     ] = "separate",
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
+    rank_pairs: Annotated[
+        int | None,
+        typer.Option(
+            help="At most so many distinct pairs of ranks, of keys and of values, over the layers: "
+            "fewer compile faster. [default: any]"
+        ),
+    ] = None,
     refit: Refit = "auto",
     calibration: Calibration = "self",
     samples: Samples = 32,
@@ -91,6 +98,7 @@ def compress(
         keys=keys,
         anchor_block=anchor_block,
         refit=parse_refit(refit),
+        rank_pairs=rank_pairs,
     )
     settings.check()
     check_free(out, force)

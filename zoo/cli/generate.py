@@ -54,6 +54,7 @@ def generate(
     from ..checkpoint import stop_tokens
     from ..data import encode_prompt
     from ..generate import Generator, Sampling, answer
+    from ..memory import peak, reset_peak
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
@@ -70,7 +71,8 @@ def generate(
     live = len(ids) == 1 and not as_json
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if live else None
     show = (lambda tokens: streamer.put(tokens.cpu())) if streamer else None
-    rows, speed = answer(generator, ids, max_new_tokens, sampling, stop, show)
+    reset_peak(model.device)  # loading may have held more
+    rows, speed, first, compiled = answer(generator, ids, max_new_tokens, sampling, stop, show)
     if streamer:
         streamer.end()
     outputs = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
@@ -78,6 +80,9 @@ def generate(
         "outputs": outputs,
         "new_tokens": [len(row) for row in rows],
         "decode_tokens_per_second": speed,
+        "first_token_seconds": first,
+        "compile_seconds": compiled,
+        "peak_memory": peak(model.device),
         "cache_slots": slots,
         "cache_bytes": generator.cache.nbytes,
     } | kv_bytes(model.config, model.dtype)
@@ -89,7 +94,10 @@ def generate(
     say(
         f"{sum(found['new_tokens'])} tokens"
         + (f", {speed:.1f} tokens/s" if speed else "")
-        + f"; {slots} cache slots, {found['cache_bytes']} bytes, "
+        + f", the first after {first:.1f} s"
+        + (f", {compiled:.1f} s of all in the compiler" if compiled else "")
+        + f"; {found['peak_memory'] / 2**20:.0f} MiB at most, {slots} cache slots, "
+        f"{found['cache_bytes']} bytes, "
         f"{found['kv_share']:.1%} of the uncompressed"
     )
 

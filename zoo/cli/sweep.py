@@ -53,6 +53,9 @@ def sweep(
     rank_multiple: Annotated[
         list[int] | None, typer.Option(help="As in compress; repeat for more. [default: 8]")
     ] = None,
+    rank_pairs: Annotated[
+        list[int] | None, typer.Option(help="As in compress; repeat for more. [default: any]")
+    ] = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(help="global or uniform ranks; repeat for both. [default: global]"),
@@ -135,6 +138,7 @@ def sweep(
             "anchor_block": anchor_block or [None],
             "latent": latent or ["separate"],
             "rank_multiple": rank_multiple or [8],
+            "rank_pairs": rank_pairs or [None],
             "budget": budget or ["global"],
             "damping": damping or [None],
             "refit": [parse_refit(x) for x in refit or ["auto"]],
