@@ -65,3 +65,13 @@ def test_cpu_ops_are_timed_beside_sdpa():
     assert {row["shape"] for row in found} == {"multi-head", "grouped"}
     assert all(row["milliseconds"] > 0 for row in found)
     assert [row["speedup"] for row in found if row["case"] == "sdpa"] == [1, 1]
+
+
+@pytest.mark.slow
+def test_prompts_are_timed_with_and_without_a_matrix():
+    words = [sys.executable, FILES / "prompts.py", "--slots", "64", "--part", "16", "--rounds", "1"]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["case"] for row in found} == {"plain", "padded", "ALiBi"}
+    assert {row["tokens"] for row in found} == {16, 64}
+    assert all(row["causal_milliseconds"] > 0 < row["matrix_milliseconds"] for row in found)

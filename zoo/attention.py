@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from .rope import rotate
 
@@ -115,7 +114,7 @@ def latent_attention(
 
     q: (B, H, T, R), k: (B, K, S, R), v: (B, L, S, W) -> (B, H, T, W); K and L divide H.
     mask: (B or 1, H or 1, T, S), true where a token looks, or in fp32 what is added to the
-    scores; `Causal` says the same of the last T slots, and no such matrix is made.
+    scores; `Causal` says the same of the last T slots, and needs no such matrix.
     """
     if isinstance(mask, Causal):
         q, k = _with_columns(q, k, mask, scale)
@@ -178,10 +177,10 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if past == 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     if q.device.type != "cpu" or q.requires_grad or k.requires_grad:
-        seen = causal_lower_right(q.size(2), k.size(2))
+        seen = causal_mask(torch.arange(past, k.size(2), device=q.device), k.size(2))
         return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
-    # for a CPU that would be a T x S matrix: what is past and what is new are read apart, and
-    # weighed by the sums of their softmaxes (which have no gradient)
+    # without that T x S matrix: what is past and what is new are read apart, and weighed by the
+    # sums of their softmaxes, which PyTorch gives without a gradient
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     old, old_sum = flash(q, k[:, :, :past], v[:, :, :past], scale=scale)
     new, new_sum = flash(q, k[:, :, past:], v[:, :, past:], is_causal=True, scale=scale)
