@@ -16,7 +16,7 @@ def test_bytes_are_those_of_the_compressed_widths():
 def test_writes_land_in_their_slots_and_nowhere_else():
     cache = StaticCache(LATENTS, batch=1, slots=5)
     k, v = torch.ones(1, 4, 2, 8), torch.ones(1, 1, 2, 40)
-    keys, values = cache.update(1, torch.tensor([1, 3]), k, v)
+    keys, values = cache.layer(1).update(torch.tensor([1, 3]), k, v)
     assert keys.data_ptr() == cache.keys[1].data_ptr()
     assert keys[0, 0, :, 0].tolist() == [0, 1, 0, 1, 0]
     assert values[0, 0, :, 0].tolist() == [0, 1, 0, 1, 0]
@@ -34,7 +34,7 @@ def test_what_does_not_fit_is_refused(batch, slots):
 def test_the_first_slots_are_a_view():
     cache = StaticCache(LATENTS, batch=1, slots=5)
     first = cache.first(2)
-    first.update(0, torch.tensor([1]), torch.ones(1, 1, 1, 24), torch.ones(1, 2, 1, 16))
+    first.layer(0).update(torch.tensor([1]), torch.ones(1, 1, 1, 24), torch.ones(1, 2, 1, 16))
     assert cache.keys[0][0, 0, :, 0].tolist() == [0, 1, 0, 0, 0]
     with pytest.raises(ValueError, match="cache of 2"):
         first.check(torch.zeros(1, 1, dtype=torch.long), torch.tensor([2]))

@@ -222,9 +222,12 @@ def test_generate_answers_a_batch(run, low):
     assert code == 0
     assert len(found["outputs"]) == 2
     assert found["cache_bytes"] == 2 * found["cache_slots"] * found["kv_bytes_per_token"]
+    assert found["first_token_seconds"] > 0 == found["compile_seconds"]
+    assert found["peak_memory"] > found["cache_bytes"]
     code, text, error = run("generate", low, *words)
     assert text.startswith("--- 1\n")
     assert "of the uncompressed" in error
+    assert "the first after" in error
 
 
 @pytest.mark.slow
@@ -280,6 +283,7 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
         ("compress", dense_folder, new, "--heads-per-latent", "x"): "expected auto",
         ("compress", dense_folder, new, "--rank-multiple", "0"): "rank multiple is 0",
         ("compress", dense_folder, new, "--refit", "keys"): "refit 'keys' is unknown",
+        ("compress", dense_folder, new, "--rank-pairs", "0"): "rank pairs is 0",
         ("compress", dense_folder, new, "--calibration", tmp_path / "empty.txt"): "is empty",
         (
             "compress",

@@ -37,6 +37,21 @@ def test_every_method_meets_the_bytes_asked_for(method, keep):
     assert keep - 0.1 < kept <= keep
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("eigen", "kv-heads")])
+def test_every_method_with_one_budget_takes_few_pairs_of_ranks(method):
+    dense, x = tiny.native(head_dim=16), tiny.tokens(4, 64)
+    for count in (1, 2):
+        settings = Settings(method, 0.5, rank_multiple=2, rank_pairs=count)
+        config = compress(dense, x, settings).model.config
+        assert len(set(zip(config.k_ranks, config.v_ranks, strict=True))) <= count
+        assert config.kv_width <= 0.5 * config.dense_kv_width
+
+
+def test_eigen_refuses_few_pairs_of_ranks():
+    with pytest.raises(ValueError, match="eigen finds the ranks of every layer by itself"):
+        Settings("eigen", rank_pairs=2).check()
+
+
 @pytest.mark.parametrize("family", ["llama", "opt", "mpt"])
 @pytest.mark.parametrize("merged", [2, 4])
 def test_kv_heads_makes_one_head_of_a_group(family, merged):

@@ -3,11 +3,14 @@ from itertools import pairwise
 import pytest
 import tiny
 import torch
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.testing import assert_close
 
 from eigenzoo.zoo import generate
 from eigenzoo.zoo.compress import Settings, compress
 from eigenzoo.zoo.generate import Generator, Sampling, answer, choose, sample_text
+from eigenzoo.zoo.llama import LlamaConfig
+from eigenzoo.zoo.shapes import random_model
 
 PROMPTS = [[5, 9, 33, 7, 120], [8, 41], [99, 3, 17, 200, 12, 77, 64, 5, 31]]
 
@@ -103,6 +106,25 @@ def test_parts_of_a_prompt_lead_where_the_whole_does(model, padding):
     tokens, generator = tiny.tokens(2, 40), Generator(model, 2, 50, compile=False)
     generator.valid[0, :padding] = False
     close(parts(generator, tokens, 9, 12, 13, 40), parts(generator, tokens, 40))
+
+
+def test_one_graph_holds_every_kind_of_layer_once():
+    ranks = (4, 6) * 3
+    sizes = tiny.ROTARY | {"head_dim": 8, "num_hidden_layers": 6}
+    config = LlamaConfig(**sizes, k_ranks=ranks, v_ranks=(5,) * 6)
+    model = random_model(config, torch.float32, "cpu")
+    torch._dynamo.reset()
+    backend = EagerAndRecordGraphs()
+    generator, plain = (Generator(model, 1, 40, compile=False) for _ in range(2))
+    generator.decode = torch.compile(generate._decode, fullgraph=True, backend=backend)
+    assert tokens_of(generator, PROMPTS[:1], 9) == tokens_of(plain, PROMPTS[:1], 9)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for prompt in PROMPTS[1:]:
+            assert tokens_of(generator, [prompt], 9) == tokens_of(plain, [prompt], 9)
+    (graph,) = backend.graphs
+    regions = [n for n in graph.graph.nodes if n.target is torch.ops.higher_order.invoke_subgraph]
+    assert len(regions) == 6
+    assert len({n.args[0].target for n in regions}) == 2
 
 
 def test_steps_without_a_compiler_equal_recomputing(model):

@@ -28,7 +28,7 @@ class Copier(Model):
 
     def forward(self, tokens, pos, cache, valid, last):
         assert valid is None
-        kept = cache.update(0, pos, *[tokens[:, None, :, None].float()] * 2)[0]
+        kept = cache.layer(0).update(pos, *[tokens[:, None, :, None].float()] * 2)[0]
         seen = kept[0, 0, : int(pos[-1]) + 1, 0].long().tolist()[-self.near :]
         logits = torch.zeros(1, 1, 320)
         for i in range(len(seen) - 9):

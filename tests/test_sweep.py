@@ -68,6 +68,16 @@ def out(tmp_path):
     return (tmp_path / "out.jsonl").read_bytes()
 
 
+def test_rows_from_before_a_setting_are_taken_over(sweep, calls, tmp_path):
+    first = sweep({"keep": [0.5]})
+    del first[1]["settings"]["rank_pairs"]
+    (tmp_path / "out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first))
+    rows = sweep({"keep": [0.5], "rank_pairs": [None, 1]})
+    assert rows[:2] == first
+    assert len(calls["compress"]) == 2
+    assert len(set(zip(rows[2]["k_ranks"], rows[2]["v_ranks"], strict=True))) == 1
+
+
 def test_refits_share_one_calibration(sweep, calls):
     rows = sweep({"keep": [0.5], "refit": [(), ("output",), ("heads", "inputs")]})
     assert [row["fitted"]["refit"] for row in rows[1:]] == [[], ["output"], ["heads", "inputs"]]

@@ -15,6 +15,19 @@ class Latent(NamedTuple):
     width: int
 
 
+class LayerCache(NamedTuple):
+    """The buffers of one layer. It does not know which: compiled layers of equal shapes are one."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, heads, T, width) to slots pos (T,); return the buffers."""
+        self.keys.index_copy_(2, pos, k)
+        self.values.index_copy_(2, pos, v)
+        return self.keys, self.values
+
+
 class StaticCache:
     """Buffers (B, heads, S, width) for the keys and values of every layer, allocated once.
 
@@ -40,11 +53,9 @@ class StaticCache:
         self.keys = [buffer(k) for k, _ in latents]
         self.values = [buffer(v) for _, v in latents]
 
-    def update(self, layer: int, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, heads, T, width) to slots pos (T,); return the layer's buffers."""
-        self.keys[layer].index_copy_(2, pos, k)
-        self.values[layer].index_copy_(2, pos, v)
-        return self.keys[layer], self.values[layer]
+    def layer(self, index: int) -> LayerCache:
+        """The buffers of one layer."""
+        return LayerCache(self.keys[index], self.values[index])
 
     def first(self, slots: int) -> "StaticCache":
         """The first slots as a cache: a view, so what is written there is written here.

@@ -1,17 +1,18 @@
 """Generation over a static cache: one compiled graph for prompts, one for decoding."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import calculate_time_spent
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from tqdm import tqdm
 
-from .cache import StaticCache
+from .cache import LayerCache, StaticCache
 from .model import Model
 
 PART = 2048  # tokens of a prompt at once: more take memory in proportion and are no faster
@@ -54,6 +55,22 @@ def _step(
     return model(tokens, pos, cache, valid, last=1)[:, -1]
 
 
+# compiled once for all layers of equal shapes; no limit to how many differ
+@torch.compiler.nested_compile_region(max_reuse_entries=sys.maxsize)
+def _layer(layer: nn.Module, x: Tensor, pos: Tensor, where: Any, cache: LayerCache) -> Tensor:
+    return layer(x, pos, where, cache)
+
+
+def _decode(
+    model: Model, tokens: Tensor, pos: Tensor, cache: StaticCache, valid: Tensor | None
+) -> Tensor:
+    """`_step` for one token a sequence, as it is compiled: layer by layer in one graph."""
+    x, pos, where = model.begin(tokens, pos, cache, valid)
+    for i, layer in enumerate(model.layers):
+        x = _layer(layer, x, pos, where, cache.layer(i))
+    return model.head(model.finish(x))[:, -1]
+
+
 def _prompt(
     model: Model, tokens: Tensor, past: Tensor, cache: StaticCache, valid: Tensor | None
 ) -> Tensor:
@@ -92,7 +109,7 @@ class Generator:
         prefill = compile if compile_prefill is None else compile_prefill
         if (compile or prefill) and device.type == "cpu":
             check_compiler()
-        self.decode = torch.compile(_step, fullgraph=True) if compile else _step
+        self.decode = torch.compile(_decode, fullgraph=True) if compile else _step
         self.prompt = torch.compile(_prompt, fullgraph=True) if prefill else _prompt
 
     @torch.inference_mode()

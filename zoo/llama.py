@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Mask, Seen, absorb, anchored_decode, lift, lift_heads, rebuild, rotary_decode
-from .cache import StaticCache
+from .cache import LayerCache
 from .model import Config, LatentAttention, Model, parameter
 from .rope import frequencies, rotate
 
@@ -137,13 +137,13 @@ class Attention(LatentAttention):
         self.register_buffer("k_pairs", pairs)
         self.v_up = parameter(v.heads, v.width, shared[1] * d) if v_up else None
 
-    def forward(self, x: Tensor, pos: Tensor, where: Where, cache: StaticCache | None) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, where: Where, cache: LayerCache | None) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
         k = self._cached(self.k_proj(x), where)  # (B, L, T, R)
         v = self.v_proj(x).unflatten(-1, (self.v.heads, -1)).transpose(1, 2)  # (B, L, T, R)
         if cache is not None:
-            k, v = cache.update(self.layer, pos, k, v)
+            k, v = cache.update(pos, k, v)
         prompt = x.size(1) > 1  # for one token, lifting what it read is less work than all values
         if self.v_up is not None and prompt:
             v = lift(v, self.v_up, self.head_dim)
@@ -208,7 +208,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, pos: Tensor, where: Where, cache: StaticCache | None) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, where: Where, cache: LayerCache | None) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
         x = x + self.attn(self.attn_norm(x), pos, where, cache)
         return x + self.mlp(self.mlp_norm(x))

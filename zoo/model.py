@@ -257,8 +257,8 @@ class Model(nn.Module):
     ) -> Tensor:
         """What the head reads, (B, T, width). Arguments as in `forward`."""
         x, pos, where = self.begin(tokens, pos, cache, valid)
-        for layer in self.layers:
-            x = layer(x, pos, where, cache)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, pos, where, None if cache is None else cache.layer(i))
         return self.finish(x)
 
     def forward(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Causal, Mask, Seen, absorb, alibi_slopes, lift_heads
-from .cache import StaticCache
+from .cache import LayerCache
 from .model import Config, LatentAttention, Model, parameter
 
 NAMES = {
@@ -196,7 +196,7 @@ class Attention(LatentAttention):
         self.k_down = parameter(k.heads, k_n, k.width) if k_down else None
         self.v_down = parameter(v.heads, v_n, v.width) if v_down else None
 
-    def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: StaticCache | None) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D or R)
         k = _encode(self.k_proj(x), self.k.heads, self.k_down)  # (B, L, T, R)
@@ -206,7 +206,7 @@ class Attention(LatentAttention):
         if self.k_up is not None:
             q = absorb(q, self.k_up, self.head_dim)
         if cache is not None:
-            k, v = cache.update(self.layer, pos, k, v)
+            k, v = cache.update(pos, k, v)
         y = self.attend(q, k, v if self.v.width else k, mask)
         if self.v_up is not None:
             y = lift_heads(y, self.v_up, self.head_dim)
@@ -243,7 +243,7 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: StaticCache | None) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
         x = x + self.attn(self.attn_norm(x), pos, mask, cache)
         return x + self.mlp(self.mlp_norm(x))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Mask, absorb, lift_heads
-from .cache import StaticCache
+from .cache import LayerCache
 from .model import Config, LatentAttention, Model, parameter
 
 OFFSET = 2  # rows of the position table before the first position
@@ -125,7 +125,7 @@ class Attention(LatentAttention):
         self.k_up = parameter(k.heads, k.width, shared[0] * d) if k_up else None
         self.v_up = parameter(read.heads, read.width, shared[1] * d) if v_up else None
 
-    def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: StaticCache | None) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D or R)
         k = self.k_proj(x).unflatten(-1, (self.k.heads, -1)).transpose(1, 2)  # (B, L, T, R)
@@ -135,7 +135,7 @@ class Attention(LatentAttention):
         if self.k_up is not None:
             q = absorb(q, self.k_up, self.head_dim)
         if cache is not None:
-            k, v = cache.update(self.layer, pos, k, v)
+            k, v = cache.update(pos, k, v)
         y = self.attend(q, k, v if self.v.width else k, mask)
         if self.v_up is not None:
             y = lift_heads(y, self.v_up, self.head_dim)
@@ -168,7 +168,7 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: StaticCache | None) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
         if self.norm_before:
             x = x + self.attn(self.attn_norm(x), pos, mask, cache)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from .attention import Causal, Mask, Seen, causal_mask, one_token
-from .cache import StaticCache
+from .cache import LayerCache
 from .llama import Block, Llama, LlamaConfig, Where
 
 
@@ -39,7 +39,7 @@ class WindowedBlock(Block):
         self.window = config.windows[layer]
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, pos: Tensor, where: dict[int, Where], cache: StaticCache | None
+        self, x: Tensor, pos: Tensor, where: dict[int, Where], cache: LayerCache | None
     ) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
         return super().forward(x, pos, where[self.window], cache)

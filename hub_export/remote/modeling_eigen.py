@@ -18,11 +18,7 @@ from .configuration_eigen import EigenConfig
 
 
 class LatentCache:
-    """What the native model asks of a cache, kept in one of transformers' caches.
-
-    Theirs want as many heads of values as of keys: where latents are shared by different numbers
-    of heads, all latents of a token lie side by side in one head.
-    """
+    """What the native model asks of a cache, kept in one of transformers' caches."""
 
     def __init__(self, cache: Cache, slots: int):
         self.cache, self.slots = cache, slots
@@ -30,13 +26,28 @@ class LatentCache:
     def check(self, tokens: Tensor, pos: Tensor) -> None:
         """Transformers' caches check their own bounds."""
 
-    def update(self, layer: int, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(self, index: int) -> "LatentLayer":
+        """That of one layer."""
+        return LatentLayer(self.cache, index)
+
+
+class LatentLayer:
+    """What one layer asks of its cache.
+
+    Transformers' caches want as many heads of values as of keys: where latents are shared by
+    different numbers of heads, all latents of a token lie side by side in one head.
+    """
+
+    def __init__(self, cache: Cache, index: int):
+        self.cache, self.index = cache, index
+
+    def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, heads, T, width); return all slots of the layer."""
         if k.size(1) == v.size(1):
-            return self.cache.update(k, v, layer)
+            return self.cache.update(k, v, self.index)
         heads = k.size(1), v.size(1)
         k, v = (x.transpose(1, 2).flatten(2)[:, None] for x in (k, v))
-        k, v = self.cache.update(k, v, layer)
+        k, v = self.cache.update(k, v, self.index)
         return (
             k[:, 0].unflatten(-1, (heads[0], -1)).transpose(1, 2),
             v[:, 0].unflatten(-1, (heads[1], -1)).transpose(1, 2),
