@@ -75,3 +75,13 @@ def test_prompts_are_timed_with_and_without_a_matrix():
     assert {row["case"] for row in found} == {"plain", "padded", "ALiBi"}
     assert {row["tokens"] for row in found} == {16, 64}
     assert all(row["causal_milliseconds"] > 0 < row["matrix_milliseconds"] for row in found)
+
+
+def test_compiling_is_timed_cold_and_warm():
+    words = [sys.executable, FILES / "compile.py", "--layers", "2", "--pairs", "2"]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["way"], row["start"]) for row in found] == [
+        (way, start) for way in ("nested", "whole") for start in ("cold", "warm")
+    ]
+    assert all(row["first_seconds"] >= row["compile_seconds"] > 0 for row in found)

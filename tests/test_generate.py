@@ -108,6 +108,13 @@ def test_parts_of_a_prompt_lead_where_the_whole_does(model, padding):
     close(parts(generator, tokens, 9, 12, 13, 40), parts(generator, tokens, 40))
 
 
+def test_layers_as_they_are_compiled_say_what_recomputing_says(model):
+    torch._dynamo.reset()
+    generator = Generator(model, 3, 40, compile=False)
+    generator.decode = torch.compile(generate._decode, fullgraph=True, backend="eager")
+    assert tokens_of(generator, PROMPTS, 9) == [recomputed(model, p, 9) for p in PROMPTS]
+
+
 def test_one_graph_holds_every_kind_of_layer_once():
     ranks = (4, 6) * 3
     sizes = tiny.ROTARY | {"head_dim": 8, "num_hidden_layers": 6}

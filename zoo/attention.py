@@ -49,7 +49,7 @@ def absorb(q: Tensor, up: Tensor, head_dim: int) -> Tensor:
 
     q: (B, H, T, D), up: (L, R, G / L * D) -> (B, H, T, R), with q · lift(z) = absorb(q) · z.
     """
-    return _per_head(q, up.mT.unflatten(1, (-1, head_dim)))
+    return _per_head(q, up.transpose(1, 2).unflatten(1, (-1, head_dim)))
 
 
 def lift_heads(y: Tensor, up: Tensor, head_dim: int) -> Tensor:
@@ -204,7 +204,10 @@ def latent_decode(
     as far as itself.
     """
     grouped = (q * scale).unflatten(1, (k.size(1), -1)).flatten(2, 3)  # queries of one key head
-    scores = (grouped @ k.mT).unflatten(2, (-1, q.size(2))).flatten(1, 2)  # (B, H, T, S)
+    # k.mT would be one more input of a layer compiled by itself, beside the k it aliases
+    scores = (
+        (grouped @ k.transpose(2, 3)).unflatten(2, (-1, q.size(2))).flatten(1, 2)
+    )  # (B, H, T, S)
     return _read(scores, v, span, bias, slopes)
 
 
