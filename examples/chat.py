@@ -10,7 +10,7 @@ from transformers import TextStreamer
 
 from eigenzoo.kernels.install import install
 from eigenzoo.zoo.checkpoint import load, stop_tokens
-from eigenzoo.zoo.generate import Generator
+from eigenzoo.zoo.generate import Generator, fastest_dtype
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
 
-    checkpoint = load(args.source)
+    checkpoint = load(args.source, fastest_dtype(torch.device("cpu")))
     tokenizer, stop = checkpoint.tokenizer, stop_tokens(checkpoint)
     install(checkpoint.model)
     generator = Generator(

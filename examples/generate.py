@@ -7,11 +7,12 @@ Several prompts make a batch, padded on the left: each is answered as it would b
 
 import argparse
 
+import torch
 from transformers import TextStreamer
 
 from eigenzoo.kernels.install import install
 from eigenzoo.zoo.checkpoint import load, stop_tokens
-from eigenzoo.zoo.generate import Generator
+from eigenzoo.zoo.generate import Generator, fastest_dtype
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
 
-    checkpoint = load(args.source)
+    checkpoint = load(args.source, fastest_dtype(torch.device("cpu")))
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     install(model)  # attention over the cache by the fused ops, instead of their definitions
     ids = [tokenizer(prompt)["input_ids"] for prompt in args.prompts]

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 
-from ..zoo import attention, cache, families, llama, model, mpt, opt, qwen2, rope
+from ..zoo import attention, cache, families, linear, llama, model, mpt, opt, qwen2, rope
 from ..zoo.checkpoint import Checkpoint
 from ..zoo.model import Model
 from . import card
@@ -23,7 +23,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_eigen.EigenModel",
     "AutoModelForCausalLM": "modeling_eigen.EigenForCausalLM",
 }
-NATIVE = (attention, cache, families, llama, model, mpt, opt, qwen2, rope)
+NATIVE = (attention, cache, families, linear, llama, model, mpt, opt, qwen2, rope)
 TRAVELS = (*NATIVE, configuration_eigen, modeling_eigen)
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 

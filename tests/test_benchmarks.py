@@ -77,6 +77,7 @@ def test_prompts_are_timed_with_and_without_a_matrix():
     assert all(row["causal_milliseconds"] > 0 < row["matrix_milliseconds"] for row in found)
 
 
+@pytest.mark.slow
 def test_compiling_is_timed_cold_and_warm():
     words = [sys.executable, FILES / "compile.py", "--layers", "2", "--pairs", "2"]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from eigenzoo.zoo.basis import METHODS
 
@@ -233,11 +234,32 @@ def test_generate_answers_a_batch(run, low):
 @pytest.mark.slow
 def test_generate_says_the_same_with_fused_ops(run, low):
     words = ["-p", "the cat", "-p", "a mat and saw", "--no-compile", "--max-new-tokens", "9"]
+    words += ["--dtype", "float32"]
     found = [
         json.loads(run("generate", low, *words, "--ops", ops, "--json")[1])["outputs"]
         for ops in ("reference", "fused", "auto")
     ]
     assert found[0] == found[1] == found[2]
+
+
+def test_decoding_is_in_what_the_processor_is_fast_in(run, low, monkeypatch):
+    words = ["-p", "the cat", "--no-compile", "--max-new-tokens", "3", "--json"]
+    size = {}
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
+        size[has_it] = json.loads(run("generate", low, *words)[1])["kv_bytes_per_token"]
+    assert size[False] == 2 * size[True]
+
+
+def test_weights_become_int8_where_asked_for(run, dense_folder):
+    words = ["-p", "the cat", "--no-compile", "--max-new-tokens", "3", "--weights", "int8"]
+    assert run("generate", dense_folder, *words)[0] == 0
+    words = ["--context", "64", "--steps", "3", "--rounds", "1", "--no-compile", "--json"]
+    words += ["--dtype", "float32"]
+    (plain,) = json.loads(run("bench", dense_folder, *words)[1])
+    (light,) = json.loads(run("bench", dense_folder, *words, "--weights", "int8")[1])
+    assert light["weight_bytes_read"] < 0.3 * plain["weight_bytes_read"]
+    assert (plain["weights"], light["weights"]) == ("plain", "int8")
 
 
 def test_generate_streams_one_answer_and_reads_standard_input(low):
@@ -309,6 +331,8 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
         ("generate", low, "-p", "x", "--temperature", "-1"): "expected temperature",
         ("generate", low, "-p", "x", "--max-new-tokens", "0", "--no-compile"): "do not fit",
         ("generate", low, "-p", "x", "--ops", "fast"): "ops 'fast' are unknown",
+        ("generate", low, "-p", "x", "--weights", "int4"): "weights 'int4' are unknown",
+        ("bench", dense_folder, "--weights", "int4"): "weights 'int4' are unknown",
     }
     for words, named in cases.items():
         code, text, error = run(*words)

@@ -28,6 +28,8 @@ class Copier(Model):
 
     def forward(self, tokens, pos, cache, valid, last):
         assert valid is None
+        if pos is None:  # a prompt's tokens take the last slots
+            pos = torch.arange(cache.slots)[-tokens.size(1) :]
         kept = cache.layer(0).update(pos, *[tokens[:, None, :, None].float()] * 2)[0]
         seen = kept[0, 0, : int(pos[-1]) + 1, 0].long().tolist()[-self.near :]
         logits = torch.zeros(1, 1, 320)

@@ -83,6 +83,18 @@ def _prompt(
     return model(tokens, None, cache.first(end), valid, last=1)[:, -1]
 
 
+def fastest_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the device computes in it, else float32 on a CPU; None: no reason to change.
+
+    float16 is none of a CPU's own, whatever the checkpoint is in.
+    """
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else None
+
+
 class Generator:
     """A model with one cache, for prompt after prompt: nothing is allocated or compiled twice.
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .attention import Mask, Seen, absorb, anchored_decode, lift, lift_heads, rebuild, rotary_decode
 from .cache import LayerCache
+from .linear import Linear
 from .model import Config, LatentAttention, Model, parameter
 from .rope import frequencies, rotate
 
@@ -123,11 +124,11 @@ class Attention(LatentAttention):
         shared = config.k_heads_per_latent, config.v_heads_per_latent
 
         anchored, paired = k_up and config.anchor > 1, k_up and config.pairs
-        self.q_proj = nn.Linear(width, heads * d, bias=config.query_bias)
+        self.q_proj = Linear(width, heads * d, bias=config.query_bias)
         k_width = config.num_key_value_heads * d if anchored else k.heads * k.width
-        self.k_proj = nn.Linear(width, k_width, bias=config.key_bias)
-        self.v_proj = nn.Linear(width, v.heads * v.width, bias=config.value_bias)
-        self.o_proj = nn.Linear(heads * (d if v_up else v.width), width, bias=config.output_bias)
+        self.k_proj = Linear(width, k_width, bias=config.key_bias)
+        self.v_proj = Linear(width, v.heads * v.width, bias=config.value_bias)
+        self.o_proj = Linear(heads * (d if v_up else v.width), width, bias=config.output_bias)
         self.k_up = parameter(k.heads, k.width, shared[0] * d) if k_up else None
         mean = k_up and config.key_mean
         self.anchor = config.anchor
@@ -189,9 +190,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         width, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(width, hidden, bias=bias)
-        self.up_proj = nn.Linear(width, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, width, bias=bias)
+        self.gate_proj = Linear(width, hidden, bias=bias)
+        self.up_proj = Linear(width, hidden, bias=bias)
+        self.down_proj = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
@@ -228,7 +229,7 @@ class Llama(Model):
         blocks = (self.block(config, i) for i in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
         self.register_buffer("inv_freq", torch.empty(0), persistent=False)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .attention import Causal, Mask, Seen, absorb, alibi_slopes, lift_heads
 from .cache import LayerCache
+from .linear import Linear
 from .model import Config, LatentAttention, Model, parameter
 
 NAMES = {
@@ -150,7 +151,7 @@ def _refuse(raw: dict, attn: dict, ffn: dict) -> None:
         raise ValueError(f"d_model {raw['d_model']} does not divide by {raw['n_heads']} heads")
 
 
-class Projection(nn.Linear):
+class Projection(Linear):
     """A linear layer, clipped and normed where the config asks for it: clip first."""
 
     def __init__(self, config: MPTConfig, outputs: int, bias: bool, norm: bool):
@@ -190,7 +191,7 @@ class Attention(LatentAttention):
         self.q_proj = Projection(config, q_width, config.query_bias, config.qk_ln)
         self.k_proj = Projection(config, k_width, config.key_bias, config.qk_ln)
         self.v_proj = Projection(config, v_width, config.value_bias, False) if v.width else None
-        self.o_proj = nn.Linear(heads * (d if v_up else read.width), width, config.output_bias)
+        self.o_proj = Linear(heads * (d if v_up else read.width), width, config.output_bias)
         self.k_up = parameter(k.heads, k.width, k_n) if k_up else None
         self.v_up = parameter(read.heads, read.width, v_n) if v_up else None
         self.k_down = parameter(k.heads, k_n, k.width) if k_down else None
@@ -225,8 +226,8 @@ class MLP(nn.Module):
     def __init__(self, config: MPTConfig):
         super().__init__()
         width, hidden = config.hidden_size, config.ffn_hidden_size
-        self.up_proj = nn.Linear(width, hidden, bias=config.bias)
-        self.down_proj = nn.Linear(hidden, width, bias=config.bias)
+        self.up_proj = Linear(width, hidden, bias=config.bias)
+        self.down_proj = Linear(hidden, width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
@@ -263,7 +264,7 @@ class MPT(Model):
         blocks = (Block(config, i) for i in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = _norm(config, width)
-        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.head = Linear(width, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
 

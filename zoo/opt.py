@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .attention import Mask, absorb, lift_heads
 from .cache import LayerCache
+from .linear import Linear
 from .model import Config, LatentAttention, Model, parameter
 
 OFFSET = 2  # rows of the position table before the first position
@@ -118,10 +119,10 @@ class Attention(LatentAttention):
         k_up, v_up = config.lifted(layer)
         shared = config.k_heads_per_latent, config.v_heads_per_latent
 
-        self.q_proj = nn.Linear(width, heads * (d if k_up else k.width), bias=config.query_bias)
-        self.k_proj = nn.Linear(width, k.heads * k.width, bias=config.key_bias)
-        self.v_proj = nn.Linear(width, v.heads * v.width, config.value_bias) if v.width else None
-        self.o_proj = nn.Linear(heads * (d if v_up else read.width), width, config.output_bias)
+        self.q_proj = Linear(width, heads * (d if k_up else k.width), bias=config.query_bias)
+        self.k_proj = Linear(width, k.heads * k.width, bias=config.key_bias)
+        self.v_proj = Linear(width, v.heads * v.width, config.value_bias) if v.width else None
+        self.o_proj = Linear(heads * (d if v_up else read.width), width, config.output_bias)
         self.k_up = parameter(k.heads, k.width, shared[0] * d) if k_up else None
         self.v_up = parameter(read.heads, read.width, shared[1] * d) if v_up else None
 
@@ -148,8 +149,8 @@ class MLP(nn.Module):
     def __init__(self, config: OPTConfig):
         super().__init__()
         width, hidden, bias = config.hidden_size, config.ffn_dim, config.enable_bias
-        self.up_proj = nn.Linear(width, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, width, bias=bias)
+        self.up_proj = Linear(width, hidden, bias=bias)
+        self.down_proj = Linear(hidden, width, bias=bias)
         self.activation = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,12 +190,12 @@ class OPT(Model):
         self.embed = nn.Embedding(config.vocab_size, narrow)
         self.positions = nn.Embedding(config.max_position_embeddings + OFFSET, width)
         projected = narrow != width
-        self.project_in = nn.Linear(narrow, width, bias=False) if projected else nn.Identity()
+        self.project_in = Linear(narrow, width, bias=False) if projected else nn.Identity()
         blocks = (Block(config, i) for i in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = _norm(config) if config.final_norm else nn.Identity()
-        self.project_out = nn.Linear(width, narrow, bias=False) if projected else nn.Identity()
-        self.head = nn.Linear(narrow, config.vocab_size, bias=False)
+        self.project_out = Linear(width, narrow, bias=False) if projected else nn.Identity()
+        self.head = Linear(narrow, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
 

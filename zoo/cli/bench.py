@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +12,15 @@ from .options import (
     AnchorBlock,
     AsJson,
     Compile,
+    DecodingDtype,
     Device,
-    Dtype,
     Keys,
     Ops,
     Revision,
     Trust,
-    fuse,
+    Weights,
+    decoding_dtype,
+    preparation,
     say,
     say_keys,
     torch_device,
@@ -74,7 +75,8 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Rounds; the models take turns.")] = 3,
     compile: Compile = True,
     ops: Ops = "auto",
-    dtype: Dtype = "auto",
+    dtype: DecodingDtype = "auto",
+    weights: Weights = "plain",
     device: Device = "auto",
     out: Annotated[
         Path | None,
@@ -112,8 +114,8 @@ def bench(
             f"given {len(sources)} checkpoints and shape {shape}: expected checkpoints, or --shape "
             "alone"
         )
-    place, kind = torch_device(device), torch_dtype(dtype)
-    prepare = partial(fuse, ops=ops, compile=compile)
+    place, kind = torch_device(device), torch_dtype(decoding_dtype(dtype, device))
+    prepare = preparation(weights, ops, compile)
     models: list[Contestant] = []
     first: Any
     if shape is not None:
@@ -168,7 +170,8 @@ def bench(
                 *(length, count, buffer * length, steps, kind or torch.float32, place, compile)
             )
             for row in measure(models, cell, rounds):
-                rows.append(row | {"ops": ops, "compiled": compile, "command": command})
+                how = {"ops": ops, "weights": weights, "compiled": compile, "command": command}
+                rows.append(row | how)
                 if file:
                     append(file, rows[-1])
     if out:

@@ -9,15 +9,17 @@ import typer
 from .options import (
     AsJson,
     Compile,
+    DecodingDtype,
     Device,
-    Dtype,
     Ops,
     Revision,
     Seed,
     Source,
     Trust,
-    fuse,
+    Weights,
+    decoding_dtype,
     load,
+    preparation,
     say,
 )
 
@@ -40,7 +42,8 @@ def generate(
         bool, typer.Option("--compile-prefill", help="Compile the prompt's step as well.")
     ] = False,
     ops: Ops = "auto",
-    dtype: Dtype = "auto",
+    dtype: DecodingDtype = "auto",
+    weights: Weights = "plain",
     device: Device = "auto",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -58,13 +61,14 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
+    prepare = preparation(weights, ops, compile)
     prompts = prompt or [_stdin()]
-    checkpoint = load(source, dtype, device, revision, trust_remote_code)
+    checkpoint = load(source, decoding_dtype(dtype, device), device, revision, trust_remote_code)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     ids = [encode_prompt(tokenizer, p, chat) for p in prompts]
     stop = stop_tokens(checkpoint)
     slots = max(len(i) for i in ids) + max_new_tokens
-    fuse(model, ops, compile)
+    prepare(model)
     generator = Generator(model, len(ids), slots, compile, compile_prefill)
     if compile or compile_prefill:
         say("compiling at the first tokens: a minute or two, the first time")

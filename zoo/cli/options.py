@@ -1,6 +1,8 @@
 """Options that commands share, and what becomes of them."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +54,20 @@ SeqLen = Annotated[
 ]
 Dtype = Annotated[
     str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")
+]
+DecodingDtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="float32, bfloat16, float16, or auto: bfloat16 where the processor or the GPU has it, "
+        "else float32 on a CPU, and on a GPU the checkpoint's.",
+    ),
+]
+Weights = Annotated[
+    str,
+    typer.Option(
+        "--weights", help="plain, or int8: those of linear layers, a scale for each output."
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 Revision = Annotated[
@@ -106,6 +122,14 @@ def torch_dtype(name: str) -> Any:
     return dtypes[name]
 
 
+def decoding_dtype(name: str, device: str) -> str:
+    """The name of a dtype; auto becomes what the device decodes fastest in."""
+    from ..generate import fastest_dtype
+
+    fastest = fastest_dtype(torch_device(device)) if name == "auto" else None
+    return name if fastest is None else str(fastest).removeprefix("torch.")
+
+
 def torch_device(name: str) -> Any:
     """The device of that name. Raises ValueError where it cannot be used."""
     import torch
@@ -129,6 +153,22 @@ def fuse(model: Any, ops: str, compile: bool) -> Any:
         raise ValueError(f"ops {ops!r} are unknown: expected auto, fused or reference")
     wanted = compile and model.device.type in DEVICES if ops == "auto" else ops == "fused"
     return install(model) if wanted else model
+
+
+def preparation(weights: str, ops: str, compile: bool) -> Callable[[Any], Any]:
+    """What makes a loaded model ready to decode: its weights in int8, and the fused ops.
+
+    Raises ValueError for weights of another name.
+    """
+    if weights not in ("plain", "int8"):
+        raise ValueError(f"weights {weights!r} are unknown: expected plain or int8")
+    return partial(_prepare, weights=weights, ops=ops, compile=compile)
+
+
+def _prepare(model: Any, weights: str, ops: str, compile: bool) -> Any:
+    from ..int8 import quantize
+
+    return fuse(quantize(model) if weights == "int8" else model, ops, compile)
 
 
 def say_keys(settings: Any) -> None:
