@@ -306,7 +306,8 @@ struct Task {  // what a thread is at: a sequence, and a unit of its heads
 template <class T, class Scores>
 Tensor attend(const Tensor& q, int64_t keys, const Tensor& v, const Tensor& span, double scale,
               const Maybe& bias, const Maybe& slopes, const Scores& scores) {
-  const int64_t B = q.size(0), H = q.size(1), news = q.size(2), L = v.size(1), width = v.size(3), room = whole(width);
+  const int64_t B = q.size(0), H = q.size(1), news = q.size(2);
+  const int64_t L = v.size(1), width = v.size(3), room = whole(width);
   const int64_t units = std::gcd(keys, L), rows = H / units * news, latents = L / units;
   Tensor out = at::empty({B, H, news, width}, q.options());
   const int64_t* ends = span.const_data_ptr<int64_t>();
@@ -320,7 +321,7 @@ Tensor attend(const Tensor& q, int64_t keys, const Tensor& v, const Tensor& span
 
   at::parallel_for(0, B * units * splits, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> s(rows * TILE), keep(rows);
-    std::vector<Factor<T>> weights(rows * TILE);
+    std::vector<Factor<T>> narrow;  // of s, where that is not what values are multiplied with
     for (int64_t item = begin; item < end; ++item) {
       const Task task{item / splits / units, item / splits % units};
       const int64_t split = item % splits, *bound = bounds(task.b);
@@ -355,12 +356,19 @@ Tensor attend(const Tensor& q, int64_t keys, const Tensor& v, const Tensor& span
           totals[r] = totals[r] * keep[r] + soften(row, n, peak);
           peaks[r] = peak;
         }
-        at::vec::convert(s.data(), weights.data(), rows * TILE);
+        const Factor<T>* weights;
+        if constexpr (std::is_same_v<Factor<T>, float>) {
+          weights = s.data();
+        } else {
+          narrow.resize(rows * TILE);
+          at::vec::convert(s.data(), narrow.data(), rows * TILE);
+          weights = narrow.data();
+        }
         for (int64_t l = 0; l < latents; ++l) {
           const int64_t first = l * (rows / latents);
           const T* values = v.const_data_ptr<T>() + task.b * v.stride(0) +
                             (task.unit * latents + l) * v.stride(1) + t * v.stride(2);
-          mix(&weights[first * TILE], rows / latents, TILE, values, n, v.stride(2), width, &keep[first],
+          mix(weights + first * TILE, rows / latents, TILE, values, n, v.stride(2), width, &keep[first],
               sums + first * room, room);
         }
       }

@@ -117,6 +117,7 @@ def test_alibi_is_as_exact_far_from_the_first_position(dtype, heads, first):
     q, k, v = prompt(heads, 50, 8192, dtype, batch=1)
     seen = Causal(None, torch.arange(8192)[None] + first, alibi_slopes(heads))
     want = defined(q, k, v, seen, 0.3)
+    # a few roundings of outputs of about 1, in the dtype: columns add none that grow with positions
     atol = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     got = latent_attention(q, k, v, seen, 0.3).double()
     torch.testing.assert_close(got, want, atol=atol, rtol=0)

@@ -137,15 +137,16 @@ class Generator:
                 f"of {self.slots}: shorten the prompt or make a larger cache"
             )
         for part in tokens.split(PART, dim=1):
-            logits = self._step(part.contiguous(), start)
+            logits = self._advance(part.contiguous(), start)
             start += part.size(1)
         return logits
 
-    def _step(self, tokens: Tensor, start: int) -> Tensor:
-        count, valid = tokens.size(1), self.valid if self.batch > 1 else None  # one has no padding
-        past, pos = torch.arange(start + count, device=tokens.device).split([start, count])
-        if count == 1:
+    def _advance(self, tokens: Tensor, start: int) -> Tensor:
+        valid = self.valid if self.batch > 1 else None  # one sequence is never padded
+        if tokens.size(1) == 1:
+            pos = torch.arange(start, start + 1, device=tokens.device)
             return self.decode(self.model, tokens, pos, self.cache, valid)
+        past = torch.empty(start, device=tokens.device)
         if self.prompt is not _prompt:  # any other length takes the same graph
             torch._dynamo.mark_dynamic(tokens, 1)
             if start > 1:  # none is another graph: then nothing is past

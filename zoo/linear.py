@@ -22,9 +22,12 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
-        if not few(x) and self.scale is None:
+        if few(x):
+            y = row_by_row(x, self.weight)
+        elif self.scale is None:
             return super().forward(x)
-        y = row_by_row(x, self.weight) if few(x) else F.linear(x, self.weight.to(x.dtype))
+        else:
+            y = F.linear(x, self.weight.to(x.dtype))
         y = (y if self.scale is None else y * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
