@@ -1,6 +1,7 @@
-// Decoding attention on a CPU, for the definitions in zoo/attention.py. Everything is made of two
-// products that stay in cache: `multiply` (rows by rows) and `mix` (weights by rows), on ATen's
-// portable vectors. Memory is read once, in the dtype it is kept in; sums are fp32.
+// Decoding on a CPU: attention, for the definitions in zoo/attention.py, and linear layers of few
+// rows, for zoo/linear.py. Everything is made of two products that stay in cache: `multiply` (rows by
+// rows) and `mix` (weights by rows), on ATen's portable vectors. Memory is read once, in the dtype it
+// is kept in; sums are fp32.
 //
 // B sequences, T new tokens, H query heads, K latents of keys, L of values, S slots. A unit is the
 // least set of heads that shares its latents with no other: gcd(K, L) of them.
@@ -44,17 +45,27 @@ inline V load(const at::Half* p) {
   at::vec::load_fp32_from_fp16(p, x);
   return x;
 }
+inline V load(const int8_t* p) {
+#ifdef CPU_CAPABILITY_AVX512
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  float all[W];
+  std::copy_n(p, W, all);
+  return V::loadu(all);
+#endif
+}
 inline V load(const float* p, int64_t count) { return V::loadu(p, count); }
 template <class T>
 V load(const T* p, int64_t count) {  // the first numbers, zeros behind them
   if (count == W) return load(p);
+  alignas(32) T all[W] = {};
 #ifdef CPU_CAPABILITY_AVX512
-  alignas(32) T all[W];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(all), _mm256_maskz_loadu_epi16((1u << count) - 1, p));
-#else
-  T all[W] = {};
-  std::copy_n(p, count, all);
+  if constexpr (sizeof(T) == 2) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(all), _mm256_maskz_loadu_epi16((1u << count) - 1, p));
+    return load(all);
+  }
 #endif
+  std::copy_n(p, count, all);
   return load(all);
 }
 
@@ -144,7 +155,7 @@ inline void dots(const A* a, int64_t lda, const T* b, int64_t ldb, int64_t size,
     const T* row = b + n * ldb;
     int64_t i = 0;
     for (; i + L::COUNT <= size; i += L::COUNT) {
-      if (M > 1) soon(row + i, AHEAD);
+      if (M > 1 || sizeof(T) == 1) soon(row + i, AHEAD);
       const auto y = L::right(row + i, L::COUNT);
       for (int m = 0; m < M; ++m) sum[m] = L::add(L::left(a + m * lda + i, L::COUNT), y, sum[m]);
     }
@@ -532,10 +543,56 @@ Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Te
   });
 }
 
+// out = scale * (x weightᵀ) + bias for the few rows of x (..., in), weight (out, in) of T
+template <class T, class X>
+void product(const Tensor& x, const Tensor& weight, const Maybe& scale, const Maybe& bias, Tensor& out) {
+  using A = Factor<T>;
+  const int64_t size = weight.size(1), outputs = weight.size(0), rows = x.numel() / size;
+  const Tensor given = x.to(c10::CppTypeToScalarType<A>::value).contiguous();
+  const A* a = given.const_data_ptr<A>();
+  const T* w = weight.const_data_ptr<T>();
+  const float* scales = scale ? scale->const_data_ptr<float>() : nullptr;
+  const X* more = bias ? bias->const_data_ptr<X>() : nullptr;
+  X* y = out.data_ptr<X>();
+  // a part of x that stays next to the processor, and so many weights that stay near for all rows
+  const int64_t part = rows > 2 ? 4096 / int64_t(sizeof(A)) : size;
+  const int64_t near = std::max<int64_t>(W, (1 << 18) / int64_t(part * sizeof(T)) / W * W);
+  at::parallel_for(0, (outputs + W - 1) / W, near / W, [&](int64_t begin, int64_t end) {
+    std::vector<float> found(rows * near), sums(rows * near);
+    for (int64_t j = begin * W; j < std::min(end * W, outputs); j += near) {
+      const int64_t n = std::min({near, end * W - j, outputs - j}), ld = weight.stride(0);
+      std::fill(sums.begin(), sums.end(), 0.f);
+      for (int64_t i = 0; i < size; i += part) {
+        multiply(a + i, rows, size, w + j * ld + i, n, ld, std::min(part, size - i), found.data(), near);
+        for (int64_t k = 0; k < rows * near; ++k) sums[k] += found[k];
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < n; ++i)
+          y[r * outputs + j + i] = X(sums[r * near + i] * (scales ? scales[j + i] : 1.f) +
+                                     (more ? float(more[j + i]) : 0.f));
+    }
+  });
+}
+
+Tensor linear_decode(const Tensor& x, const Tensor& weight, const Maybe& scale, const Maybe& bias) {
+  TORCH_CHECK(weight.stride(1) == 1, "linear_decode: expected rows of weights that lie in one piece");
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  Tensor out = at::empty(shape, x.options());
+  DISPATCH(x, "linear_decode", [&] {
+    if (weight.scalar_type() == at::kChar)
+      product<int8_t, scalar_t>(x, weight, scale, bias, out);
+    else
+      product<scalar_t, scalar_t>(x, weight, scale, bias, out);
+  });
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(eigenzoo, CPU, m) {
   m.impl("latent_decode", latent_decode);
   m.impl("anchored_decode", anchored_decode);
   m.impl("rotary_decode", rotary_decode);
+  m.impl("linear_decode", linear_decode);
 }

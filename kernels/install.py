@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 
 from ..zoo import attention
+from ..zoo.linear import Linear
 from ..zoo.model import Model
 from . import cpu, ops
 
@@ -14,6 +15,7 @@ FUSED = {  # what defines an op, and the op
     attention.anchored_decode: ops.anchored_decode,
     attention.rotary_decode: ops.rotary_decode,
 }
+LINEAR_ROWS = 8  # of linear layers; a library's product is as good for more
 DEVICES = ("cpu", "cuda")  # for which there are fused ops
 AnyModel = TypeVar("AnyModel", bound=Model)
 
@@ -53,8 +55,10 @@ def install(model: AnyModel) -> AnyModel:
     wanted first, which takes half a minute. Raises ValueError as `register` does.
     """
     register(model.device.type)
-    for layer in model.layers:
+    for module in model.modules():
         for definition, op in FUSED.items():
-            if getattr(type(layer.attn), definition.__name__, None) is definition:
-                setattr(layer.attn, op.__name__, op)
+            if getattr(type(module), definition.__name__, None) is definition:
+                setattr(module, op.__name__, op)
+        if isinstance(module, Linear) and model.device.type == "cpu":
+            module.linear_decode, module.rows = ops.linear_decode, LINEAR_ROWS
     return model

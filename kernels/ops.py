@@ -1,7 +1,7 @@
 """The decoding ops by their names in PyTorch: `torch.ops.eigenzoo.*`.
 
-`zoo.attention` defines what they compute. This file says their types and the shapes of what they
-return, and needs torch only; `install.py` says what runs on which device.
+`zoo.attention` and `zoo.linear` define what they compute. This file says their types and the
+shapes of what they return, and needs torch only; `install.py` says what runs on which device.
 """
 
 import torch
@@ -20,6 +20,7 @@ SCHEMAS = {
         "Tensor q, Tensor z, Tensor v, Tensor span, float scale, Tensor cos, Tensor sin, "
         "Tensor up, Tensor? mean, Tensor? bias=None"
     ),
+    "linear_decode": "Tensor x, Tensor weight, Tensor? scale, Tensor? bias",
 }
 
 
@@ -27,9 +28,15 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
     return q.new_empty(*q.shape[:3], v.size(3))
 
 
+def _product(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.size(0))
+
+
 for _name, _arguments in SCHEMAS.items():
     torch.library.define(f"eigenzoo::{_name}", f"({_arguments}) -> Tensor")
-    torch.library.register_fake(f"eigenzoo::{_name}", _shape)
+    torch.library.register_fake(
+        f"eigenzoo::{_name}", _product if _name == "linear_decode" else _shape
+    )
 
 
 def latent_decode(
@@ -76,3 +83,8 @@ def rotary_decode(
 ) -> Tensor:
     """The op of `zoo.attention.rotary_decode`, which says what the arguments are."""
     return torch.ops.eigenzoo.rotary_decode(q, z, v, span, scale, cos, sin, up, mean, bias)
+
+
+def linear_decode(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The op of `zoo.linear.linear_decode`, which says what the arguments are. CPUs only."""
+    return torch.ops.eigenzoo.linear_decode(x, weight, scale, bias)

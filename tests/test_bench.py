@@ -56,6 +56,13 @@ def test_uniform_ranks_keep_what_was_asked(name, shared):
     assert low.max_position_embeddings >= 8192
 
 
+def test_shares_that_are_near_have_ranks_of_their_own():
+    config = native("opt-1.3b", 4, 8192)
+    alone = [Settings(keep=keep, heads_per_latent=(1, 1)).fit(config) for keep in (0.6, 0.5)]
+    shares = [uniform(config, settings) for settings in alone]
+    assert [(low.k_ranks[0], low.v_ranks[0]) for low in shares] == [(40, 32), (32, 32)]
+
+
 @pytest.mark.parametrize("keys", KEYS)
 def test_random_models_decode_whatever_the_keys(keys):
     config = tiny.native(head_dim=16).config

@@ -86,3 +86,12 @@ def test_compiling_is_timed_cold_and_warm():
         (way, start) for way in ("nested", "whole") for start in ("cold", "warm")
     ]
     assert all(row["first_seconds"] >= row["compile_seconds"] > 0 for row in found)
+
+
+@pytest.mark.slow
+def test_linear_layers_of_few_rows_are_timed():
+    words = [sys.executable, FILES / "linear.py", "--rows", "1", "--mib", "1", "--rounds", "1"]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["case"] for row in found] == 3 * ["library", "loop", "fused", "int8"]
+    assert all(row["milliseconds"] > 0 < row["of_bandwidth"] for row in found)

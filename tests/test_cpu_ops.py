@@ -129,3 +129,28 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert f"ValueError: {broken} cannot build" in done.stderr
     assert not list((tmp_path / "eigenzoo").iterdir())
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_layers_of_few_rows_on_a_cpu_are_what_defines_them(dtype, int8):
+    torch.manual_seed(0)
+    for size, outputs in ((8, 1), (17, 20), (200, 65), (4099, 70)):  # the last in more than a part
+        weight = torch.randn(outputs + 1, size + 3)[1:, 3:].to(dtype)  # lies in a larger one
+        scale, bias = None, torch.randn(outputs).to(dtype)
+        if int8:
+            weight, scale = torch.randint(-127, 128, (outputs, size)).char(), torch.rand(outputs)
+        for rows in (1, 2, 3, 4, 7, 8, 9):
+            for more in (None, bias):
+                x = torch.randn(rows, 1, size).to(dtype)
+                args = (x, weight, scale, more)
+                exact = (t if t is None or t.dtype == torch.int8 else t.double() for t in args)
+                want = wide_product(*exact)
+                error = (ops.linear_decode(*args).double() - want).abs().max()
+                assert error <= DTYPES[dtype] * want.abs().max(), (size, rows)
+
+
+def wide_product(x, weight, scale, bias):
+    y = x @ weight.double().T
+    y = y if scale is None else y * scale
+    return y if bias is None else y + bias

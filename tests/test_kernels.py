@@ -29,6 +29,16 @@ ANGLES, AHEAD = torch.rand(2, 1, 20, 8), torch.rand(1, 1, 3, 8)
 CALLS = {  # op and arguments
     "latent": (ops.latent_decode, (Q[..., :8], K, V, SPAN, 0.3)),
     "alibi": (ops.latent_decode, (Q[..., :8], K, V, SPAN, 0.3, BIAS, torch.rand(4))),
+    "linear": (ops.linear_decode, (torch.randn(2, 1, 8), torch.randn(20, 8), None, None)),
+    "int8": (
+        ops.linear_decode,
+        (
+            torch.randn(2, 1, 8),
+            torch.ones(20, 8, dtype=torch.int8),
+            torch.rand(20),
+            torch.randn(20),
+        ),
+    ),
     "few tokens": (ops.latent_decode, (torch.randn(2, 4, 3, 8), K, V, SPAN, 0.3)),
     "anchored": (
         ops.anchored_decode,

@@ -4,6 +4,8 @@ import pytest
 import tiny
 import torch
 
+from eigenzoo.kernels import ops
+from eigenzoo.kernels.install import install
 from eigenzoo.zoo import linear
 from eigenzoo.zoo.contestants import weight_bytes
 from eigenzoo.zoo.generate import Generator, fastest_dtype
@@ -33,12 +35,29 @@ def test_few_rows_compiled_are_the_product_of_a_library(layer, dtype, int8):
         torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_only_one_token_of_few_sequences_goes_row_by_row(monkeypatch):
-    assert not linear.few(torch.zeros(1, 1, 8))  # not compiled
+def test_only_one_token_of_few_sequences_goes_row_by_row(monkeypatch, layer):
+    assert not layer.few(torch.zeros(1, 1, 24))  # not compiled
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert linear.few(torch.zeros(linear.ROWS, 1, 8))
-    assert not linear.few(torch.zeros(linear.ROWS + 1, 1, 8))
-    assert not linear.few(torch.zeros(1, 2, 8))
+    assert layer.few(torch.zeros(linear.ROWS, 1, 24))
+    assert not layer.few(torch.zeros(linear.ROWS + 1, 1, 24))
+    assert not layer.few(torch.zeros(1, 2, 24))
+    assert not layer.few(torch.zeros(1, 1, 24, device="meta"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny.SIZES)
+def test_with_fused_ops_every_linear_layer_of_one_token_is_fused(monkeypatch, family):
+    model, counted = install(tiny.native(family)), []
+    linears = [m for m in model.modules() if isinstance(m, Linear)]
+    for layer in linears:
+        monkeypatch.setattr(
+            layer, "linear_decode", lambda *args: counted.append(1) or ops.linear_decode(*args)
+        )
+    cache = model.new_cache(2, 8)
+    model(tiny.tokens(2, 4), torch.arange(4), cache)
+    assert not counted
+    model(tiny.tokens(2, 1), torch.arange(4, 5), cache)
+    assert len(counted) == len(linears)
 
 
 def test_an_int8_weight_is_off_by_half_a_scale_at_most(layer):

@@ -88,6 +88,9 @@ def uniform(config: Config, settings: Settings) -> Config:
     low = partial(low_config, config, heads_per_latent=shared, joint=settings.latent == "joint-kv")
     full = low(Ranks((), ())).full_ranks
     ranks = [int(share * n) // step * step for share, n in zip(shares, full, strict=True)]
+    room = sum(ranks) + step <= keep * sum(full)  # for one more, which keys need more
+    if room and settings.latent == "separate" and settings.keys != "full":
+        ranks[0] += step
     k, v = ((rank,) * config.num_hidden_layers for rank in ranks)
     return low(Ranks(k, v), **settings.rotary(config))
 
