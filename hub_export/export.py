@@ -44,14 +44,19 @@ def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
     check_free(out, force)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        fresh, old = work / "new", work / "old"
+        fresh = work / "new"
         fresh.mkdir()
         yield fresh
-        if out.exists():
-            out.rename(old)
-        fresh.rename(out)
+        put(fresh, out, work / "old")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def put(fresh: Path, out: Path, old: Path) -> None:
+    """Let the folder `fresh` become `out`; what was there becomes `old`."""
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
 
 
 def export(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -24,6 +24,7 @@ from transformers import (
 
 from .allocate import kv_bytes
 from .families import FAMILIES, model_of, new_model
+from .hub import FAILURES, reason, split
 from .model import Config, Model
 
 MODEL_TYPE = "eigen"  # what config.json of a compressed checkpoint says
@@ -50,9 +51,10 @@ def load(
 ) -> Checkpoint:
     """Load a dense or a compressed model for inference.
 
-    source: a folder, a GGUF file or a Hub id. dtype: None keeps the checkpoint's own.
-    trust_remote_code: let the tokenizer run code that comes with the checkpoint. Raises ValueError
-    for what cannot be read: no such place, an unknown architecture, damaged or missing weights.
+    source: a folder, a GGUF file or a Hub id, org/name or org/name@revision. dtype: None keeps the
+    checkpoint's own. trust_remote_code: let the tokenizer run code that comes with the checkpoint.
+    Raises ValueError for what cannot be read: no such place, an unknown architecture, damaged or
+    missing weights.
     """
     path = locate(source, revision)
     raw = read_config(path)
@@ -72,7 +74,7 @@ def load(
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} holds no tokenizer that can be read: {reason}") from error
     local = path.stem if gguf else path.name  # a whole path would tell of the machine
-    name = local if Path(source).expanduser().exists() else source
+    name = local if Path(source).expanduser().exists() else split(source)[0]
     return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name)
 
 
@@ -107,7 +109,10 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def locate(source: str, revision: str | None = None, files: Sequence[str] = FILES) -> Path:
-    """The folder or GGUF file that `source` names, downloaded if it is a Hub id."""
+    """The folder or GGUF file that `source` names, downloaded if it is a Hub id.
+
+    A Hub id may say its revision: org/name@revision. Raises ValueError for what is not there.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         lone = [] if (path / "config.json").exists() else list(path.glob("*.gguf"))
@@ -116,17 +121,17 @@ def locate(source: str, revision: str | None = None, files: Sequence[str] = FILE
         return path
     if path.exists():
         raise ValueError(f"{source} is a file: expected a folder, a .gguf file or a Hub id")
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") != 1:
         raise ValueError(f"{source} does not exist: expected a folder, a .gguf file or a Hub id")
+    name, revision = split(source, revision)
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
         if files is FILES and not list(folder.glob("*.safetensors")):
-            snapshot_download(source, revision=revision, allow_patterns=PICKLED)
+            snapshot_download(name, revision=revision, allow_patterns=PICKLED)
         return folder
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except FAILURES as error:
         raise ValueError(
-            f"{source} is no folder here, and the Hub did not give it: {reason}"
+            f"{source} is no folder here, and the Hub did not give it: {reason(error)}"
         ) from error
 
 

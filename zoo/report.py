@@ -42,6 +42,14 @@ def comparison(rows: Mapping[str, Mapping[str, Any]], context: int, text: str) -
     Console().print(table)
 
 
+def changes(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what a push does to every file."""
+    table = Table("file", "MB", "")
+    for x in rows:
+        table.add_row(x["path"], f"{x['size'] / 1e6:.2f}", x["state"])
+    Console().print(table)
+
+
 def bench(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print what `bench.bench` measured."""
     heads = "model", "tok/s", "ms/step", "floor", "KV read", "speed", "bound", "peak MiB"

@@ -2,7 +2,19 @@
 
 import typer
 
-from . import bench, compress, demo, evaluate, generate, inspect, refine, report, sweep
+from . import (
+    bench,
+    compress,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    pull,
+    push,
+    refine,
+    report,
+    sweep,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +30,8 @@ for command in (
     bench.bench,
     sweep.sweep,
     report.report,
+    push.push,
+    pull.pull,
     demo.demo,
 ):
     app.command()(command)

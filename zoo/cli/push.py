@@ -1,0 +1,61 @@
+"""eigenzoo push."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import AsJson, say
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder, as eigenzoo compress wrote.")],
+    repo_id: Annotated[str, typer.Argument(help="Hub id, org/name; made if it is not there.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="A repository that is made is private.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch; made if it is not there. [default: main]")
+    ] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="First line of the commit.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Only say which files would change, with their sizes and the card."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Publish the checkpoint FOLDER on the Hugging Face Hub as REPO_ID.
+
+    Log in with `hf auth login`, or set HF_TOKEN. An upload that breaks goes on with the same
+    command; of what has not changed nothing is sent.
+    """
+    from ...hub_export import hub
+    from .. import report
+    from ..hub import split
+
+    split(repo_id)
+    if dry_run:
+        hub.check_folder(folder)
+        done = hub.Pushed(hub.changes(folder, repo_id, revision), None)
+    else:
+        done = hub.push(folder, repo_id, private, revision, message, create_pr)
+    changes = [change._asdict() for change in done.changes]
+    if as_json:
+        print(json.dumps({"repo": repo_id, "url": done.url, "changes": changes}))
+        return
+    report.changes(changes)
+    if dry_run:
+        print(f"\nREADME.md:\n\n{(folder / 'README.md').read_text()}")
+        say("nothing was sent")
+    elif done.url is None:
+        say("nothing has changed: no commit was made")
+    else:
+        print(done.url)
