@@ -59,6 +59,7 @@ def compress_checkpoint(
     config = result.model.config
     record = {
         "base_model": original.name,
+        "base_license": original.licence,
         **result.settings._asdict(),
         "share": config.kv_width / model.config.kv_width,
         "calibration": calibrated_on(calibration, tokens) if needed else None,

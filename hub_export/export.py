@@ -97,4 +97,4 @@ def export(
             # a Hub folder is flat: what comes from the zoo here lies beside it there
             text = source.read_text().replace("from ...zoo.", "from .")
             (folder / source.name).write_text(text)
-        (folder / "README.md").write_text(card.card(low.config, compression))
+        (folder / "README.md").write_text(card.card(low.config, compression, low.dtype))

@@ -24,11 +24,11 @@ from transformers import (
 
 from .allocate import kv_bytes
 from .families import FAMILIES, model_of, new_model
-from .hub import FAILURES, reason, split
+from .hub import FAILURES, licence, reason, split
 from .model import Config, Model
 
 MODEL_TYPE = "eigen"  # what config.json of a compressed checkpoint says
-FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "README.md"]
 PICKLED = ["pytorch_model*.bin*"]  # fetched where there is nothing else
 
 
@@ -40,6 +40,7 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any]
     generation: GenerationConfig
     name: str  # the Hub id, or the last part of a path
+    licence: str | None  # as its card says
 
 
 def load(
@@ -75,7 +76,7 @@ def load(
         raise ValueError(f"{folder} holds no tokenizer that can be read: {reason}") from error
     local = path.stem if gguf else path.name  # a whole path would tell of the machine
     name = local if Path(source).expanduser().exists() else split(source)[0]
-    return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name)
+    return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name, licence(folder))
 
 
 def stop_tokens(checkpoint: Checkpoint) -> list[int]:

@@ -1,6 +1,9 @@
-"""Names of the Hugging Face Hub, and what it means when the Hub does not serve."""
+"""Names of the Hugging Face Hub, its cards, and what it means when it does not serve."""
 
-from huggingface_hub import constants
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -55,3 +58,14 @@ def reason(error: BaseException) -> str:
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE forbids to ask it"
     return said[0] if said else type(error).__name__
+
+
+def licence(folder: Path) -> str | None:
+    """What the card in a checkpoint folder says of its licence; None if it says nothing."""
+    file = folder / "README.md"
+    if not file.exists():
+        return None
+    try:
+        return ModelCard.load(file, ignore_metadata_errors=True).data.get("license")
+    except (ValueError, yaml.YAMLError):
+        return None

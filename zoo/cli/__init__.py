@@ -4,6 +4,7 @@ import typer
 
 from . import (
     bench,
+    card,
     compress,
     demo,
     evaluate,
@@ -30,6 +31,7 @@ for command in (
     bench.bench,
     sweep.sweep,
     report.report,
+    card.card,
     push.push,
     pull.pull,
     demo.demo,

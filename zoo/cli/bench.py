@@ -1,8 +1,6 @@
 """eigenzoo bench."""
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +17,7 @@ from .options import (
     Revision,
     Trust,
     Weights,
+    command_line,
     decoding_dtype,
     preparation,
     say,
@@ -100,6 +99,7 @@ def bench(
     from ..checkpoint import inspect, locate, native_config, read_config
     from ..compress import Settings
     from ..contestants import Cell, Contestant, Native, Transformers
+    from ..provenance import device_name, versions
     from ..rows import append
     from ..shapes import shaped, uniform
 
@@ -158,8 +158,10 @@ def bench(
         except ModuleNotFoundError:
             raise ValueError("plots need matplotlib: pip install 'eigenzoo[plots]'") from None
         out.mkdir(exist_ok=True)
-    file, command = out and out / "bench.jsonl", shlex.join(["eigenzoo", *sys.argv[1:]])
+    file, command = out and out / "bench.jsonl", command_line()
     rows = _done(file, command)
+    how = {"ops": ops, "weights": weights, "compiled": compile, "command": command}
+    how |= {"processor": device_name(place), "versions": versions()}
     if compile:
         say("compiling before each first step: a minute or two for many layers")
     for count in batches:
@@ -170,7 +172,6 @@ def bench(
                 *(length, count, buffer * length, steps, kind or torch.float32, place, compile)
             )
             for row in measure(models, cell, rounds):
-                how = {"ops": ops, "weights": weights, "compiled": compile, "command": command}
                 rows.append(row | how)
                 if file:
                     append(file, rows[-1])

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from .options import AsJson, Device, Dtype, Revision, Seed, Source, Trust, load, name_of
+from .options import (
+    AsJson,
+    Device,
+    Dtype,
+    Revision,
+    Seed,
+    Source,
+    Trust,
+    command_line,
+    load,
+    name_of,
+)
 
 LENGTHS = (256, 512, 1024, 2048)
 
@@ -63,6 +74,7 @@ def evaluate(
     from ..checkpoint import stop_tokens
     from ..data import encode, python_docs, read_text
     from ..evaluate import mean_perplexity, token_losses
+    from ..provenance import device_name, versions
 
     if (length and not retrieval) or ((limit or include_path) and not tasks):
         raise ValueError("--length goes with --retrieval, --limit and --include-path with --tasks")
@@ -94,4 +106,8 @@ def evaluate(
         found["tasks"] = run_tasks(
             model, tokenizer, chosen, limit, batch_size, stop, trust_remote_code
         )
-    print(json.dumps(found, default=float)) if as_json else report.evaluation(found)
+    if not as_json:
+        report.evaluation(found)
+        return
+    how = {"processor": device_name(model.device), "versions": versions()}
+    print(json.dumps(found | how | {"command": command_line()}, default=float))

@@ -1,5 +1,6 @@
 """Options that commands share, and what becomes of them."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -197,6 +198,12 @@ def parse_shared(text: str, heads: int) -> tuple[int, int] | None:
 def parse_refit(text: str) -> tuple[str, ...] | None:
     """What to fit after the solve, from what the user wrote; None for the method's own."""
     return {"auto": None, "none": ()}.get(text, tuple(text.split(",")))
+
+
+def command_line() -> str:
+    """What the user typed, to be repeated elsewhere: of files and folders here the names only."""
+    words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+    return shlex.join(["eigenzoo", *words])
 
 
 def name_of(path: Path | str | None) -> str:

@@ -1,0 +1,127 @@
+"""Cards are made of what was measured, and their snippet runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+from huggingface_hub import ModelCard
+
+from eigenzoo.hub_export.compress import compress_checkpoint
+from eigenzoo.zoo.checkpoint import load
+from eigenzoo.zoo.compress import Settings
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A checkpoint that says its licence."""
+    folder = tmp_path_factory.mktemp("cards") / "dense"
+    tiny.save(folder, max_position_embeddings=2048)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# A model\n")
+    return folder
+
+
+@pytest.fixture
+def low(dense, tmp_path):
+    """It, compressed."""
+    out = tmp_path / "low"
+    compress_checkpoint(load(str(dense)), out, Settings(rank_multiple=2), samples=4, seq_len=32)
+    return out
+
+
+def text(folder) -> str:
+    return (folder / "README.md").read_text()
+
+
+def test_a_card_says_licence_and_bytes(low):
+    config = load(str(low)).model.config
+    data = ModelCard.load(low / "README.md").data
+    assert (data.license, data.library_name) == ("mit", "transformers")
+    assert data.pipeline_tag == "text-generation"
+    assert "base_model" not in data.to_dict()  # a folder here is no Hub id
+    before, after = 4 * config.dense_kv_width, 4 * config.kv_width
+    assert f"| KV bytes per token, float32 | {before} | {after} |" in text(low)
+    assert f"| cache of 2048 tokens | {2048 * before / 2**20:.1f} MiB |" in text(low)
+    assert "cache of 8192" not in text(low)  # more than it can read
+
+
+def test_a_card_of_a_model_from_the_hub_names_it(low):
+    raw = json.loads((low / "config.json").read_text())
+    raw["compression"]["base_model"] = "org/model"
+    (low / "config.json").write_text(json.dumps(raw))
+    from eigenzoo.hub_export.card import add
+
+    add(low, [])
+    data = ModelCard.load(low / "README.md").data
+    assert (data.base_model, data.base_model_relation) == ("org/model", "finetune")
+    assert data.eval_results[0].metric_type == "perplexity"
+
+
+def test_measurements_go_into_the_card_with_their_commands(run, dense, low, tmp_path):
+    (tmp_path / "text.txt").write_text(tiny.WORDS * 20)
+    files = []
+    for folder in (low, dense):
+        words = ["--text", tmp_path / "text.txt", "--window", 64, "--windows", 2, "--json"]
+        code, output, error = run("evaluate", folder, *words)
+        assert code == 0, error
+        files.append(tmp_path / f"{folder.name}.json")
+        files[-1].write_text(output)
+    words = ["--context", 20, "--steps", 2, "--rounds", 1, "--no-compile", "--out", tmp_path / "b"]
+    code, _, error = run("bench", dense, low, *words)
+    assert code == 0, error
+    code, output, error = run("card", low, *files, tmp_path / "b" / "bench.jsonl")
+    assert code == 0, error
+    assert output.strip() == text(low).strip()
+    found = [json.loads(file.read_text()) for file in files]
+    names = f"{found[0]['kv_share']:.2f} of the KV bytes", "original"
+    for x, name in zip(found, names, strict=True):
+        row = f"| {name} | {x['tokens']} tokens of text.txt | perplexity | {x['perplexity']:.4f} |"
+        assert row in output
+        assert x["command"] in output
+    assert (
+        "eigenzoo evaluate low --text text.txt --window 64" in output
+    )  # no folder of this machine
+    assert str(tmp_path) not in output
+    assert (low / "figures" / "speed.png").stat().st_size > 1000
+    assert "![speed](figures/speed.png)" in output
+    speeds = [json.loads(line) for line in (tmp_path / "b" / "bench.jsonl").open()]
+    for x in speeds:
+        assert f"| {x['model']} | 20 | 1 | 20 | {x['tokens_per_second']:.2f} |" in output
+        assert x["processor"] in output
+    raw = json.loads((low / "config.json").read_text())
+    assert raw["compression"]["measured"]["evaluations"] == found
+    load(str(low))
+    code, _, error = run("card", low, files[0])  # of this kind the old ones go, speeds stay
+    assert code == 0, error
+    assert "| original |" not in text(low).split("## Measured")[1]
+    assert "| low | 20 |" in text(low)
+
+
+def test_what_is_no_measurement_is_refused(run, dense, low, tmp_path):
+    (tmp_path / "x.json").write_text('{"perplexity": 3}')
+    before = text(low)
+    code, _, error = run("card", low, tmp_path / "x.json")
+    assert code == 2
+    assert "is none of `eigenzoo evaluate --json`" in error
+    code, _, error = run("card", dense)
+    assert code == 2
+    assert "was not written by eigenzoo compress" in error
+    assert text(low) == before
+
+
+@pytest.mark.slow
+def test_the_snippet_of_a_card_runs_where_the_card_lies(low, tmp_path):
+    (snippet,) = re.findall(r"```python\n(.*?)```", text(low), re.DOTALL)
+    code = "import sys; sys.modules['eigenzoo'] = None\n" + snippet
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=low,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hub")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
