@@ -1,6 +1,5 @@
 """Write a compressed model as one folder that zoo, transformers and the Hub all read."""
 
-import inspect
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,19 +11,16 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 
-from ..zoo import attention, cache, families, linear, llama, model, mpt, opt, qwen2, rope
-from ..zoo.checkpoint import Checkpoint
+from ..zoo.checkpoint import FORMAT, Checkpoint
 from ..zoo.model import Model
-from . import card
-from .remote import configuration_eigen, modeling_eigen
+from . import card, code
+from .remote.configuration_eigen import EigenConfig
 
 AUTO_MAP = {
     "AutoConfig": "configuration_eigen.EigenConfig",
     "AutoModel": "modeling_eigen.EigenModel",
     "AutoModelForCausalLM": "modeling_eigen.EigenForCausalLM",
 }
-NATIVE = (attention, cache, families, linear, llama, model, mpt, opt, qwen2, rope)
-TRAVELS = (*NATIVE, configuration_eigen, modeling_eigen)
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
 
@@ -73,11 +69,13 @@ def export(
     along. compression: provenance and measurements, kept in config.json and shown in the card.
     Raises ValueError if `out` is taken; whatever goes wrong, no half-written folder stays.
     """
-    config = configuration_eigen.EigenConfig(
+    config = EigenConfig(
         family=low.config.family,
         **asdict(low.config),
         **{key: original.config[key] for key in KEPT if original.config.get(key) is not None},
         compression=compression,
+        format_version=FORMAT,
+        code=code.hashes(),
         architectures=["EigenForCausalLM"],
         dtype=str(low.dtype).removeprefix("torch."),
     )
@@ -92,9 +90,6 @@ def export(
         config.save_pretrained(folder)
         original.tokenizer.save_pretrained(folder)
         generation.save_pretrained(folder)
-        for module in TRAVELS:
-            source = Path(inspect.getfile(module))
-            # a Hub folder is flat: what comes from the zoo here lies beside it there
-            text = source.read_text().replace("from ...zoo.", "from .")
-            (folder / source.name).write_text(text)
+        for name, text in code.files().items():
+            (folder / name).write_text(text)
         (folder / "README.md").write_text(card.card(low.config, compression, low.dtype))

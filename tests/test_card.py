@@ -1,14 +1,18 @@
-"""Cards are made of what was measured, and their snippet runs."""
+"""Cards are made of what was measured, their snippet runs, and code that is not ours is told."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.zoo.checkpoint import load
@@ -125,3 +129,52 @@ def test_the_snippet_of_a_card_runs_where_the_card_lies(low, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_inspect_tells_whose_code_a_checkpoint_brings(run, low, dense):
+    code, output, error = run("inspect", low, "--json")
+    assert code == 0, error
+    found = json.loads(output)
+    assert found["format_version"] == 1
+    assert re.fullmatch(r"as eigenzoo [\d.]+ writes it", found["code"])
+    with (low / "cache.py").open("a") as file:
+        file.write("print('who?')\n")
+    _, output, _ = run("inspect", low, "--json")
+    verdict = json.loads(output)["code"]
+    assert re.search(r"not that of eigenzoo .*: read cache.py; changed since .*: cache.py", verdict)
+    (low / "other.py").touch()
+    _, output, _ = run("inspect", low)
+    assert "read cache.py, other.py" in " ".join(output.replace("│", "").split())
+    code, output, _ = run("inspect", dense)
+    assert code == 0
+    assert "format_version" not in output
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(run, low):
+    raw = json.loads((low / "config.json").read_text())
+    assert set(raw["code"]) == {p.name for p in low.glob("*.py")}
+    (low / "config.json").write_text(json.dumps(raw | {"format_version": 2}))
+    code, _, error = run("inspect", low)
+    assert code == 2
+    assert "is of format 2, and this eigenzoo reads up to 1: upgrade" in error
+
+
+OLDEST = Path(__file__).parent / "fixtures" / "format-0"
+
+
+def test_the_earliest_checkpoints_are_still_read():
+    checkpoint = load(str(OLDEST))
+    known = load_file(OLDEST / "logits.safetensors")
+    with torch.inference_mode():
+        found = checkpoint.model(known["tokens"])
+    torch.testing.assert_close(found, known["logits"], atol=1e-5, rtol=1e-5)  # fp32, other order
+
+
+def test_the_earliest_checkpoints_get_a_card_of_today(run, tmp_path):
+    folder = shutil.copytree(OLDEST, tmp_path / "old")
+    code, output, error = run("card", folder)
+    assert code == 0, error
+    assert "KV bytes per token" in output
+    code, output, error = run("inspect", folder, "--json")
+    assert code == 0, error
+    assert json.loads(output)["format_version"] == 0

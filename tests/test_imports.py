@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eigenzoo.hub_export.export import NATIVE
+from eigenzoo.hub_export.code import NATIVE
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {"zoo": {"zoo"}, "kernels": {"kernels", "zoo"}, "hub_export": {"hub_export", "zoo"}}

@@ -28,7 +28,9 @@ from .hub import FAILURES, licence, reason, split
 from .model import Config, Model
 
 MODEL_TYPE = "eigen"  # what config.json of a compressed checkpoint says
+FORMAT = 1  # of compressed checkpoints; 0: config.json says none, and no hashes of its code
 FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "README.md"]
+LATER = {"anchor", "pairs"}  # came after format 0; where config.json has none, by default off
 PICKLED = ["pytorch_model*.bin*"]  # fetched where there is nothing else
 
 
@@ -105,6 +107,8 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
         "v_heads_per_latent": c.v_heads_per_latent,
         "k_ranks": list(c.k_ranks),
         "v_ranks": list(c.v_ranks),
+        "format_version": raw.get("format_version", 0) if raw["model_type"] == MODEL_TYPE else None,
+        "code": raw.get("code"),
         "compression": raw.get("compression"),
     }
 
@@ -162,11 +166,16 @@ def native_config(raw: dict[str, Any]) -> Config:
         )
     config = FAMILIES[family].config
     if kind == MODEL_TYPE:
+        if raw.get("format_version", 0) > FORMAT:
+            raise ValueError(
+                f"the checkpoint is of format {raw['format_version']}, and this eigenzoo reads up "
+                f"to {FORMAT}: upgrade eigenzoo"
+            )
         names = {f.name for f in fields(config)}
-        lacking = names - raw.keys()
+        lacking = names - raw.keys() - LATER
         if lacking:
             raise ValueError(f"config.json lacks {', '.join(sorted(lacking))}")
-        return config(**{name: raw[name] for name in names})
+        return config(**{name: raw[name] for name in names & raw.keys()})
     if raw.get("quantization_config"):
         raise ValueError(
             "the weights are quantised: expected plain weights; dequantise the checkpoint first"

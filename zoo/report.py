@@ -146,7 +146,8 @@ def checkpoint(found: Mapping[str, Any]) -> None:
     """Print what `checkpoint.inspect` found."""
     table = Table(show_header=False)
     for key, value in {**found, **(found["compression"] or {})}.items():
-        if key not in ("k_ranks", "v_ranks", "compression", "layers", "refined", "measured"):
+        hidden = ("k_ranks", "v_ranks", "compression", "layers", "refined", "measured")
+        if key not in hidden and value is not None:
             table.add_row(key, str(value))
     for run in (found["compression"] or {}).get("refined", []):
         kl = f"KL {run['kl_before']:.4g} -> {run['kl_after']:.4g} nats per token"

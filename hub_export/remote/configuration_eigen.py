@@ -13,7 +13,8 @@ class EigenConfig(PreTrainedConfig):
     family: the architecture, by transformers' model_type. k_ranks, v_ranks: numbers per token and
     latent, one a layer. k_heads_per_latent, v_heads_per_latent: how many kv heads share a latent.
     joint_kv: one latent holds keys and values. compression: where the checkpoint comes from, with
-    method, budget, calibration, seed, versions and errors by layer.
+    method, budget, calibration, seed, versions and errors by layer. code: SHA-256 of the Python
+    files that came with it.
     """
 
     model_type = "eigen"
@@ -43,3 +44,5 @@ class EigenConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     compression: dict[str, Any] | None = None
+    format_version: int = 0
+    code: dict[str, str] | None = None

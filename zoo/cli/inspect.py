@@ -6,9 +6,15 @@ from .options import AsJson, Revision, Source
 
 
 def inspect(source: Source, as_json: AsJson = False, revision: Revision = None) -> None:
-    """What is in a checkpoint: ranks of every layer, bytes, and where it comes from."""
+    """What is in a checkpoint: ranks of every layer, bytes, where it comes from, whose code."""
     from .. import report
     from ..checkpoint import inspect as look
+    from ..checkpoint import locate
 
     found = look(source, revision)
+    if found["format_version"] is not None:
+        from ...hub_export.code import verdict
+
+        folder = locate(source, revision, ["config.json", "*.py"])
+        found["code"] = verdict(folder, found["code"])
     print(json.dumps(found)) if as_json else report.checkpoint(found)
