@@ -66,6 +66,8 @@ class EigenPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = False  # keys and values differ in width
     _can_compile_fullgraph = True
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
 
     def __init__(self, config: EigenConfig):
         super().__init__(config)
@@ -96,6 +98,8 @@ class EigenPreTrainedModel(PreTrainedModel):
         use_cache: bool | None,
     ) -> tuple[Tensor, Cache | None]:
         """Normed output of the last layer, and the cache that now holds the tokens."""
+        if self.gradient_checkpointing and self.training:
+            return self._recomputed(input_ids, attention_mask, position_ids), None
         if use_cache is None:
             use_cache = self.config.use_cache
         if use_cache and cache is None:
@@ -113,6 +117,18 @@ class EigenPreTrainedModel(PreTrainedModel):
         native = None if cache is None else LatentCache(cache, slots)
         # a growing cache ends with the new tokens, and that is faster to know
         return self.model.hidden(input_ids, pos if fixed else None, native, valid), cache
+
+    def _recomputed(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """The same without a cache, of which backward keeps nothing but each layer's input."""
+        valid = _valid_slots(attention_mask, input_ids.size(1))
+        x, pos, where = self.model.begin(input_ids, None, None, valid)
+        if position_ids is not None:
+            _check_positions(position_ids, valid, pos)
+        for layer in self.model.layers:
+            x = self._gradient_checkpointing_func(layer, x, pos, where, None)
+        return self.model.finish(x)
 
 
 def _valid_slots(mask: Tensor | None, slots: int) -> Tensor | None:
@@ -174,6 +190,15 @@ class EigenModel(EigenPreTrainedModel):
 
 class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
     """The language model."""
+
+    def init_continuous_batching(self, *_: object, **__: object) -> None:
+        """Refused: its pages hold keys and values of one width."""
+        raise ValueError(
+            "continuous batching keeps keys and values of one width in its pages, and here they "
+            "differ: use generate with a batch"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     def get_output_embeddings(self) -> nn.Module:
         """The language modelling head."""
