@@ -4,6 +4,7 @@ Travels with the checkpoint, beside the native files, and needs torch and transf
 """
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -191,7 +192,7 @@ class EigenModel(EigenPreTrainedModel):
 class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
     """The language model."""
 
-    def init_continuous_batching(self, *_: object, **__: object) -> None:
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: its pages hold keys and values of one width."""
         raise ValueError(
             "continuous batching keeps keys and values of one width in its pages, and here they "
