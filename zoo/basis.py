@@ -1,7 +1,7 @@
-"""From statistics to bases: one function a method."""
+"""From the statistics of a layer to its bases: one function a method."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,12 @@ def _solve(x: Moments, metric: Tensor, damping: float, paired: int = 0) -> Basis
 
 
 def fisher(
-    model: Model, statistics: list[Statistics], pairs: bool = False, damping: float = DAMPING
-) -> list[LayerBasis]:
+    model: Model,
+    attn: LatentAttention,
+    s: Statistics,
+    pairs: bool = False,
+    damping: float = DAMPING,
+) -> LayerBasis:
     """Errors weighed by the gradients of the loss, token by token: see `calibrate`.
 
     F = E[g gᵀ] with g = ∂loss/∂k or ∂loss/∂v, and C, each weighed by the other's lengths. Half the
@@ -40,33 +44,32 @@ def fisher(
     def basis(x: Moments | None, grad: Moments | None, paired: int = 0) -> Basis:
         return _solve(_asked(x), _asked(grad).second, damping, paired)
 
-    paired = model.config.head_dim if pairs else 0
-    return [
-        LayerBasis(
-            basis(s.k_weighted, s.k_grad_weighted, paired),
-            None if s.v is None else basis(s.v_weighted, s.v_grad_weighted),
-        )
-        for s in statistics
-    ]
+    return LayerBasis(
+        basis(s.k_weighted, s.k_grad_weighted, model.config.head_dim if pairs else 0),
+        None if s.v is None else basis(s.v_weighted, s.v_grad_weighted),
+    )
 
 
 def fisher_plain(
-    model: Model, statistics: list[Statistics], pairs: bool = False, damping: float = DAMPING
-) -> list[LayerBasis]:
+    model: Model,
+    attn: LatentAttention,
+    s: Statistics,
+    pairs: bool = False,
+    damping: float = DAMPING,
+) -> LayerBasis:
     """`fisher` without the weights: as if rows and their gradients were independent.
 
     What token weights are worth, for comparison. Needs `calibrate(..., gradients=True)`.
     """
-    plain = [
-        s._replace(
-            k_weighted=s.k, v_weighted=s.v, k_grad_weighted=s.k_grad, v_grad_weighted=s.v_grad
-        )
-        for s in statistics
-    ]
-    return fisher(model, plain, pairs, damping)
+    plain = s._replace(
+        k_weighted=s.k, v_weighted=s.v, k_grad_weighted=s.k_grad, v_grad_weighted=s.v_grad
+    )
+    return fisher(model, attn, plain, pairs, damping)
 
 
-def attention(model: Model, statistics: list[Statistics], pairs: bool = False) -> list[LayerBasis]:
+def attention(
+    model: Model, attn: LatentAttention, s: Statistics, pairs: bool = False
+) -> LayerBasis:
     """Errors weighed by what reads them: queries read keys, the output projection reads values.
 
     Keys: the Gram of the group's queries, averaged over the relative distances of the rotation if
@@ -74,20 +77,16 @@ def attention(model: Model, statistics: list[Statistics], pairs: bool = False) -
     its layer's whole, since the units of keys, values and layers differ; a latent of both weighs
     them alike. pairs: keys by `solve_pairs`. Needs `calibrate(..., queries=True)`.
     """
-    bases, paired = [], model.config.head_dim if pairs else 0
-    for block, s in zip(model.layers, statistics, strict=True):
-        q, read = _readers(model, block.attn, s)
-        if s.v is None:
-            k = _solve(s.k, _both(s.k.covariance, q, read), 0.01)
-            bases.append(LayerBasis(_shares(k), None))
-            continue
-        k = _solve(s.k, _diagonal(q, len(s.k.gram)), 0.01, paired)
-        v = _solve(s.v, _diagonal(read, len(s.v.gram)), 0.01)
-        bases.append(LayerBasis(_shares(k), _shares(v)))
-    return bases
+    q, read = _readers(model, attn, s)
+    if s.v is None:
+        k = _solve(s.k, _both(s.k.covariance, q, read), 0.01)
+        return LayerBasis(_shares(k), None)
+    k = _solve(s.k, _diagonal(q, len(s.k.gram)), 0.01, model.config.head_dim if pairs else 0)
+    v = _solve(s.v, _diagonal(read, len(s.v.gram)), 0.01)
+    return LayerBasis(_shares(k), _shares(v))
 
 
-def eigen(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+def eigen(model: Model, attn: LatentAttention, s: Statistics) -> LayerBasis:
     """Eigen Attention (Saxena et al., arXiv 2408.05646): singular vectors, uncentred.
 
     Without a rotation: one basis a head, of its keys and queries stacked; with one: of keys before
@@ -95,27 +94,24 @@ def eigen(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
     latent. The spectrum is the squared singular values, per token. Needs
     `calibrate(..., queries=True)` where there is no rotation.
     """
-    bases = []
-    for s in statistics:
-        k, v = s.k.second, _asked(s.v).second
-        if model.config.rotary:
-            k = k.sum(0).expand_as(k)
-        else:
-            k = k + _asked(s.q).second.unflatten(0, (len(k), -1)).sum(1)
-        bases.append(LayerBasis(_principal(k), _principal(v)))
-    return bases
+    k, v = s.k.second, _asked(s.v).second
+    if model.config.rotary:
+        k = k.sum(0).expand_as(k)
+    else:
+        k = k + _asked(s.q).second.unflatten(0, (len(k), -1)).sum(1)
+    return LayerBasis(_principal(k), _principal(v))
 
 
-def kv_heads(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+def kv_heads(model: Model, attn: LatentAttention, s: Statistics) -> LayerBasis:
     """Effectively Compress KV Heads (Yu et al., arXiv 2406.07056): singular vectors, uncentred.
 
     Of the calibrated keys, and values, of a group's heads side by side. The paper keeps as many as
     a head has: the group becomes one head.
     """
-    return [LayerBasis(_principal(s.k.second), _principal(_asked(s.v).second)) for s in statistics]
+    return LayerBasis(_principal(s.k.second), _principal(_asked(s.v).second))
 
 
-def pca(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+def pca(model: Model, attn: LatentAttention, s: Statistics) -> LayerBasis:
     """Principal components of keys, and of values: every direction weighs alike (Pearson, 1901).
 
     Centred, as no mean needs a latent. Each spectrum is a share of its own whole, so that one
@@ -126,10 +122,10 @@ def pca(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
     def basis(x: Moments) -> Basis:
         return _shares(_principal(x.covariance)._replace(mean=x.mean))
 
-    return [LayerBasis(basis(s.k), basis(_asked(s.v))) for s in statistics]
+    return LayerBasis(basis(s.k), basis(_asked(s.v)))
 
 
-def palu(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+def palu(model: Model, attn: LatentAttention, s: Statistics) -> LayerBasis:
     """Palu (Chang et al., arXiv 2407.21118): SVD of W S for a group's rows W, S Sᵀ = E[x xᵀ].
 
     Group-head low-rank decomposition under the input whitening of SVD-LLM (arXiv 2403.07378). The
@@ -137,17 +133,11 @@ def palu(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
     outputs without their bias, uncentred, say it all; the bias is left whole. Where a clip or a
     norm bends the outputs there is no such W: they are taken as they are.
     """
-    bases = []
-    for block, s in zip(model.layers, statistics, strict=True):
-        v = _asked(s.v)
-        k_bias, v_bias = _left_whole(model, block.attn, s)
-        bases.append(
-            LayerBasis(
-                _principal(s.k.about(k_bias))._replace(mean=k_bias),
-                _principal(v.about(v_bias))._replace(mean=v_bias),
-            )
-        )
-    return bases
+    k_bias, v_bias = _left_whole(model, attn, s)
+    return LayerBasis(
+        _principal(s.k.about(k_bias))._replace(mean=k_bias),
+        _principal(_asked(s.v).about(v_bias))._replace(mean=v_bias),
+    )
 
 
 def palu_weights(model: Model, statistics: list[Statistics]) -> list[tuple[float, float]]:
@@ -166,7 +156,7 @@ def palu_weights(model: Model, statistics: list[Statistics]) -> list[tuple[float
     return [(information(s.k_weight), information(s.v_weight)) for s in statistics]
 
 
-def lorc(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+def lorc(model: Model, attn: LatentAttention, s: Statistics) -> LayerBasis:
     """LoRC (Zhang et al., arXiv 2410.03111): SVD of the key weight, and of the value weight.
 
     No data: of the statistics only the number of latents is read. A latent holds all heads unless
@@ -177,12 +167,9 @@ def lorc(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
         rows = projection.weight.double().unflatten(0, (blocks, -1))
         return _principal(rows @ rows.mT)._replace(mean=bias)
 
-    bases = []
-    for block, s in zip(model.layers, statistics, strict=True):
-        k_bias, v_bias = _left_whole(model, block.attn, s)
-        k = basis(block.attn.k_proj, len(s.k.gram), k_bias)
-        bases.append(LayerBasis(k, basis(block.attn.v_proj, len(_asked(s.v).gram), v_bias)))
-    return bases
+    k_bias, v_bias = _left_whole(model, attn, s)
+    k = basis(attn.k_proj, len(s.k.gram), k_bias)
+    return LayerBasis(k, basis(attn.v_proj, len(_asked(s.v).gram), v_bias))
 
 
 def lorc_weights(model: Model, statistics: list[Statistics]) -> list[tuple[float, float]]:
@@ -202,7 +189,7 @@ def lorc_weights(model: Model, statistics: list[Statistics]) -> list[tuple[float
     return [(w, w) for w in ((1 + (kappa - kappa.min()) / span) / 2).tolist()]
 
 
-def kq_svd(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
+def kq_svd(model: Model, attn: LatentAttention, s: Statistics) -> LayerBasis:
     """KQ-SVD (Lesens et al., arXiv 2512.05916): the best scores K Qᵀ, and the best V W_o.
 
     Of all products of rank r, K P Qᵀ loses least: ‖K (I - P) Qᵀ‖² = tr(F (I - P)ᵀ C (I - P)) with
@@ -220,11 +207,8 @@ def kq_svd(model: Model, statistics: list[Statistics]) -> list[LayerBasis]:
         zero = torch.zeros_like(x.mean, dtype=torch.float64)
         return _shares(solve(x.second, _diagonal(metric, len(x.gram)), zero, damping=1e-6))
 
-    bases = []
-    for block, s in zip(model.layers, statistics, strict=True):
-        q, read = _readers(model, block.attn, s)
-        bases.append(LayerBasis(basis(s.k, q), basis(_asked(s.v), read)))
-    return bases
+    q, read = _readers(model, attn, s)
+    return LayerBasis(basis(s.k, q), basis(_asked(s.v), read))
 
 
 def _asked(moments: Moments | None) -> Moments:
@@ -304,7 +288,7 @@ def _shares(basis: Basis) -> Basis:
 class Method(NamedTuple):
     """A way to choose bases, where it comes from, what it needs and what it goes with."""
 
-    bases: Callable[..., list[LayerBasis]]  # of a model and its statistics
+    basis: Callable[..., LayerBasis]  # of a model, the attention of a layer and its statistics
     source: str
     gradients: bool = False  # statistics of gradients, of queries, of the gradients of weights
     queries: bool = False
@@ -319,6 +303,13 @@ class Method(NamedTuple):
     refit: tuple[str, ...] = ()  # what is fitted to text after the solve: names in `REFITS`
     # what its ranks are in proportion to; without, the global budget goes where errors fall most
     ranks: Callable[[Model, list[Statistics]], list[tuple[float, float]]] | None = None
+
+    def bases(
+        self, model: Model, statistics: Sequence[Statistics], **options: Any
+    ) -> list[LayerBasis]:
+        """Those of all layers of a model; each depends on its own statistics only."""
+        layers = zip(model.layers, statistics, strict=True)
+        return [self.basis(model, block.attn, s, **options) for block, s in layers]
 
 
 METHODS = {
