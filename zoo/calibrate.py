@@ -3,7 +3,7 @@
 Only sums and Gram matrices are kept, so memory does not grow with the number of tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .model import Model
-from .moments import Lengths, Moments, Statistics
+from .moments import Lengths, Moments, Needs, Statistics
 from .rope import rotate
 
 DAMPING = 0.3  # of the Fisher metric, in units of its mean diagonal: gradients are heavy-tailed
@@ -56,37 +56,85 @@ def calibrate(
     bytes a number, whatever N is. Means and counts add about 2 / w of it, and making the factors
     takes the work of one layer beside.
     """
-    width = model.config.head_dim * (2 if joint else 1)
-    k_shared, v_shared = heads_per_latent
-    plain, weighted = gradients and plain, gradients and weighted
-    before: list[_Before] = [{} for _ in model.layers]
+    needs = Needs(heads_per_latent, gradients, queries, joint, anchor, weights, plain, weighted)
+    backward = gradients or weights
+
+    def read(step: int, doing: str) -> None:
+        for row in tqdm(tokens[::step], desc=doing, unit="seq", disable=None, leave=False):
+            if not backward:
+                model.hidden(row[None])
+                continue
+            # the logits have no name, so that they are freed before the backward pass
+            loss = F.cross_entropy(model(row[None, :-1])[0].float(), row[1:], reduction="sum")
+            loss.backward()
+
+    def start(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        return out.requires_grad_(torch.is_grad_enabled())
+
+    hook = model.embed.register_forward_hook(start)
+    try:
+        return gather_sums(model, list(model.layers), needs, read, bool(len(tokens)))
+    finally:
+        hook.remove()
+
+
+def gather_sums(
+    model: Model,
+    blocks: Sequence[Any],
+    needs: Needs,
+    read: Callable[[int, str], None],
+    data: bool = True,
+    first: int = 0,
+) -> list[Statistics]:
+    """What `blocks` of a model show while `read(step, doing)` runs them: one `Statistics` each.
+
+    read: runs the blocks over every `step`-th sequence, with gradients also backward; called
+    once, or thrice where sums are weighed. data: whether there is anything to read. first: the
+    number of the first block, for messages. See `calibrate`.
+    """
+    width = model.config.head_dim * (2 if needs.joint else 1)
+    k_shared, v_shared = needs.heads_per_latent
+    plain, weighted = needs.gradients and needs.plain, needs.gradients and needs.weighted
+    before: list[_Before] = [{} for _ in blocks]
 
     def empty(plain: bool, weighted: bool, final: bool) -> list[Statistics]:
         c, heads = model.config, model.config.num_key_value_heads
-        k = partial(Moments, heads // k_shared, k_shared * width, tokens.device)
-        v = partial(Moments, heads // v_shared, v_shared * width, tokens.device)
-        q = partial(Moments, c.num_attention_heads, c.head_dim, tokens.device)
-        one = partial(Moments, 1, 1, tokens.device)
-        both, neither = (k, None if joint else v), (None, None)
+        k = partial(Moments, heads // k_shared, k_shared * width, model.device)
+        v = partial(Moments, heads // v_shared, v_shared * width, model.device)
+        q = partial(Moments, c.num_attention_heads, c.head_dim, model.device)
+        one = partial(Moments, 1, 1, model.device)
+        both, neither = (k, None if needs.joint else v), (None, None)
         order = (
             both[1],
-            q if final and queries else None,
+            q if final and needs.queries else None,
             *(both if plain else neither),
             *(both if weighted else neither) * 2,
-            *((one, one) if final and weights else neither),
+            *((one, one) if final and needs.weights else neither),
         )
-        return [Statistics(k(), *(make and make() for make in order)) for _ in model.layers]
+        return [Statistics(k(), *(make and make() for make in order)) for _ in blocks]
+
+    def run(layers: list[Statistics], step: int, doing: str) -> list[Statistics]:
+        backward = needs.gradients or needs.weights
+        with _watch(model, blocks, layers, before, needs.anchor), torch.set_grad_enabled(backward):
+            read(step, doing)
+        for i, layer in enumerate(layers, first):
+            for name, m in layer._asdict().items():
+                if m is not None and not m.gram.isfinite().all():
+                    raise ValueError(
+                        f"layer {i}: the statistics of {name} are not finite: the weights or the "
+                        "dtype are unsound; try --dtype float32"
+                    )
+        return layers
 
     def weigh(first: bool) -> None:
         """Replace `before` layer by layer, so that there are never two of it."""
-        seen = _read(model, tokens[::4], empty(first, not first, False), before, anchor, "weighing")
-        for i, layer in enumerate(seen):
+        for i, layer in enumerate(run(empty(first, not first, False), 4, "weighing")):
             before[i] = _lengths(layer)
 
-    if weighted and len(tokens):
+    if weighted and data:
         weigh(first=True)
         weigh(first=False)
-    return _read(model, tokens, empty(plain, weighted, True), before, anchor, "calibrating")
+    return run(empty(plain, weighted, True), 1, "calibrating")
 
 
 # by what rows, and by what gradients, are measured, for `k` and for `v` of a layer
@@ -104,35 +152,6 @@ def _lengths(layer: Statistics) -> _Before:
                 Lengths(grad_weighted or grad, False, DAMPING),
             )
     return found
-
-
-def _read(
-    model: Model,
-    tokens: Tensor,
-    layers: list[Statistics],
-    before: list[_Before],
-    anchor: int,
-    doing: str,
-) -> list[Statistics]:
-    """One pass over the tokens into `layers`, weighed by what was found before."""
-    first = layers[0]
-    backward = any(m is not None for m in (first.k_grad, first.k_weighted, first.k_weight))
-    with _watch(model, layers, before, anchor), torch.set_grad_enabled(backward):
-        for row in tqdm(tokens, desc=doing, unit="seq", disable=None, leave=False):
-            if not backward:
-                model.hidden(row[None])
-                continue
-            # the logits have no name, so that they are freed before the backward pass
-            loss = F.cross_entropy(model(row[None, :-1])[0].float(), row[1:], reduction="sum")
-            loss.backward()
-    for i, layer in enumerate(layers):
-        for name, m in layer._asdict().items():
-            if m is not None and not m.gram.isfinite().all():
-                raise ValueError(
-                    f"layer {i}: the statistics of {name} are not finite: the weights or the "
-                    "dtype are unsound; try --dtype float32"
-                )
-    return layers
 
 
 class _Feed:
@@ -182,9 +201,13 @@ def _four(s: Statistics, name: str) -> list[Any]:
 
 @contextmanager
 def _watch(
-    model: Model, layers: list[Statistics], before: list[_Before], anchor: int
+    model: Model,
+    blocks: Sequence[Any],
+    layers: list[Statistics],
+    before: list[_Before],
+    anchor: int,
 ) -> Iterator[None]:
-    """Feed the outputs of the projections, and their gradients, to the statistics."""
+    """Feed the outputs of the blocks' projections, and their gradients, to the statistics."""
 
     def same(x: Tensor) -> Tensor:
         return x
@@ -217,13 +240,10 @@ def _watch(
 
         return hook
 
-    def start(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        return out.requires_grad_(torch.is_grad_enabled())
-
     flags = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)  # the backward pass reaches activations, and weights if asked
-    hooks = [model.embed.register_forward_hook(start)]
-    for block, s, earlier in zip(model.layers, layers, before, strict=True):
+    hooks = []
+    for block, s, earlier in zip(blocks, layers, before, strict=True):
         parts = 2 if s.v is None else 1
         k = _Feed(s, earlier, "k", parts)
         v = k if s.v is None else _Feed(s, earlier, "v", 1)
