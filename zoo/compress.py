@@ -1,6 +1,6 @@
 """The main job in one call: calibrate, solve, choose ranks, fold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -247,24 +247,16 @@ def compress(
         search = search or error_search(model, tokens, settings, seen)
     bases = search.bases if search else method.bases(model, seen, **options)
     found: list[dict[str, Any]] = [{} for _ in bases]
-    keep, multiple = settings.keep, settings.rank_multiple
     if search:
         budget = settings.error_budget
-        budget = search.meet(keep) if budget is None else budget
+        budget = search.meet(settings.keep) if budget is None else budget
         settings, chosen = settings._replace(error_budget=budget), search.choose(budget)
         ranks = ranks_of(chosen)
         found = [{"threshold": s.threshold, "output_error": s.error} for s in chosen]
-    elif settings.method == "kv-heads":  # one head for every group
-        width = (model.config.head_dim,) * len(bases)
-        ranks = Ranks(width, width)
-    elif method.ranks is not None or settings.budget == "uniform":
-        alike = [(1.0, 1.0)] * len(bases)
-        weights = method.ranks(model, seen) if method.ranks else alike
-        ranks = proportional(model.config, bases, weights, keep, multiple, settings.rank_pairs)
     else:
-        whole = settings.keys == "full"
-        ranks = few_pairs(model.config, bases, settings.rank_pairs, keep, multiple, whole)
-    layers = [_report(*x) for x in zip(bases, *ranks, strict=True)]
+        weights = method.ranks(model, seen) if method.ranks else None
+        ranks = choose_ranks(model.config, bases, settings, weights)
+    layers = report(bases, ranks)
     layers = [a | b for a, b in zip(layers, found, strict=True)]
     anchor = settings.anchor(model.config)
     if settings.refit:
@@ -274,11 +266,36 @@ def compress(
     return Compressed(low, layers, settings, bases)
 
 
+def choose_ranks(
+    config: Config,
+    bases: Sequence[LayerBasis],
+    settings: Settings,
+    weights: Sequence[tuple[float, float]] | None = None,
+) -> Ranks:
+    """The ranks of all layers of a dense `config`; of the bases only spectra are read.
+
+    weights: what the method's own rank rule found, where it has one.
+    """
+    keep, multiple, count = settings.keep, settings.rank_multiple, settings.rank_pairs
+    if settings.method == "kv-heads":  # one head for every group
+        width = (config.head_dim,) * len(bases)
+        return Ranks(width, width)
+    if settings.budget == "uniform":
+        weights = [(1.0, 1.0)] * len(bases)
+    if weights is not None:
+        return proportional(config, bases, weights, keep, multiple, count)
+    return few_pairs(config, bases, count, keep, multiple, settings.keys == "full")
+
+
+def report(bases: Sequence[LayerBasis], ranks: Ranks) -> list[dict[str, Any]]:
+    """For every layer its ranks, and the share of the method's own error that they leave."""
+    return [_report(*x) for x in zip(bases, *ranks, strict=True)]
+
+
 def _report(basis: LayerBasis, k_rank: int, v_rank: int) -> dict[str, Any]:
-    """Ranks, and the share of the method's own error that they leave."""
     k = basis.k.errors()
-    report = {"k_rank": k_rank, "v_rank": v_rank, "k_error": float(k[k_rank] / k[0])}
+    found = {"k_rank": k_rank, "v_rank": v_rank, "k_error": float(k[k_rank] / k[0])}
     if basis.v is not None:
         v = basis.v.errors()
-        report["v_error"] = float(v[v_rank] / v[0])
-    return report
+        found["v_error"] = float(v[v_rank] / v[0])
+    return found

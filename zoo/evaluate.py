@@ -54,10 +54,16 @@ def token_losses(model: Model, tokens: Tensor, window: int = 2048, windows: int 
     rows = tokens[: count * window].view(count, window)
     losses = []
     for row in tqdm(rows, desc="evaluating", unit="window", disable=None, leave=False):
-        pieces = model.hidden(row[None, :-1])[0].split(512)  # all logits at once take gigabytes
-        for piece, target in zip(pieces, row[1:].split(512), strict=True):
-            losses.append(F.cross_entropy(model.head(piece).float(), target, reduction="none"))
-    return torch.cat(losses).view(count, window - 1).cpu()
+        losses.append(row_losses(model, model.hidden(row[None, :-1])[0], row[1:]))
+    return torch.stack(losses).cpu()
+
+
+def row_losses(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihoods of targets (T,) by what the head reads, (T, width)."""
+    pieces = zip(hidden.split(512), targets.split(512), strict=True)  # all logits take gigabytes
+    return torch.cat(
+        [F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in pieces]
+    )
 
 
 def decode_speed(generators: Sequence[Generator], steps: int = 32, rounds: int = 3) -> list[float]:

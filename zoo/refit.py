@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .allocate import Ranks
 from .basis import LayerBasis
 from .fold import fold, fold_attention
-from .model import LatentAttention, Model
+from .model import Config, LatentAttention, Model
 from .solve import damped
 
 REFITS = {
@@ -52,23 +52,42 @@ def refit(
     dense_at, low_at = rows[0][1:], low.begin(tokens[:1])[1:]
     layers = list(zip(model.layers, low.layers, bases, strict=True))
     for block, low_block, basis in tqdm(layers, desc="refitting", disable=None, leave=False):
-        names = (*INPUTS * ("inputs" in parts), "o_proj")
-        dense = [_Seen(block, names, x, dense_at, whole=True) for x in want]
-        if "inputs" in parts:
-            attn = _fit_inputs(block, dense, have, dense_at)
-            folded = fold_attention(low.config, attn, low_block.attn, basis)
-            low_block.attn.load_state_dict(folded, assign=True)
-        for part, blocks in (("heads", block.attn.heads), ("output", 1)):
-            if part in parts:
-                fit = _Fit(low_block.attn.o_proj, blocks)
-                for x, target in zip(have, dense, strict=True):
-                    seen = _Seen(low_block, ("o_proj",), x, low_at)
-                    missing = target.read(block, blocks) - seen.read(low_block, blocks)
-                    fit.add(seen.input["o_proj"], missing)
-                fit.correct()
-        want = [seen.y for seen in dense]
+        want = refit_layer(block, low_block, low.config, basis, parts, want, have, dense_at, low_at)
         have = [low_block(x, *low_at, None) for x in have]
     return low
+
+
+def refit_layer(
+    block: Any,
+    low_block: Any,
+    config: Config,
+    basis: LayerBasis,
+    parts: Sequence[str],
+    want: Sequence[Tensor],
+    have: Sequence[Tensor],
+    dense_at: tuple,
+    low_at: tuple,
+) -> list[Tensor]:
+    """Fit one layer, `low_block` of the folded config, to `block`: what the latter gives of `want`.
+
+    want, have: what the layer reads in the dense model and behind compressed layers, (1, T, width)
+    a sequence; dense_at, low_at: slots and what `where` returns, as `Model.begin` gives them.
+    """
+    names = (*INPUTS * ("inputs" in parts), "o_proj")
+    dense = [_Seen(block, names, x, dense_at, whole=True) for x in want]
+    if "inputs" in parts:
+        attn = _fit_inputs(block, dense, have, dense_at)
+        folded = fold_attention(config, attn, low_block.attn, basis)
+        low_block.attn.load_state_dict(folded, assign=True)
+    for part, blocks in (("heads", block.attn.heads), ("output", 1)):
+        if part in parts:
+            fit = _Fit(low_block.attn.o_proj, blocks)
+            for x, target in zip(have, dense, strict=True):
+                seen = _Seen(low_block, ("o_proj",), x, low_at)
+                missing = target.read(block, blocks) - seen.read(low_block, blocks)
+                fit.add(seen.input["o_proj"], missing)
+            fit.correct()
+    return [seen.y for seen in dense]
 
 
 def _fit_inputs(
