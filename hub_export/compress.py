@@ -13,8 +13,8 @@ from ..zoo.basis import METHODS
 from ..zoo.checkpoint import Checkpoint
 from ..zoo.compress import Settings, compress
 from ..zoo.data import calibration_tokens, encode, hold_out, read_text
-from ..zoo.evaluate import perplexity
-from ..zoo.model import Model
+from ..zoo.evaluate import Perplexity, perplexity
+from ..zoo.model import Config, Model
 from .export import export
 from .plain import check_plain, export_plain
 
@@ -45,32 +45,59 @@ def compress_checkpoint(
     settings = settings.fit(model.config, model.device.type)  # before text is sampled or read
     if plain:
         check_plain(model.config, settings.method)
-    longest = model.config.max_position_embeddings
-    seq_len = seq_len or min(1024, longest)
-    needed = METHODS[settings.method].data
-    tokens = held_out = torch.empty(0, seq_len, dtype=torch.long, device=model.device)
-    if needed or text is None:
-        samples = samples if needed else max(2, samples // 8)  # no more than is measured on
-        tokens = calibration_tokens(calibration, model, tokenizer, samples, seq_len, seed)
-    if text is None:
-        tokens, held_out = hold_out(tokens) if needed else (tokens[:0], tokens)
+    tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
     result = compress(model, tokens, settings)
     models = {"dense": model, "compressed": result.model}
-    config = result.model.config
     record = {
-        "base_model": original.name,
-        "base_license": original.licence,
-        **result.settings._asdict(),
-        "share": config.kv_width / model.config.kv_width,
-        "calibration": calibrated_on(calibration, tokens) if needed else None,
-        "seed": seed,
-        "versions": {name: version(name) for name in ("eigenzoo", "torch", "transformers")},
+        **about(original, result.settings, result.model.config, calibration, tokens, seed),
         "evaluation": evaluation(models, tokenizer, text, held_out, calibration),
         "layers": result.layers,
     }
     write = export_plain if plain else export
     write(out, result.model, original, record, force, shard_size)
     return record
+
+
+def texts(
+    original: Checkpoint,
+    settings: Settings,
+    calibration: str,
+    samples: int,
+    seq_len: int | None,
+    text: Path | None,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Tokens (N, T) to calibrate on, and those held out to measure on, if there is no `text`."""
+    model = original.model
+    seq_len = seq_len or min(1024, model.config.max_position_embeddings)
+    needed = METHODS[settings.method].data
+    tokens = held_out = torch.empty(0, seq_len, dtype=torch.long, device=model.device)
+    if needed or text is None:
+        samples = samples if needed else max(2, samples // 8)  # no more than is measured on
+        tokens = calibration_tokens(calibration, model, original.tokenizer, samples, seq_len, seed)
+    if text is None:
+        tokens, held_out = hold_out(tokens) if needed else (tokens[:0], tokens)
+    return tokens, held_out
+
+
+def about(
+    original: Checkpoint,
+    settings: Settings,
+    low: Config,
+    calibration: str,
+    tokens: Tensor,
+    seed: int,
+) -> dict[str, Any]:
+    """What a record says of how it was compressed."""
+    return {
+        "base_model": original.name,
+        "base_license": original.licence,
+        **settings._asdict(),
+        "share": low.kv_width / original.model.config.kv_width,
+        "calibration": calibrated_on(calibration, tokens) if len(tokens) else None,
+        "seed": seed,
+        "versions": {name: version(name) for name in ("eigenzoo", "torch", "transformers")},
+    }
 
 
 def calibrated_on(calibration: str, tokens: Tensor) -> dict[str, Any]:
@@ -88,17 +115,37 @@ def evaluation(
     calibration: str,
 ) -> dict[str, Any]:
     """What a record says of perplexity: on a file, or else on sequences held out (N, T)."""
+    longest = next(iter(models.values())).config.max_position_embeddings
+    words, rows = windows(tokenizer, text, held_out, calibration, longest)
+    found = {
+        name: perplexity(model, rows.flatten(), rows.size(1)) for name, model in models.items()
+    }
+    return measured(words, rows, found)
+
+
+def windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Path | None,
+    held_out: Tensor,
+    calibration: str,
+    longest: int,
+) -> tuple[str, Tensor]:
+    """What is measured on, in words and as windows of tokens (M, W). Arguments as in `evaluation`.
+
+    longest: what the model can read.
+    """
     if text is None:
-        words = f"held-out {_name(calibration)} text"
-        window, test = held_out.size(1), held_out.flatten()
-    else:
-        test = encode(tokenizer, read_text(text)).to(held_out.device)
-        longest = next(iter(models.values())).config.max_position_embeddings
-        words, window = text.name, min(2048, longest, len(test))
-    found = {name: perplexity(model, test, window) for name, model in models.items()}
+        return f"held-out {_name(calibration)} text", held_out
+    test = encode(tokenizer, read_text(text)).to(held_out.device)
+    window = min(2048, longest, len(test))
+    return text.name, test[: len(test) // window * window].view(-1, window)
+
+
+def measured(words: str, rows: Tensor, found: Mapping[str, Perplexity]) -> dict[str, Any]:
+    """What a record says of perplexities on windows."""
     tokens = next(iter(found.values())).tokens
     perplexities = {name: x.perplexity for name, x in found.items()}
-    return {"text": words, "window": window, "tokens": tokens, **perplexities}
+    return {"text": words, "window": rows.size(1), "tokens": tokens, **perplexities}
 
 
 def _name(calibration: str) -> str:

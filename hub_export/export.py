@@ -69,6 +69,18 @@ def export(
     along. compression: provenance and measurements, kept in config.json and shown in the card.
     Raises ValueError if `out` is taken; whatever goes wrong, no half-written folder stays.
     """
+    weights = {f"model.{name}": x.contiguous() for name, x in low.state_dict().items()}
+    if low.config.tie_word_embeddings:
+        del weights["model.head.weight"]
+    with new_folder(out, force) as folder:
+        save_torch_state_dict(weights, folder, max_shard_size=shard_size)
+        write_about(folder, low, original, compression)
+
+
+def write_about(
+    folder: Path, low: Model, original: Checkpoint, compression: dict[str, Any]
+) -> None:
+    """All of a checkpoint but its weights, which `low` need not hold. Arguments as in `export`."""
     config = EigenConfig(
         family=low.config.family,
         **asdict(low.config),
@@ -80,16 +92,11 @@ def export(
         dtype=str(low.dtype).removeprefix("torch."),
     )
     config.auto_map = AUTO_MAP
-    weights = {f"model.{name}": x.contiguous() for name, x in low.state_dict().items()}
-    if low.config.tie_word_embeddings:
-        del weights["model.head.weight"]
     generation = copy(original.generation)
     generation.use_cache = True  # MPT's says no, and then nothing would be cached
-    with new_folder(out, force) as folder:
-        save_torch_state_dict(weights, folder, max_shard_size=shard_size)
-        config.save_pretrained(folder)
-        original.tokenizer.save_pretrained(folder)
-        generation.save_pretrained(folder)
-        for name, text in code.files().items():
-            (folder / name).write_text(text)
-        (folder / "README.md").write_text(card.card(low.config, compression, low.dtype))
+    config.save_pretrained(folder)
+    original.tokenizer.save_pretrained(folder)
+    generation.save_pretrained(folder)
+    for name, text in code.files().items():
+        (folder / name).write_text(text)
+    (folder / "README.md").write_text(card.card(low.config, compression, low.dtype))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,11 +65,35 @@ def load(
     config = native_config(raw)  # refuses what it does not know before any weight is read
     tensors = _read_gguf(path) if path.suffix == ".gguf" else _read_folder(path)
     model = build(config, tensors, dtype, device, native=raw["model_type"] == MODEL_TYPE)
+    return _checkpoint(source, path, raw, model, trust_remote_code)
+
+
+def open_layers(
+    source: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Checkpoint, "LayerFiles"]:
+    """As `load` for a dense model, but its layers stay on disk, and are read one by one.
+
+    The model of the checkpoint holds what is not in a layer; its layers are on meta. Raises
+    ValueError also where the weights are no safetensors.
+    """
+    path = locate(source, revision)
+    raw = read_config(path)
+    files = LayerFiles(path, native_config(raw), dtype, device)
+    return _checkpoint(source, path, raw, files.model(), trust_remote_code), files
+
+
+def _checkpoint(
+    source: str, path: Path, raw: dict[str, Any], model: Model, trust_remote_code: bool
+) -> Checkpoint:
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = path.parent if gguf else path
     # transformers chooses the tokenizer by the config, and may not take this one
-    foreign = config.foreign or raw["model_type"] == MODEL_TYPE
-    like = {"config": CONFIG_MAPPING[config.family]()} if foreign else {}
+    foreign = model.config.foreign or raw["model_type"] == MODEL_TYPE
+    like = {"config": CONFIG_MAPPING[model.config.family]()} if foreign else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **gguf, **like
@@ -201,6 +226,11 @@ def _read_files(
     folder: Path, whole: str, read: Callable[[Path], Iterator[tuple[str, Tensor]]]
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a file, or of the shards that an index beside it lists."""
+    for path in _shards(folder, whole):
+        yield from read(path)
+
+
+def _shards(folder: Path, whole: str) -> list[Path]:
     index = folder / f"{whole}.index.json"
     names = [whole]
     if index.exists():
@@ -208,7 +238,7 @@ def _read_files(
     for name in names:
         if not (folder / name).exists():
             raise ValueError(f"{folder} lacks {name}: expected weights as safetensors or .bin")
-        yield from read(folder / name)
+    return [folder / name for name in names]
 
 
 def _open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -263,11 +293,27 @@ def build(
     native: the names are those of our own checkpoints, else Hugging Face's. Raises ValueError
     where a weight is missing, unknown, of another shape, or not finite.
     """
+    parts = _native_parts if native else config.weights
+    return model_of(config, _weights(_expected(config), parts, tensors, dtype, device))
+
+
+def _expected(config: Config) -> dict[str, Tensor]:
+    """The weights of a checkpoint by our names, on meta."""
     with torch.device("meta"):
         expected = new_model(config).state_dict()
     if config.tie_word_embeddings:
         del expected["head.weight"]
-    parts = _native_parts if native else config.weights
+    return expected
+
+
+def _weights(
+    expected: dict[str, Tensor],
+    parts: Callable[[str, Tensor], Iterator[tuple[str, Tensor]]],
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """The weights `expected`, out of tensors whose `parts` they are. Errors as in `build`."""
     weights = {}
     for key, tensor in tensors:
         if not tensor.isfinite().all():
@@ -285,7 +331,88 @@ def build(
     missing = expected.keys() - weights.keys()
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
-    return model_of(config, weights)
+    return weights
+
+
+class LayerFiles:
+    """Where a dense checkpoint in safetensors keeps every weight, to be read layer by layer."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        """Reads names and shapes only. Arguments, but for the folder, and errors as in `build`."""
+        if not list(folder.glob("*.safetensors*")):
+            raise ValueError(
+                f"{folder} holds no safetensors: only those can be read layer by layer; convert "
+                "the checkpoint, or leave --stream out"
+            )
+        self.config, self.dtype, self.device = config, dtype, device
+        self.paths = _shards(folder, "model.safetensors")
+        self.keys: dict[str, list[tuple[Path, str]]] = {}  # by layer, "" for what is in none
+        self.expected: dict[str, dict[str, Tensor]] = {}
+        for name, x in _expected(config).items():
+            self.expected.setdefault(_layer_of(name), {})[name] = x
+        for path in self.paths:
+            for key, shape in _shapes(path):
+                parts = config.weights(key, torch.empty(shape, device="meta"))
+                for layer in {_layer_of(name) for name, _ in parts}:
+                    if layer not in self.expected:
+                        raise ValueError(f"weight {key}: config.json expects no such weight")
+                    self.keys.setdefault(layer, []).append((path, key))
+
+    def model(self) -> Model:
+        """The model, with the weights that are in no layer; its layers are on meta."""
+        with torch.device("meta"):
+            model = new_model(self.config)
+        model.load_state_dict(self._read(""), strict=False, assign=True)
+        if self.config.tie_word_embeddings:
+            model.head.weight = model.embed.weight
+        model.reset_buffers()
+        return model.eval().requires_grad_(False)
+
+    @contextmanager
+    def layer(self, model: Model, index: int) -> Iterator[Any]:
+        """A layer of the model with its weights, which are gone when the context ends."""
+        block, start = model.layers[index], f"layers.{index}."
+        weights = {k.removeprefix(start): x for k, x in self._read(str(index)).items()}
+        block.load_state_dict(weights, assign=True)
+        block.requires_grad_(False)
+        try:
+            yield block
+        finally:
+            block.to("meta")
+
+    def _read(self, layer: str) -> dict[str, Tensor]:
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for path, key in self.keys.get(layer, []):
+                with safe_open(path, "pt") as file:
+                    yield key, file.get_tensor(key)
+
+        parts, expected = self.config.weights, self.expected[layer]
+        return _weights(expected, parts, tensors(), self.dtype, self.device)
+
+
+def stored_bytes(source: str, revision: str | None = None) -> int:
+    """Bytes of weights that could be read layer by layer; 0 where there are none in safetensors."""
+    path = locate(source, revision)
+    return sum(x.stat().st_size for x in path.glob("*.safetensors"))
+
+
+def _layer_of(name: str) -> str:
+    return name.split(".")[1] if name.startswith("layers.") else ""
+
+
+def _shapes(path: Path) -> Iterator[tuple[str, list[int]]]:
+    try:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118, the file is no mapping
+                yield key, file.get_slice(key).get_shape()
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch or write it again") from error
 
 
 def _native_parts(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

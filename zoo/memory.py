@@ -1,11 +1,19 @@
-"""The most memory that a process has held."""
+"""Memory: what is free, and the most that a process has held."""
 
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 PROCESS = Path("/proc/self")  # Linux
+
+
+def available(device: torch.device) -> int:
+    """Bytes that a new model may take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def reset_peak(device: torch.device) -> None:

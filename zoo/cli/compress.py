@@ -26,7 +26,10 @@ from .options import (
     load,
     parse_refit,
     parse_shared,
+    say,
     say_keys,
+    torch_device,
+    torch_dtype,
 )
 
 
@@ -73,7 +76,21 @@ def compress(
         bool,
         typer.Option("--plain", help="kv-heads of an MPT: an ordinary checkpoint, fewer kv heads."),
     ] = False,
-    shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read and write one layer at a time, for models larger than memory; progress is "
+            "kept beside OUT. [default: where the weights take more than half of what is free]",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="With --stream: go on with what an interruption left."),
+    ] = False,
+    shard_size: Annotated[
+        str, typer.Option(help="Largest weight file. With --stream a file holds a layer.")
+    ] = "5GB",
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Seed = 0,
@@ -85,9 +102,12 @@ def compress(
     """Compress the KV cache of SOURCE and write a checkpoint to OUT."""
     from ...hub_export.compress import compress_checkpoint
     from ...hub_export.export import check_free
+    from ...hub_export.stream import check_partial, partial_folder, stream_checkpoint
     from .. import report
+    from ..checkpoint import open_layers, stored_bytes
     from ..compress import Settings
     from ..data import read_text
+    from ..memory import available
 
     settings = Settings(
         method,
@@ -102,26 +122,37 @@ def compress(
     )
     settings.check()
     check_free(out, force)
+    check_partial(out, resume, force)
     if text is not None:
         read_text(text)  # a missing file is found before the long work
-    original = load(source, dtype, device, revision, trust_remote_code)
+    place = torch_device(device)
+    if stream is None:
+        stored = stored_bytes(source, revision)
+        stream = resume or (stored > available(place) // 2 and not plain)
+        if stream and not resume:
+            say(f"the weights take {stored / 1e9:.1f} GB: reading them layer by layer (--stream)")
+    if resume and not stream:
+        raise ValueError("only work that was streamed can go on: leave --no-stream out")
+    if stream and plain:
+        raise ValueError("an ordinary checkpoint is made in memory: leave --stream or --plain out")
+    if stream:
+        kind = torch_dtype(dtype)
+        original, files = open_layers(source, kind, place, revision, trust_remote_code)
+    else:
+        original = load(source, dtype, device, revision, trust_remote_code)
     model = original.model
     shared = parse_shared(heads_per_latent, model.config.num_key_value_heads)
     settings = settings._replace(heads_per_latent=shared).fit(model.config, model.device.type)
     say_keys(settings)
-    record = compress_checkpoint(
-        original,
-        out,
-        settings,
-        calibration,
-        samples,
-        seq_len,
-        text,
-        seed,
-        force,
-        shard_size,
-        plain,
-    )
+    texts = calibration, samples, seq_len, text, seed, force
+    if stream:
+        try:
+            record = stream_checkpoint(original, files, out, settings, *texts, resume)
+        except KeyboardInterrupt:
+            say(f"stopped; the same command with --resume goes on from {partial_folder(out)}")
+            raise
+    else:
+        record = compress_checkpoint(original, out, settings, *texts, shard_size, plain)
     if as_json:
         print(json.dumps({"out": str(out)} | record))
         return

@@ -1,0 +1,118 @@
+"""From a checkpoint to a compressed checkpoint on disk, neither of which need fit into memory."""
+
+import json
+import shutil
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..zoo.checkpoint import Checkpoint, LayerFiles
+from ..zoo.compress import Settings
+from ..zoo.resume import fingerprint
+from ..zoo.stream import Stream, check_stream
+from .compress import about, measured, texts, windows
+from .export import put, write_about
+
+INDEX = "model.safetensors.index.json"
+
+
+def partial_folder(out: Path) -> Path:
+    """Where unfinished work towards `out` is kept."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def check_partial(out: Path, resume: bool, force: bool) -> None:
+    """Raise ValueError if there is unfinished work that may neither go on nor be thrown away."""
+    left = partial_folder(out)
+    if left.exists() and not (resume or force):
+        raise ValueError(
+            f"{left} holds unfinished work: pass --resume to go on, or --force to begin anew"
+        )
+
+
+def stream_checkpoint(
+    original: Checkpoint,
+    files: LayerFiles,
+    out: Path,
+    settings: Settings,
+    calibration: str,
+    samples: int = 32,
+    seq_len: int | None = None,
+    text: Path | None = None,
+    seed: int = 0,
+    force: bool = False,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """As `compress_checkpoint`, with one layer in memory at a time and one file of weights for it.
+
+    original, files: see `checkpoint.open_layers`. What is done is kept in `partial_folder(out)`;
+    resume: go on there, with the same arguments, towards the same bytes. Raises ValueError also
+    where `calibration` is `self`, as text cannot be sampled so.
+    """
+    model, work = original.model, partial_folder(out)
+    settings = settings.fit(model.config, model.device.type)
+    check_stream(settings)
+    check_partial(out, resume, force)
+    if calibration == "self":
+        raise ValueError(
+            "a model that is read layer by layer cannot write its own calibration text: give "
+            "--calibration FILE or hub:DATASET"
+        )
+    tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
+    longest = model.config.max_position_embeddings
+    words, rows = windows(original.tokenizer, text, held_out, calibration, longest)
+    if work.exists() and not resume:
+        shutil.rmtree(work)
+    fresh = work / "new"
+    fresh.mkdir(parents=True, exist_ok=True)
+    count = model.config.num_hidden_layers + 1
+
+    def write(layer: int, weights: dict[str, Tensor]) -> None:
+        _save(fresh, layer, count, {f"model.layers.{layer}.{k}": x for k, x in weights.items()})
+
+    stream = Stream(files, model, tokens, rows, settings, work, write)
+    stream.run(
+        {
+            "config": sha256(json.dumps(original.config).encode()).hexdigest()[:16],
+            "weights": [[path.name, path.stat().st_size] for path in files.paths],
+            "dtype": str(model.dtype),
+            "text": fingerprint(tokens, rows),
+            "settings": json.loads(json.dumps(settings._asdict())),
+        }
+    )
+    low = stream.low
+    outside = {f"model.{k}": x for k, x in low.state_dict().items() if not k.startswith("layers.")}
+    if low.config.tie_word_embeddings:
+        del outside["model.head.weight"]
+    _save(fresh, count - 1, count, outside)
+    _index(fresh)
+    record = {
+        **about(original, settings, low.config, calibration, tokens, seed),
+        "evaluation": measured(words, rows, stream.perplexities),
+        "layers": stream.layers,
+    }
+    write_about(fresh, low, original, record)
+    put(fresh, out, work / "old")
+    shutil.rmtree(work)
+    return record
+
+
+def _save(folder: Path, number: int, count: int, weights: dict[str, Tensor]) -> None:
+    name = f"model-{number + 1:05}-of-{count:05}.safetensors"
+    save_file({k: x.contiguous() for k, x in weights.items()}, folder / name, {"format": "pt"})
+
+
+def _index(folder: Path) -> None:
+    """Write which weight is in which file."""
+    files: dict[str, str] = {}
+    size = 0
+    for path in sorted(folder.glob("model-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            files |= dict.fromkeys(file.keys(), path.name)
+        size += path.stat().st_size
+    about = {"metadata": {"total_size": size}, "weight_map": files}
+    (folder / INDEX).write_text(json.dumps(about, indent=2))
