@@ -12,6 +12,8 @@ from eigenzoo.zoo.shapes import SHAPES, random_model, shaped, uniform
 
 BILLIONS = {
     "opt-125m": 0.125,
+    "smollm2-135m": 0.135,
+    "llama-3.1-70b": 70.6,
     "opt-1.3b": 1.3,
     "opt-6.7b": 6.7,
     "mpt-1b": 1.31,

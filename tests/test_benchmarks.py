@@ -95,3 +95,14 @@ def test_linear_layers_of_few_rows_are_timed():
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["case"] for row in found] == 3 * ["library", "loop", "fused", "int8"]
     assert all(row["milliseconds"] > 0 < row["of_bandwidth"] for row in found)
+
+
+@pytest.mark.slow
+def test_a_large_shape_is_compressed_layer_by_layer_and_timed(tmp_path):
+    words = [sys.executable, FILES / "large.py", tmp_path / "large", "--shape", "smollm2-135m"]
+    words += ["--layers", "2", "--samples", "3", "--seq-len", "32"]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found["seconds_per_layer"]) == ["forward", "backward", "folding"]
+    assert found["generated"]["new_tokens"] == [8]
+    assert 0 < found["layer_bytes"] < found["outside_bytes"]

@@ -49,9 +49,11 @@ SHAPES = {
     "mpt-1b": partial(_mpt, 2048, 24, 16),
     "mpt-7b": partial(_mpt, 4096, 32, 32),
     "mpt-30b": partial(_mpt, 7168, 48, 64),
+    "smollm2-135m": partial(_llama, 576, 30, 9, 3, 1536, 49152, True),
     "llama-3.2-1b": partial(_llama, 2048, 16, 32, 8, 8192, 128256, True),
     "llama-2-7b": partial(_llama, 4096, 32, 32, 32, 11008, 32000),
     "llama-3.1-8b": partial(_llama, 4096, 32, 32, 8, 14336, 128256),
+    "llama-3.1-70b": partial(_llama, 8192, 80, 64, 8, 28672, 128256),
 }
 
 

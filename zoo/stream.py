@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -208,18 +209,17 @@ class Stream:
         for side, one in basis._asdict().items():
             for name, x in one._asdict().items() if one else ():
                 if x is not None:
-                    tensors[f"{side}.{name}"] = x
+                    tensors[f"{side}.{name}"] = x.clone()  # encoder and decoder may be one
         self._put(f"basis-{i}", **tensors)
 
     @torch.no_grad()
     def _fold(self, i: int) -> list[str]:
         low, basis, parts = self.low, self._basis(i), self.settings.refit
-        if i == 0:
-            want = have = self._begun(self.tokens)
-            test = self._begun(self.windows[:, :-1])
+        if i:
+            rows = self._get(f"low-{i}")
         else:
-            want, have, test = (self._get(f"low-{i}")[name] for name in ("want", "have", "test"))
-        dense_at, low_at = (self._at(m, want.size(1)) for m in (self.model, low))
+            rows = {"test": self._begun(self.windows[:, :-1])}
+            rows |= {name: self._begun(self.tokens) for name in ("want", "have") if parts}
         low_block = low.layers[i]
         with self.files.layer(self.model, i) as block:
             folded = fold_attention(low.config, block.attn, low_block.attn, basis)
@@ -228,14 +228,14 @@ class Stream:
                 kept | {f"attn.{k}": x for k, x in folded.items()}, assign=True
             )
             if parts:
-                seen = refit_layer(
-                    *(block, low_block, low.config, basis, parts),
-                    *(list(want[:, None]), list(have[:, None]), dense_at, low_at),
-                )
-                want = torch.cat(seen)
-                have = self._through(low, low_block, have)
+                dense_at, low_at = (self._at(m, self.tokens.size(1)) for m in (self.model, low))
+                want, have = (list(rows[name][:, None]) for name in ("want", "have"))
+                layer = block, low_block, low.config, basis, parts
+                rows["want"] = torch.cat(refit_layer(*layer, want, have, dense_at, low_at))
         self.write(i, low_block.state_dict())
-        self._put(f"low-{i + 1}", want=want, have=have, test=self._through(low, low_block, test))
+        for name in ("have", "test") if parts else ("test",):
+            rows[name] = self._through(low, low_block, rows[name])
+        self._put(f"low-{i + 1}", **rows)
         low_block.to("meta")
         return [f"low-{i}"]
 
@@ -259,8 +259,8 @@ class Stream:
 
     @cached_property
     def bases(self) -> list[LayerBasis]:
-        """Those of all layers; what is not read of them stays on disk."""
-        return [self._basis(i) for i in range(self.count)]
+        """Those of all layers, without the encoders and decoders: those stay on disk."""
+        return [self._basis(i, whole=False) for i in range(self.count)]
 
     @cached_property
     def ranks(self) -> Ranks:
@@ -278,13 +278,14 @@ class Stream:
         names = "dense", "compressed"
         return {name: mean_perplexity(self._get(f"loss-{name}")["losses"]) for name in names}
 
-    def _basis(self, i: int) -> LayerBasis:
-        tensors = {k: x.to(self.model.device) for k, x in self._get(f"basis-{i}").items()}
-        sides = []
-        for side in LayerBasis._fields:
-            one = {n: tensors[f"{side}.{n}"] for n in Basis._fields if f"{side}.{n}" in tensors}
-            sides.append(Basis(**one) if one else None)
-        return LayerBasis(*sides)  # type: ignore[arg-type]
+    def _basis(self, i: int, whole: bool = True) -> LayerBasis:
+        sides: dict[str, dict[str, Any]] = {}
+        with safe_open(self._path(f"basis-{i}"), "pt", device=str(self.model.device)) as file:
+            for key in file.keys():  # noqa: SIM118, the file is no mapping
+                side, name = key.split(".")
+                read = whole or name not in ("encoder", "decoder")
+                sides.setdefault(side, {})[name] = file.get_tensor(key) if read else None
+        return LayerBasis(Basis(**sides["k"]), Basis(**sides["v"]) if "v" in sides else None)
 
     def _begun(self, rows: Tensor) -> Tensor:
         return torch.cat([self.model.begin(row[None])[0] for row in rows])

@@ -1,0 +1,166 @@
+"""What `compress --stream` takes of a large model, and that what it makes generates.
+
+    python benchmarks/large.py --shape llama-2-7b --layers 4 FOLDER
+
+Random weights of a published shape, cut in depth, are written to FOLDER and compressed there.
+Prints one JSON object: seconds of each sweep a layer and outside of layers, and what they add up to
+for the whole depth at as much text; bytes read and kept; and the peak of memory above that of the
+loaded libraries.
+"""
+
+import argparse
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from eigenzoo.hub_export import stream as hub
+from eigenzoo.zoo.checkpoint import open_layers
+from eigenzoo.zoo.compress import Settings
+from eigenzoo.zoo.data import python_docs
+from eigenzoo.zoo.memory import peak, reset_peak
+from eigenzoo.zoo.provenance import device_name, versions
+from eigenzoo.zoo.shapes import SHAPES, shaped
+from eigenzoo.zoo.stream import Stream
+
+CPU = torch.device("cpu")
+
+
+class Timed(Stream):
+    """Notes how long every step took, by its sweep."""
+
+    seconds: dict[str, list[float]] = {}  # noqa: RUF012
+    kept = 0
+
+    def _steps(self):
+        def timed(step):
+            def take():
+                start = time.perf_counter()
+                stale = step.take()
+                sweep = step.name.split(", ")[-1]
+                self.seconds.setdefault(sweep, []).append(time.perf_counter() - start)
+                size = sum(x.stat().st_size for x in self.folder.glob("*.safetensors"))
+                type(self).kept = max(self.kept, size)
+                return stale
+
+            return step._replace(take=take)
+
+        return [timed(step) for step in super()._steps()]
+
+
+def write(folder: Path, shape: str, layers: int) -> None:
+    """A checkpoint of random weights, a file for every layer, as large ones come."""
+    config = shaped(shape, layers)
+    config.dtype, config.architectures = "bfloat16", ["LlamaForCausalLM"]
+    width, hidden, d = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.bfloat16).normal_(std=0.02, generator=random)
+
+    def layer() -> dict[str, torch.Tensor]:
+        sizes = {"q": (heads, width), "k": (kv, width), "v": (kv, width), "o": (width, heads)}
+        found = {f"self_attn.{name}_proj.weight": draw(*size) for name, size in sizes.items()}
+        found |= {f"mlp.{name}_proj.weight": draw(hidden, width) for name in ("gate", "up")}
+        found["mlp.down_proj.weight"] = draw(width, hidden)
+        for name in ("input", "post_attention"):
+            found[f"{name}_layernorm.weight"] = torch.ones(width, dtype=torch.bfloat16)
+        return found
+
+    outside = {"model.embed_tokens.weight": draw(config.vocab_size, width)}
+    outside["model.norm.weight"] = torch.ones(width, dtype=torch.bfloat16)
+    if not config.tie_word_embeddings:
+        outside["lm_head.weight"] = draw(config.vocab_size, width)
+    files = {}
+    for i in range(layers + 1):
+        weights = (
+            {f"model.layers.{i}.{k}": x for k, x in layer().items()} if i < layers else outside
+        )
+        name = f"model-{i + 1:05}-of-{layers + 1:05}.safetensors"
+        save_file(weights, folder / name, {"format": "pt"})
+        files |= dict.fromkeys(weights, name)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.save_pretrained(folder)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=8000, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
+    )
+    bpe.train_from_iterator(pydoc_data.topics.topics.values(), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    names = [name for name, make in SHAPES.items() if isinstance(make(), LlamaConfig)]
+    parser.add_argument("--shape", default="llama-2-7b", choices=names)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--method", default="fisher")
+    parser.add_argument("--keep", type=float, default=0.5)
+    given = parser.parse_args()
+    source, out, text = (given.folder / name for name in ("model", "low", "text.txt"))
+    source.mkdir(parents=True)
+    write(source, given.shape, given.layers)
+    text.write_text(python_docs())
+
+    hub.Stream = Timed
+    reset_peak(CPU)
+    before = peak(CPU)
+    settings = Settings(given.method, given.keep)
+    original, files = open_layers(str(source))
+    amount = given.samples, given.seq_len
+    record = hub.stream_checkpoint(original, files, out, settings, str(text), *amount)
+    used = peak(CPU) - before
+    sizes = [path.stat().st_size for path in sorted(source.glob("model-*"))]
+    seen = given.samples * given.seq_len * original.model.config.hidden_size * 2
+    whole = SHAPES[given.shape]().num_hidden_layers
+    taken = {name: sum(x) / len(x) for name, x in Timed.seconds.items()}
+    once = {name: taken.pop(name) for name in ("embedding", "loss", "measuring")}
+    hours = (sum(taken.values()) * whole + sum(once.values())) / 3600
+    command = [sys.executable, "-c", "from eigenzoo.zoo.cli import main; main()", "generate", out]
+    made = subprocess.run(
+        [*command, "--prompt", "The", "--max-new-tokens", "8", "--json", "--no-compile"],
+        env=os.environ,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    row = {
+        "shape": given.shape,
+        "layers": given.layers,
+        "method": given.method,
+        "text": f"{given.samples} x {given.seq_len} tokens",
+        "seconds_per_layer": {name: round(x, 1) for name, x in taken.items()},
+        "seconds_once": {name: round(x, 1) for name, x in once.items()},
+        "hours_of_all_layers": round(hours, 2),
+        "layer_bytes": sizes[0],
+        "outside_bytes": sizes[-1],
+        "hidden_state_bytes": seen,
+        "disk_bytes": Timed.kept,
+        "peak_above_start": used,
+        "share": record["share"],
+        "generated": json.loads(made.stdout),
+        "processor": device_name(CPU),
+        "versions": versions(),
+    }
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
