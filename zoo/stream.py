@@ -109,7 +109,7 @@ class Stream:
             self.check_room()
             done = 0
         costs = [step.cost for step in steps]
-        shape = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} layer passes [{elapsed}<"
+        shape = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} layer passes [{elapsed}<"
         with tqdm(
             total=sum(costs),
             initial=sum(costs[:done]),
