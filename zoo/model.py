@@ -302,7 +302,7 @@ class Model(nn.Module):
     def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> StaticCache:
         """An empty cache for `batch` sequences of up to `slots` tokens, in the model's dtype."""
         self.config.check_length(slots)
-        latents = [self.config.latents(i) for i in range(self.config.num_hidden_layers)]
+        latents = [(layer.attn.k, layer.attn.v) for layer in self.layers]
         return StaticCache(latents, batch, slots, dtype or self.dtype, self.device)
 
     @property

@@ -114,7 +114,7 @@ class EigenPreTrainedModel(PreTrainedModel):
         family = FAMILIES[config.family]
         values = {f.name: getattr(config, f.name) for f in fields(family.config)}
         self.model = family.model(family.config(**values))
-        # transformers ties them by itself, after it has split them
+        # if embedding and head are one, transformers says so again once it has split both
         self.model.head.weight = nn.Parameter(self.model.head.weight)
         self.post_init()
         parts = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in self.named_modules()}
