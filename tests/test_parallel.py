@@ -48,6 +48,7 @@ for folder in map(Path, sys.argv[1:]):
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
 dist.destroy_process_group()
 """
+pytestmark = pytest.mark.slow
 IDS = torch.arange(2, 42).view(2, 20)
 MASK = (torch.arange(20) >= torch.tensor([[0], [7]])).long()
 PROMPTS = [IDS[0].tolist(), IDS[1, 7:].tolist()]

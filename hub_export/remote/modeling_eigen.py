@@ -37,12 +37,12 @@ else:
                 parts = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
                 module._parameters[param] = nn.Parameter(parts, whole.requires_grad)
 
-        def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+        def install_forward(self, module: Any, mesh: Any) -> nn.Module:
             """Tell the module which part it is given. Raises ValueError where there is none."""
             module.split(mesh.get_local_rank(), mesh.size())
             return super().install_forward(module, mesh)
 
-    ALL_PARALLEL_STYLES.register("latents", LatentParallel())
+    ALL_PARALLEL_STYLES.register("latents", LatentParallel())  # type: ignore[arg-type]
     TP_PLAN = {
         "model.embed": "embedding_rowwise",
         "model.layers.*.attn": "latents",
