@@ -114,7 +114,7 @@ def talking(tmp_path_factory):
     """A compressed checkpoint with a chat template."""
     place = tmp_path_factory.mktemp("talking")
     tiny.save(place / "dense", chat=True, num_hidden_layers=2)
-    settings = Settings(keep=0.5, rank_multiple=2)
+    settings = Settings(keep=0.5, rank_multiple=2, heads_per_latent=(2, 2))
     compress_checkpoint(load(str(place / "dense")), place / "low", settings, samples=4, seq_len=32)
     return place / "low"
 
@@ -144,6 +144,17 @@ def test_transformers_generates_alone_and_compiled(talking, python):
     assert all(done.returncode == 0 for done in found), found[0].stderr + found[1].stderr
     assert found[0].stdout == found[1].stdout
     assert found[0].stdout.startswith("the cat sat")
+
+
+@pytest.mark.slow
+def test_two_processes_generate_what_one_does(talking, python):
+    words = talking, "the cat sat", "--max-new-tokens", "9"
+    one = python(EXAMPLES / "transformers_generate.py", *words, "--no-compile")
+    launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    two = python(*launch, EXAMPLES / "tensor_parallel.py", *words)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout == one.stdout
+    assert two.stdout.startswith("the cat sat")
 
 
 @pytest.mark.slow

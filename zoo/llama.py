@@ -161,7 +161,8 @@ class Attention(LatentAttention):
             return grouped.transpose(2, 3).flatten(3) @ self.k_down
         k = k.unflatten(-1, (self.k.heads, -1)).transpose(1, 2)
         if self.k_pairs is not None:
-            cos, sin = (x[:, 0][..., self.k_pairs].transpose(1, 2) for x in where.new)
+            pairs = self.own(self.k_pairs)
+            cos, sin = (x[:, 0][..., pairs].transpose(1, 2) for x in where.new)
             return rotate(k, cos, sin)
         return rotate(k, *where.new) if self.k_up is None else k
 

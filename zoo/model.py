@@ -179,6 +179,27 @@ class LatentAttention(nn.Module):
     v_proj: Any  # a linear layer, or None where k holds values as well
     o_proj: nn.Linear
     scale: float
+    share: tuple[int, int] = (0, 1)  # which part of heads and latents is here, and of how many
+
+    def split(self, part: int, parts: int) -> None:
+        """From here on be given one of `parts` equal parts of the projections' heads and latents.
+
+        Raises ValueError where they do not divide: a latent and its heads stay together.
+        """
+        if self.k.heads % parts or self.v.heads % parts:
+            raise ValueError(
+                f"layer {self.layer} holds {self.k.heads} latents of keys and {self.v.heads} of "
+                f"values, which {parts} processes cannot share evenly: take as many processes as "
+                "divide both, or compress with a smaller --heads-per-latent"
+            )
+        self.share = part, parts
+        self.heads //= parts
+        self.k, self.v = (Latent(x.heads // parts, x.width) for x in (self.k, self.v))
+
+    def own(self, x: Tensor) -> Tensor:
+        """What is here of x, which has a row for every head, or for every latent."""
+        part, parts = self.share
+        return x if parts == 1 else x.chunk(parts)[part]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """What queries (B, H, T, R) read of keys and values: (B, H, T, W)."""
@@ -281,7 +302,7 @@ class Model(nn.Module):
     def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> StaticCache:
         """An empty cache for `batch` sequences of up to `slots` tokens, in the model's dtype."""
         self.config.check_length(slots)
-        latents = [self.config.latents(i) for i in range(self.config.num_hidden_layers)]
+        latents = [(layer.attn.k, layer.attn.v) for layer in self.layers]
         return StaticCache(latents, batch, slots, dtype or self.dtype, self.device)
 
     @property

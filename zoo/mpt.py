@@ -197,6 +197,15 @@ class Attention(LatentAttention):
         self.k_down = parameter(k.heads, k_n, k.width) if k_down else None
         self.v_down = parameter(v.heads, v_n, v.width) if v_down else None
 
+    def split(self, part: int, parts: int) -> None:
+        """Refuse norms, which are over all heads."""
+        if isinstance(self.q_proj.norm, nn.Module):
+            raise ValueError(
+                "qk_ln norms queries and keys over all heads, which one process does not hold: "
+                "load this model in one process"
+            )
+        super().split(part, parts)
+
     def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D or R)
@@ -278,7 +287,7 @@ class MPT(Model):
         if not self.config.alibi:
             return mask
         slopes = alibi_slopes(self.config.num_attention_heads, self.config.alibi_bias_max)
-        slopes = slopes.to(position.device)
+        slopes = self.layers[0].attn.own(slopes).to(position.device)
         if isinstance(mask, Seen):  # without padding, positions are slots
             bias = None if mask.bias is None else mask.bias + (position - position[:, pos])
             return mask._replace(bias=bias, slopes=slopes)

@@ -3,6 +3,7 @@
 Travels with the checkpoint, beside the native files, and needs torch and transformers only.
 """
 
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +17,44 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ...zoo.families import FAMILIES
 from ...zoo.model import Model
 from .configuration_eigen import EigenConfig
+
+TP_PLAN: dict[str, str] = {}  # how processes share a model, by transformers' names of the ways
+try:  # since transformers 5.23
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+    from transformers.distributed.tensor_parallel import LocalParamsParallel
+except ImportError:
+    pass
+else:
+
+    class LatentParallel(LocalParamsParallel):
+        """Attention with its heads and latents split: its own parameters have a row a latent."""
+
+        def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+            """Split one of them."""
+            whole = module._parameters[param]
+            if whole is not None:
+                parts = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+                module._parameters[param] = nn.Parameter(parts, whole.requires_grad)
+
+        def install_forward(self, module: Any, mesh: Any) -> nn.Module:
+            """Tell the module which part it is given. Raises ValueError where there is none."""
+            module.split(mesh.get_local_rank(), mesh.size())
+            return super().install_forward(module, mesh)
+
+    ALL_PARALLEL_STYLES.register("latents", LatentParallel())  # type: ignore[arg-type]
+    TP_PLAN = {
+        "model.embed": "embedding_rowwise",
+        "model.layers.*.attn": "latents",
+        "model.layers.*.attn.q_proj": "colwise",
+        "model.layers.*.attn.k_proj": "colwise",
+        "model.layers.*.attn.v_proj": "colwise",
+        "model.layers.*.attn.o_proj": "rowwise",
+        "model.layers.*.mlp.gate_proj": "colwise",
+        "model.layers.*.mlp.up_proj": "colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+        "model.head": "colwise_gather_output",
+    }
 
 
 class LatentCache:
@@ -75,7 +114,11 @@ class EigenPreTrainedModel(PreTrainedModel):
         family = FAMILIES[config.family]
         values = {f.name: getattr(config, f.name) for f in fields(family.config)}
         self.model = family.model(family.config(**values))
+        # if embedding and head are one, transformers says so again once it has split both
+        self.model.head.weight = nn.Parameter(self.model.head.weight)
         self.post_init()
+        parts = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in self.named_modules()}
+        self._tp_plan = {name: way for name, way in TP_PLAN.items() if name in parts}
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
