@@ -35,17 +35,20 @@ CPU = torch.device("cpu")
 
 
 class Timed(Stream):
-    """Notes how long every step took, by its sweep."""
+    """Notes by its sweep how long every step took, and the most memory it held."""
 
     seconds: dict[str, list[float]] = {}  # noqa: RUF012
+    peaks: dict[str, int] = {}  # noqa: RUF012
     kept = 0
 
     def _steps(self):
         def timed(step):
             def take():
+                sweep = step.name.split(", ")[-1]
+                reset_peak(CPU)
                 start = time.perf_counter()
                 stale = step.take()
-                sweep = step.name.split(", ")[-1]
+                self.peaks[sweep] = max(self.peaks.get(sweep, 0), peak(CPU))
                 self.seconds.setdefault(sweep, []).append(time.perf_counter() - start)
                 size = sum(x.stat().st_size for x in self.folder.glob("*.safetensors"))
                 type(self).kept = max(self.kept, size)
@@ -126,7 +129,7 @@ def main() -> None:
     original, files = open_layers(str(source))
     amount = given.samples, given.seq_len
     record = hub.stream_checkpoint(original, files, out, settings, str(text), *amount)
-    used = peak(CPU) - before
+    used = {name: x - before for name, x in Timed.peaks.items()}
     sizes = [path.stat().st_size for path in sorted(source.glob("model-*"))]
     seen = given.samples * given.seq_len * original.model.config.hidden_size * 2
     whole = SHAPES[given.shape]().num_hidden_layers

@@ -44,6 +44,13 @@ def logits(model):
         return model(IDS).logits
 
 
+def test_a_long_prompt_goes_into_a_static_cache_in_parts(model):
+    how = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    want = model.generate(IDS, **how)
+    got = model.generate(IDS, **how, prefill_chunk_size=8, disable_compile=True)
+    assert got.tolist() == want.tolist()
+
+
 def test_it_is_placed_by_itself(folder, logits):
     placed = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
     torch.testing.assert_close(placed(IDS).logits, logits)

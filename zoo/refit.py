@@ -18,7 +18,7 @@ from .allocate import Ranks
 from .basis import LayerBasis
 from .fold import fold, fold_attention
 from .model import Config, LatentAttention, Model
-from .solve import damped
+from .solve import usual
 
 REFITS = {
     "inputs": "query, key and value projections read compressed hidden states",
@@ -168,17 +168,19 @@ class _Fit:
         self.count += x.size(1)
         self.x += x.sum(1)
         self.missing += missing.sum(1)
-        self.gram += x.mT @ x
-        self.cross += x.mT @ missing
+        self.gram.baddbmm_(x.mT, x)
+        self.cross.baddbmm_(x.mT, missing)
 
     def correct(self) -> None:
         """Add it to the weight, and where there is a bias to that."""
         x, missing = self.x / self.count, self.missing / self.count
         if self.linear.bias is None:
             x, missing = torch.zeros_like(x), torch.zeros_like(missing)
-        gram = self.gram / self.count - x[:, :, None] * x[:, None]
-        cross = self.cross / self.count - x[:, :, None] * missing[:, None]
-        change = torch.linalg.solve(damped(gram, RIDGE), cross).mT  # (blocks, out, width)
+        # in place: in fp64 each is four times as large as the projection in bf16
+        gram = self.gram.div_(self.count).baddbmm_(x[:, :, None], x[:, None], alpha=-1)
+        cross = self.cross.div_(self.count).baddbmm_(x[:, :, None], missing[:, None], alpha=-1)
+        gram.diagonal(dim1=1, dim2=2).add_(RIDGE * usual(gram)[:, None])
+        change = torch.linalg.solve(gram, cross).mT  # (blocks, out, width)
         self._replace("weight", change.transpose(0, 1).flatten(1))
         if self.linear.bias is not None:
             self._replace("bias", (missing - (change @ x[..., None])[..., 0]).sum(0))

@@ -30,9 +30,9 @@ class Basis(NamedTuple):
 
 def damped(matrix: Tensor, damping: float) -> Tensor:
     """(L, n, n) with `damping` times the mean of its diagonal added to the diagonal."""
-    return matrix + damping * usual(matrix)[:, None, None] * torch.eye(
-        matrix.size(-1), dtype=matrix.dtype, device=matrix.device
-    )
+    out = matrix.clone()
+    out.diagonal(dim1=1, dim2=2).add_(damping * usual(matrix)[:, None])
+    return out
 
 
 def usual(matrix: Tensor) -> Tensor:

@@ -244,6 +244,9 @@ class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
+    def _get_static_cache_init_shape(self) -> None:
+        """None: latents differ in width, so a static cache learns it from the first tokens."""
+
     def get_output_embeddings(self) -> nn.Module:
         """The language modelling head."""
         return self.model.head
