@@ -351,4 +351,5 @@ def test_ctrl_c_leaves_nothing_behind(dense_folder, tmp_path):
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in error
+    assert "what is compressed with --stream can go on" in error
     assert list(tmp_path.iterdir()) == []

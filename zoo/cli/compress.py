@@ -145,14 +145,19 @@ def compress(
     settings = settings._replace(heads_per_latent=shared).fit(model.config, model.device.type)
     say_keys(settings)
     texts = calibration, samples, seq_len, text, seed, force
-    if stream:
-        try:
+    try:
+        if stream:
             record = stream_checkpoint(original, files, out, settings, *texts, resume)
-        except KeyboardInterrupt:
-            say(f"stopped; the same command with --resume goes on from {partial_folder(out)}")
-            raise
-    else:
-        record = compress_checkpoint(original, out, settings, *texts, shard_size, plain)
+        else:
+            record = compress_checkpoint(original, out, settings, *texts, shard_size, plain)
+    except KeyboardInterrupt:
+        left = partial_folder(out)
+        say(
+            f"stopped; the same command with --resume goes on from {left}"
+            if left.exists()
+            else "stopped, and nothing was written; what is compressed with --stream can go on"
+        )
+        raise
     if as_json:
         print(json.dumps({"out": str(out)} | record))
         return
