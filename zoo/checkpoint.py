@@ -366,13 +366,7 @@ class LayerFiles:
 
     def model(self) -> Model:
         """The model, with the weights that are in no layer; its layers are on meta."""
-        with torch.device("meta"):
-            model = new_model(self.config)
-        model.load_state_dict(self._read(""), strict=False, assign=True)
-        if self.config.tie_word_embeddings:
-            model.head.weight = model.embed.weight
-        model.reset_buffers()
-        return model.eval().requires_grad_(False)
+        return model_of(self.config, self._read(""), whole=False)
 
     @contextmanager
     def layer(self, model: Model, index: int) -> Iterator[Any]:

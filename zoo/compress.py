@@ -135,6 +135,12 @@ class Settings(NamedTuple):
         shared = self._shared(config.num_key_value_heads)
         return self._replace(heads_per_latent=shared, refit=own)
 
+    @property
+    def basis_options(self) -> dict[str, Any]:
+        """What the method's bases are asked for beside statistics."""
+        options: dict[str, Any] = {"pairs": True} if self.keys == "pairs" else {}
+        return options | ({} if self.damping is None else {"damping": self.damping})
+
     def anchor(self, config: Config) -> int:
         """Slots of a block within which keys are turned when cached; 1 where they are not."""
         if self.keys == "rotated":
@@ -241,11 +247,9 @@ def compress(
     settings.check()
     settings = settings.fit(model.config, model.device.type)
     method, seen = METHODS[settings.method], statistics or gather(model, tokens, settings)
-    options: dict[str, Any] = {"pairs": True} if settings.keys == "pairs" else {}
-    options |= {} if settings.damping is None else {"damping": settings.damping}
     if settings.method == "eigen":
         search = search or error_search(model, tokens, settings, seen)
-    bases = search.bases if search else method.bases(model, seen, **options)
+    bases = search.bases if search else method.bases(model, seen, **settings.basis_options)
     found: list[dict[str, Any]] = [{} for _ in bases]
     if search:
         budget = settings.error_budget

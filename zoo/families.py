@@ -33,13 +33,16 @@ def new_model(config: Config) -> Model:
     return FAMILIES[config.family].model(config)
 
 
-def model_of(config: Config, weights: Mapping[str, Tensor]) -> Model:
-    """A model of these weights, which it shares and does not copy, ready for inference."""
+def model_of(config: Config, weights: Mapping[str, Tensor], whole: bool = True) -> Model:
+    """A model of these weights, which it shares and does not copy, ready for inference.
+
+    whole: False leaves on meta what has no weight.
+    """
     with torch.device("meta"):
         model = new_model(config)
     if config.tie_word_embeddings:
         weights = {**weights, "head.weight": weights["embed.weight"]}
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(weights, strict=whole, assign=True)
     if config.tie_word_embeddings:
         model.head.weight = model.embed.weight
     model.reset_buffers()

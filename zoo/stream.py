@@ -27,7 +27,7 @@ from .calibrate import gather_sums
 from .checkpoint import LayerFiles
 from .compress import Settings, choose_ranks, needs, report
 from .evaluate import Perplexity, mean_perplexity, row_losses
-from .families import new_model
+from .families import model_of
 from .fold import compressed_config, fold_attention
 from .model import Model
 from .moments import Statistics
@@ -70,14 +70,12 @@ class Stream:
         folder: Path,
         write: Callable[[int, dict[str, Tensor]], None],
     ):
-        """Begin in a new folder, or go on in one that was left.
+        """Nothing long is done yet.
 
         model: `files.model()`. tokens: (N, T) to calibrate on. windows: (M, W) to measure
         perplexity on. settings: fitted to the model. write: keeps the weights of a folded layer,
-        given its number. Raises ValueError where the method needs all layers at once, the disk is
-        too small, or the folder was left by other work.
+        given its number.
         """
-        check_stream(settings)
         self.files, self.model, self.settings, self.folder = files, model, settings, folder
         self.tokens, self.windows, self.write = tokens, windows, write
         self.method, self.count = METHODS[settings.method], model.config.num_hidden_layers
@@ -98,7 +96,7 @@ class Stream:
     def run(self, facts: Mapping[str, Any]) -> None:
         """Take the steps that are not done yet. facts: what the work depends on, as JSON knows it.
 
-        Raises ValueError if the folder was left by work on other facts.
+        Raises ValueError if the folder was left by work on other facts, or the disk is too small.
         """
         steps, state = self._steps(), self.folder / PROGRESS
         if state.exists():
@@ -201,9 +199,7 @@ class Stream:
 
     @torch.no_grad()
     def _solve(self, i: int, block: Any, seen: Statistics) -> None:
-        options: dict[str, Any] = {"pairs": True} if self.settings.keys == "pairs" else {}
-        damping = self.settings.damping
-        options |= {} if damping is None else {"damping": damping}
+        options = self.settings.basis_options
         basis = self.method.basis(self.model, block.attn, seen, **options)
         tensors = {}
         for side, one in basis._asdict().items():
@@ -248,14 +244,8 @@ class Stream:
     def low(self) -> Model:
         """The compressed model, its layers on meta."""
         config = compressed_config(self.model.config, self.bases, self.ranks, self.anchor)
-        with torch.device("meta"):
-            low = new_model(config)
         outside = {k: x for k, x in self.model.state_dict().items() if not k.startswith("layers.")}
-        low.load_state_dict(outside, strict=False, assign=True)
-        if config.tie_word_embeddings:
-            low.head.weight = low.embed.weight
-        low.reset_buffers()
-        return low.eval().requires_grad_(False)
+        return model_of(config, outside, whole=False)
 
     @cached_property
     def bases(self) -> list[LayerBasis]:
