@@ -198,7 +198,7 @@ print(peak(cpu) - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, text):
     used, weights = [], []
-    for layers in (3, 12):
+    for layers in (2, 8):
         model, out = tmp_path / f"{layers}", tmp_path / f"{layers}-low"
         tiny.save(model, hidden_size=512, intermediate_size=2048, num_hidden_layers=layers)
         weights.append((model / "model.safetensors").stat().st_size)
@@ -211,7 +211,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, text):
             text=True,
         )
         used.append(int(found.stdout))
-    layer = (weights[1] - weights[0]) / 9
+    layer = (weights[1] - weights[0]) / 6
     assert used[1] - used[0] < layer, f"{used} of {weights}"
 
 
