@@ -9,6 +9,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -595,4 +596,9 @@ TORCH_LIBRARY_IMPL(eigenzoo, CPU, m) {
   m.impl("anchored_decode", anchored_decode);
   m.impl("rotary_decode", rotary_decode);
   m.impl("linear_decode", linear_decode);
+}
+
+TORCH_LIBRARY_IMPL(eigenzoo, Autograd, m) {  // backward is an error, not a gradient that is missing
+  for (const char* op : {"latent_decode", "anchored_decode", "rotary_decode", "linear_decode"})
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }

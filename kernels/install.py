@@ -1,13 +1,15 @@
 """Switch a model from the attention that defines decoding to the fused ops."""
 
+from collections.abc import Callable
 from functools import cache
-from typing import TypeVar
+from inspect import signature
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from ..zoo import attention
-from ..zoo.linear import Linear
-from ..zoo.model import Model
+from ..zoo.linear import linear_decode
 from . import cpu, ops
 
 FUSED = {  # what defines an op, and the op
@@ -17,7 +19,7 @@ FUSED = {  # what defines an op, and the op
 }
 LINEAR_ROWS = 8  # of linear layers; a library's product is as good for more
 DEVICES = ("cpu", "cuda")  # for which there are fused ops
-AnyModel = TypeVar("AnyModel", bound=Model)
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 
 @cache
@@ -54,11 +56,24 @@ def install(model: AnyModel) -> AnyModel:
     Returns the model. A second time changes nothing. On a CPU the ops are built when they are
     wanted first, which takes half a minute. Raises ValueError as `register` does.
     """
-    register(model.device.type)
+    devices = {p.device.type for p in model.parameters()} - {"meta"}  # those stay on disk
+    for device in devices:
+        register(device)
     for module in model.modules():
         for definition, op in FUSED.items():
-            if getattr(type(module), definition.__name__, None) is definition:
+            if _calls(module, definition):
                 setattr(module, op.__name__, op)
-        if isinstance(module, Linear) and model.device.type == "cpu":
-            module.linear_decode, module.rows = ops.linear_decode, LINEAR_ROWS
+        if "cpu" in devices and _calls(module, linear_decode):
+            vars(module).update(linear_decode=ops.linear_decode, rows=LINEAR_ROWS)
     return model
+
+
+def _calls(module: nn.Module, definition: Callable[..., Any]) -> bool:
+    """Whether a module calls `definition`, or what has its name and arguments in a checkpoint.
+
+    The classes that come with a checkpoint have functions of their own, maybe of another version.
+    """
+    found = getattr(type(module), definition.__name__, None)
+    return found is not None and [*signature(found).parameters] == [
+        *signature(definition).parameters
+    ]

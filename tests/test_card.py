@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from eigenzoo.hub_export import code as travelling
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.zoo.checkpoint import load
 from eigenzoo.zoo.compress import Settings
@@ -98,6 +100,11 @@ def test_measurements_go_into_the_card_with_their_commands(run, dense, low, tmp_
     raw = json.loads((low / "config.json").read_text())
     assert raw["compression"]["measured"]["evaluations"] == found
     load(str(low))
+    code, output, error = run("card", low, "--json")
+    assert code == 0, error
+    shown = json.loads(output)
+    assert shown["card"] == text(low)
+    assert shown["metadata"]["model-index"][0]["results"][0]["metrics"][0]["type"] == "perplexity"
     code, _, error = run("card", low, files[0])  # of this kind the old ones go, speeds stay
     assert code == 0, error
     assert "| original |" not in text(low).split("## Measured")[1]
@@ -136,7 +143,7 @@ def test_inspect_tells_whose_code_a_checkpoint_brings(run, low, dense):
     assert code == 0, error
     found = json.loads(output)
     assert found["format_version"] == 1
-    assert re.fullmatch(r"as eigenzoo [\d.]+ writes it", found["code"])
+    assert re.fullmatch(r"as eigenzoo [\d.]+ writes it, not released", found["code"])
     with (low / "cache.py").open("a") as file:
         file.write("print('who?')\n")
     _, output, _ = run("inspect", low, "--json")
@@ -148,6 +155,19 @@ def test_inspect_tells_whose_code_a_checkpoint_brings(run, low, dense):
     code, output, _ = run("inspect", dense)
     assert code == 0
     assert "format_version" not in output
+
+
+def test_code_of_a_release_is_told_from_code_of_none(run, low, monkeypatch, tmp_path):
+    monkeypatch.setattr(travelling, "RELEASES", tmp_path / "releases.json")
+    travelling.RELEASES.write_text("{}")
+    assert travelling.verdict(low, None).endswith("writes it, not released")
+    travelling.RELEASES.write_text(json.dumps({"9.8.7": travelling.hashes()}))
+    assert travelling.verdict(low, None) == "that of eigenzoo 9.8.7, released"
+
+
+def test_what_is_released_travels_unchanged_until_the_version_changes():
+    released = json.loads(travelling.RELEASES.read_text())
+    assert released.get(version("eigenzoo"), travelling.hashes()) == travelling.hashes()
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused(run, low):

@@ -154,3 +154,10 @@ def wide_product(x, weight, scale, bias):
     y = x @ weight.double().T
     y = y if scale is None else y * scale
     return y if bias is None else y + bias
+
+
+def test_backward_through_an_op_is_an_error():
+    x, weight = torch.randn(1, 1, 8, requires_grad=True), torch.randn(4, 8)
+    y = ops.linear_decode(x, weight, None, None)
+    with pytest.raises(RuntimeError, match="derivative for eigenzoo::linear_decode"):
+        y.sum().backward()

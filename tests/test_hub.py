@@ -258,7 +258,6 @@ def test_a_stranger_loads_a_revision_without_eigenzoo(run, hub, folder, tmp_path
     repo.names["v1"] = repo.names["main"]
     repo.commit({"README.md": b"only"}, "main", "spoilt")
     code = (
-        "import sys; sys.modules['eigenzoo'] = None\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"repo, how = '{REPO}', dict(revision='v1', trust_remote_code=True)\n"
         "tokenizer = AutoTokenizer.from_pretrained(repo, **how)\n"
@@ -266,15 +265,40 @@ def test_a_stranger_loads_a_revision_without_eigenzoo(run, hub, folder, tmp_path
         "text = tokenizer('a b', return_tensors='pt')\n"
         "print(model.generate(**text, max_new_tokens=3).shape[1])\n"
     )
+    words = len(tiny.tokenizer()("a b")["input_ids"])
+    assert int(stranger(hub, code, tmp_path / "home")) == words + 3
+
+
+@pytest.mark.slow
+def test_what_transformers_pushes_itself_brings_its_code_to_the_next_stranger(
+    hub, folder, tmp_path
+):
+    load = (
+        "import torch; from transformers import AutoModelForCausalLM as Auto\n"
+        "ids = torch.arange(2, 22)[None]\n"
+        "model = Auto.from_pretrained({0!r}, trust_remote_code=True)\n"
+        "print(model(ids).logits.sum(-1).tolist())\n"
+    )
+    push = load.format(str(folder)) + f"model.push_to_hub('{REPO}')\n"
+    want = stranger(hub, push, tmp_path / "one")
+    pushed = hub.repos[REPO].commits[hub.repos[REPO].names["main"]]
+    code = {p.name: p.read_bytes() for p in folder.glob("*.py")}
+    assert {name: pushed.get(name) for name in code} == code
+    assert stranger(hub, load.format(REPO), tmp_path / "two") == want
+
+
+def stranger(hub, code: str, home) -> str:
+    """What a process prints that has no eigenzoo, and a Hub's cache of its own."""
     place = {
         "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
+        "HF_HOME": str(home),
         "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
     }
+    code = "import sys; sys.modules['eigenzoo'] = None\n" + code
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | place, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == len(tiny.tokenizer()("a b")["input_ids"]) + 3
+    return done.stdout

@@ -194,7 +194,7 @@ def test_without_matplotlib_the_extra_is_named(run, llama, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, error = run("report", llama, "--out", tmp_path / "report")
     assert code == 2
-    assert "pip install 'eigenzoo[plots]'" in error
+    assert "pip install 'eigenzoo[plot]'" in error
     assert not (tmp_path / "report").exists()
 
 

@@ -1,6 +1,6 @@
 """Config of a model whose KV cache is compressed. Travels with the checkpoint."""
 
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -14,7 +14,8 @@ class EigenConfig(PreTrainedConfig):
     latent, one a layer. k_heads_per_latent, v_heads_per_latent: how many kv heads share a latent.
     joint_kv: one latent holds keys and values. compression: where the checkpoint comes from, with
     method, budget, calibration, seed, versions and errors by layer. code: SHA-256 of the Python
-    files that came with it.
+    files that came with it. ops: what decodes where eigenzoo is installed: its fused ops, or the
+    reference in the files that came along, which decodes everywhere else.
     """
 
     model_type = "eigen"
@@ -46,3 +47,4 @@ class EigenConfig(PreTrainedConfig):
     compression: dict[str, Any] | None = None
     format_version: int = 0
     code: dict[str, str] | None = None
+    ops: Literal["fused", "reference"] = "fused"

@@ -1,6 +1,7 @@
 """transformers' classes around the native models with a compressed KV cache.
 
-Travels with the checkpoint, beside the native files, and needs torch and transformers only.
+Travels with the checkpoint, beside the native files, and needs torch and transformers only. Where
+eigenzoo is installed, its fused ops decode; `from_pretrained(..., ops="reference")` does without.
 """
 
 import re
@@ -13,10 +14,18 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
 from ...zoo.families import FAMILIES
 from ...zoo.model import Model
 from .configuration_eigen import EigenConfig
+
+try:
+    from eigenzoo.kernels.install import install
+except ImportError:
+    install = None
+
+logger = logging.get_logger(__name__)
 
 TP_PLAN: dict[str, str] = {}  # how processes share a model, by transformers' names of the ways
 try:  # since transformers 5.23
@@ -119,6 +128,27 @@ class EigenPreTrainedModel(PreTrainedModel):
         self.post_init()
         parts = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in self.named_modules()}
         self._tp_plan = {name: way for name, way in TP_PLAN.items() if name in parts}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does; then decoding goes over to the fused ops."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._fuse()
+        return loaded
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)
+        self._fuse()  # on another device they are others
+        return self
+
+    def _fuse(self) -> None:
+        """Decode by eigenzoo's fused ops, where it is installed and `ops` does not forbid it."""
+        if install is None or self.config.ops == "reference":
+            return
+        try:
+            install(self)
+        except ValueError as error:
+            logger.warning_once(f"decoding by the reference ops: {error}")
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

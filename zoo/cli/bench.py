@@ -80,7 +80,7 @@ def bench(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for bench.jsonl, written as rows come, and plots (extra `plots`). The "
+            help="Folder for bench.jsonl, written as rows come, and plots (extra `plot`). The "
             "same command goes on where it was stopped."
         ),
     ] = None,
@@ -156,7 +156,7 @@ def bench(
         try:
             from ..plots import decoding
         except ModuleNotFoundError:
-            raise ValueError("plots need matplotlib: pip install 'eigenzoo[plots]'") from None
+            raise ValueError("plots need matplotlib: pip install 'eigenzoo[plot]'") from None
         out.mkdir(exist_ok=True)
     file, command = out and out / "bench.jsonl", command_line()
     rows = _done(file, command)

@@ -1,9 +1,12 @@
 """eigenzoo card."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .options import AsJson
 
 
 def card(
@@ -15,8 +18,15 @@ def card(
             "`bench --out`, with its plots."
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write the README.md of FOLDER anew, with measurements in it."""
+    from huggingface_hub import ModelCard
+
     from ...hub_export.card import add
 
-    print(add(folder, measured or []))
+    text = add(folder, measured or [])
+    if as_json:
+        print(json.dumps({"metadata": ModelCard(text).data.to_dict(), "card": text}))
+    else:
+        print(text)

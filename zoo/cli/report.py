@@ -26,7 +26,7 @@ def report(
     try:
         from ..plots import figures
     except ModuleNotFoundError:
-        raise ValueError("plots need matplotlib: pip install 'eigenzoo[plots]'") from None
+        raise ValueError("plots need matplotlib: pip install 'eigenzoo[plot]'") from None
     check_free(out, force)
     found = sections([row for file in files for row in read_rows(file)])
     drawn = figures(found)
