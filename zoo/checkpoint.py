@@ -30,7 +30,12 @@ from .model import Config, Model
 MODEL_TYPE = "eigen"  # what config.json of a compressed checkpoint says
 FORMAT = 1  # of compressed checkpoints; 0: config.json says none, and no hashes of its code
 FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "README.md"]
-LATER = {"anchor", "pairs"}  # came after format 0; where config.json has none, by default off
+LATER = {
+    "anchor",
+    "pairs",
+    "k_bits",
+    "v_bits",
+}  # came after format 0; where config.json has none, by default off
 PICKLED = ["pytorch_model*.bin*"]  # fetched where there is nothing else
 
 
