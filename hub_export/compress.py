@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..zoo.allocate import kv_bytes
 from ..zoo.basis import METHODS
 from ..zoo.checkpoint import Checkpoint
 from ..zoo.compress import Settings, compress
@@ -61,7 +62,7 @@ def compress_checkpoint(
         "base_model": original.name,
         "base_license": original.licence,
         **result.settings._asdict(),
-        "share": config.kv_width / model.config.kv_width,
+        "share": kv_bytes(config, model.dtype)["kv_share"],
         "calibration": calibrated_on(calibration, tokens) if needed else None,
         "seed": seed,
         "versions": {name: version(name) for name in ("eigenzoo", "torch", "transformers")},

@@ -3,8 +3,12 @@ import tiny
 import torch
 from torch.testing import assert_close
 
-from eigenzoo.zoo.compress import Settings, compress
+from eigenzoo.zoo.allocate import kv_bytes
+from eigenzoo.zoo.compress import Settings, compress, gather
+from eigenzoo.zoo.evaluate import perplexity
 from eigenzoo.zoo.generate import Generator
+from eigenzoo.zoo.quantise import spread
+from eigenzoo.zoo.solve import solve
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 MODELS = {  # family, changes, settings of the compression
@@ -75,3 +79,47 @@ def test_packed_caches_compile_into_one_graph_for_all_lengths(model, bits):
             for g in (generator, plain):
                 g.advance(prompt, 0)
             close(generator.advance(token, length), plain.advance(token, length), bits)
+
+
+def rounding_cost(basis, rank, second, metric):
+    """What rounding a number costs, of all L latents, up to the same factor."""
+    e, d = basis.encoder[..., :rank], basis.decoder[..., :rank]
+    power = (e.mT @ second @ e).diagonal(dim1=1, dim2=2)
+    return float((power * (d.mT @ metric @ d).diagonal(dim1=1, dim2=2)).sum())
+
+
+def test_spread_latents_are_the_same_map_and_round_at_the_cost_of_the_formula():
+    torch.manual_seed(0)
+    x, g = (torch.randn(2, 200, 24).double() @ torch.randn(2, 24, 24).double() for _ in range(2))
+    x[..., :6] *= 30  # a few columns that stand out
+    second, metric = x.mT @ x / 200, g.mT @ g / 200
+    basis = solve(second, metric, torch.zeros(2, 24).double(), damping=1e-9)
+    for rank in (8, 20):
+        mixed = spread(basis, rank)
+
+        def maps(b, rank=rank):
+            return b.decoder[..., :rank] @ b.encoder[..., :rank].mT
+
+        assert_close(maps(mixed), maps(basis))
+        cost = basis.spectrum[:, :rank].sqrt().sum(1).square().sum() / rank
+        assert rounding_cost(mixed, rank, second, metric) == pytest.approx(float(cost), rel=0.3)
+        assert rounding_cost(mixed, rank, second, metric) < 0.8 * float(
+            basis.spectrum[:, :rank].sum()
+        )
+
+
+@pytest.mark.parametrize("kind", [name for name in MODELS if name != "full"])
+def test_a_model_compressed_for_few_bits_is_the_same_model_and_has_their_bytes(kind):
+    family, changes, settings = MODELS[kind]
+    layers = "n_layers" if family == "mpt" else "num_hidden_layers"
+    dense, tokens = tiny.native(family, **changes, **{layers: 2}), tiny.tokens(8, 64)
+    usual = Settings(**settings, rank_multiple=2, refit=())
+    seen = gather(dense, tokens, usual.fit(dense.config))
+    plain, mixed = (
+        compress(dense, tokens, usual._replace(kv_bits=bits), seen).model for bits in (16, 4)
+    )
+    y = tiny.tokens(2, 40)
+    assert_close(mixed(y), plain(y), atol=1e-3, rtol=1e-3)
+    size = kv_bytes(mixed.config, torch.float32)["kv_bytes_per_token"]
+    assert mixed.new_cache(1, 7).nbytes == 7 * size
+    assert perplexity(mixed, y.flatten(), 40) != perplexity(mixed, y.flatten(), 40, bits=16)

@@ -112,6 +112,8 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
         "v_heads_per_latent": c.v_heads_per_latent,
         "k_ranks": list(c.k_ranks),
         "v_ranks": list(c.v_ranks),
+        "k_bits": list(c.k_bits),
+        "v_bits": list(c.v_bits),
         "format_version": raw.get("format_version", 0) if raw["model_type"] == MODEL_TYPE else None,
         "code": raw.get("code"),
         "compression": raw.get("compression"),

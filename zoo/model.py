@@ -85,14 +85,13 @@ class Config:
                     f"from {least} to {full}"
                 )
             object.__setattr__(self, f"{name}_ranks", ranks)
-            bits = getattr(self, f"{name}_bits") or (16,) * self.num_hidden_layers
-            if len(bits) != self.num_hidden_layers:
+            bits = getattr(self, f"{name}_bits")
+            if len(bits) not in (0, self.num_hidden_layers):
                 raise ValueError(
                     f"{name}_bits is {list(bits)}: expected {self.num_hidden_layers} numbers"
                 )
-            for count, rank in zip(bits, ranks, strict=True):
+            for count, rank in zip(bits, ranks, strict=bool(bits)):
                 check_bits(count, rank if rank < full else self.head_dim)
-            object.__setattr__(self, f"{name}_bits", bits)
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
@@ -149,7 +148,11 @@ class Config:
         v = Latent(heads // self.v_heads_per_latent, self.v_ranks[layer])
         plain = Latent(heads, self.head_dim)
         k, v = k if low_k else plain, v if low_v else plain
-        return k._replace(bits=self.k_bits[layer]), v._replace(bits=self.v_bits[layer])
+        if self.k_bits:
+            k = k._replace(bits=self.k_bits[layer])
+        if self.v_bits:
+            v = v._replace(bits=self.v_bits[layer])
+        return k, v
 
     def lifted(self, layer: int) -> tuple[bool, bool]:
         """Whether the lifts of keys, and of values, stay matrices of their own in this layer.
