@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..zoo.allocate import kv_bytes
 from ..zoo.basis import METHODS
 from ..zoo.checkpoint import Checkpoint
 from ..zoo.compress import Settings, compress
@@ -45,6 +46,8 @@ def compress_checkpoint(
     settings = settings.fit(model.config, model.device.type)  # before text is sampled or read
     if plain:
         check_plain(model.config, settings.method)
+        if settings.kv_bits < 16:
+            raise ValueError("an ordinary checkpoint has no bits of its own: leave kv bits out")
     tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
     result = compress(model, tokens, settings)
     models = {"dense": model, "compressed": result.model}
@@ -93,7 +96,7 @@ def about(
         "base_model": original.name,
         "base_license": original.licence,
         **settings._asdict(),
-        "share": low.kv_width / original.model.config.kv_width,
+        "share": kv_bytes(low, original.model.dtype)["kv_share"],
         "calibration": calibrated_on(calibration, tokens) if len(tokens) else None,
         "seed": seed,
         "versions": {name: version(name) for name in ("eigenzoo", "torch", "transformers")},

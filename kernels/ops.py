@@ -7,6 +7,8 @@ shapes of what they return, and needs torch only; `install.py` says what runs on
 import torch
 from torch import Tensor
 
+from ..zoo.cache import Buffer, plain
+
 SCHEMAS = {
     "latent_decode": (
         "Tensor q, Tensor k, Tensor v, Tensor span, float scale, Tensor? bias=None, "
@@ -41,21 +43,22 @@ for _name, _arguments in SCHEMAS.items():
 
 def latent_decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Buffer,
+    v: Buffer,
     span: Tensor,
     scale: float,
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
     """The op of `zoo.attention.latent_decode`, which says what the arguments are."""
+    k, v = plain(k, q.dtype), plain(v, q.dtype)  # the ops read no packed cache
     return torch.ops.eigenzoo.latent_decode(q, k, v, span, scale, bias, slopes)
 
 
 def anchored_decode(
     q: Tensor,
-    z: Tensor,
-    v: Tensor,
+    z: Buffer,
+    v: Buffer,
     span: Tensor,
     scale: float,
     cos: Tensor,
@@ -66,13 +69,14 @@ def anchored_decode(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The op of `zoo.attention.anchored_decode`, which says what the arguments are."""
+    z, v = plain(z, q.dtype), plain(v, q.dtype)
     return torch.ops.eigenzoo.anchored_decode(q, z, v, span, scale, cos, sin, up, mean, block, bias)
 
 
 def rotary_decode(
     q: Tensor,
-    z: Tensor,
-    v: Tensor,
+    z: Buffer,
+    v: Buffer,
     span: Tensor,
     scale: float,
     cos: Tensor,
@@ -82,6 +86,7 @@ def rotary_decode(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The op of `zoo.attention.rotary_decode`, which says what the arguments are."""
+    z, v = plain(z, q.dtype), plain(v, q.dtype)
     return torch.ops.eigenzoo.rotary_decode(q, z, v, span, scale, cos, sin, up, mean, bias)
 
 

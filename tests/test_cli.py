@@ -72,6 +72,29 @@ def test_compress_refits_what_it_is_told(run, dense_folder, tmp_path):
         assert said == (len(want) == 2)
 
 
+def test_bits_go_from_compress_to_inspect_and_generate(run, dense_folder, tmp_path):
+    out = tmp_path / "low"
+    asked = ["--kv-bits", 8, "--keep", 0.5, "--heads-per-latent", "all"]
+    code, text, _ = run("compress", dense_folder, out, *asked, "--json", *QUICK)
+    assert (code, json.loads(text)["kv_bits"]) == (0, 8)
+    assert json.loads(text)["share"] < 0.5 / 2
+    found = json.loads(run("inspect", out, "--json")[1])
+    assert found["k_bits"] == found["v_bits"] == [8] * found["num_hidden_layers"]
+    words = ["generate", out, "-p", "the cat", "--no-compile", "--max-new-tokens", 3, "--json"]
+    eight, four = (json.loads(run(*words, *more)[1]) for more in ([], ["--kv-bits", 4]))
+    for row in (eight, four):
+        assert row["cache_bytes"] == row["cache_slots"] * row["kv_bytes_per_token"]
+    assert eight["kv_bytes_per_token"] == found["kv_bytes_per_token"] > four["kv_bytes_per_token"]
+
+
+def test_unknown_bits_are_refused_before_the_long_work(run, dense_folder, tmp_path):
+    words = ["compress", dense_folder, tmp_path / "low", "--kv-bits", 5]
+    for asked in (words, ["generate", dense_folder, "-p", "a", "--kv-bits", 5]):
+        code, _, said = run(*asked)
+        assert code != 0
+        assert "bits is 5: expected one of 16, 8, 4" in said
+
+
 def test_compress_calibrates_on_a_file_and_measures_on_another(run, dense_folder, tmp_path):
     (tmp_path / "a.txt").write_text(tiny.WORDS * 30)
     (tmp_path / "b.txt").write_text(tiny.WORDS[::-1] * 10)

@@ -23,7 +23,7 @@ class Copier(Model):
         self.near = near  # how far back it sees; 0: everything
         self.embed = torch.nn.Embedding(320, 1)
 
-    def new_cache(self, batch, slots, dtype=None):
+    def new_cache(self, batch, slots, dtype=None, bits=None):
         return StaticCache([(Latent(1, 1), Latent(1, 1))], batch, slots)
 
     def forward(self, tokens, pos, cache, valid, last):

@@ -265,6 +265,7 @@ def test_unfinished_work_is_neither_lost_nor_taken_for_another(tmp_path, text, m
         (["--stream"], "cannot write its own calibration text: give --calibration FILE"),
         (["--method", "eigen"], "eigen finds its ranks by looking at all layers together"),
         (["--method", "palu"], "palu finds its ranks by looking at all layers together"),
+        (["--kv-bits", "8"], "latents of fewer bits are made in memory"),
         (["--plain"], "an ordinary checkpoint is made in memory"),
         (["--resume", "--no-stream"], "only work that was streamed can go on"),
     ],

@@ -201,10 +201,18 @@ def kept_share(config: Config, ranks: Ranks, latents: tuple[int, int]) -> float:
     return numbers / config.dense_kv_width
 
 
-def kv_bytes(config: Config, dtype: torch.dtype) -> dict[str, Any]:
-    """Bytes that the cache takes per token, and those of the uncompressed model."""
+def kv_bytes(config: Config, dtype: torch.dtype, bits: int | None = None) -> dict[str, Any]:
+    """Bytes that the cache takes per token, scales included, and those of the uncompressed model.
+
+    bits: of all numbers, by default as the config says. A share is of the same dtype: beside
+    float32, 8 bits are a quarter.
+    """
+    pairs = (config.latents(layer) for layer in range(config.num_hidden_layers))
+    latents = [x if bits is None else x._replace(bits=bits) for pair in pairs for x in pair]
+    kept = sum(latent.nbytes(dtype) for latent in latents)
+    dense = config.dense_kv_width * dtype.itemsize
     return {
-        "kv_bytes_per_token": config.kv_width * dtype.itemsize,
-        "kv_bytes_per_token_dense": config.dense_kv_width * dtype.itemsize,
-        "kv_share": config.kv_width / config.dense_kv_width,
+        "kv_bytes_per_token": kept,
+        "kv_bytes_per_token_dense": dense,
+        "kv_share": kept / dense,
     }

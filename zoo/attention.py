@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cache import Buffer, plain
 from .rope import rotate
 
 HIDDEN = -3e4  # what a score of padding is lowered by: enough, and fp16 holds it
@@ -39,9 +40,9 @@ def alibi_slopes(heads: int, bias_max: float = 8.0) -> Tensor:
     return slopes if power == heads else torch.cat((slopes[1::2], slopes[::2]))[:heads]
 
 
-def lift(z: Tensor, up: Tensor, head_dim: int) -> Tensor:
+def lift(z: Buffer, up: Tensor, head_dim: int) -> Tensor:
     """Latents back to heads. z: (B, L, S, R), up: (L, R, G / L * D) -> (B, G, S, D)."""
-    return (z @ up).unflatten(-1, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
+    return (plain(z, up.dtype) @ up).unflatten(-1, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
 
 
 def absorb(q: Tensor, up: Tensor, head_dim: int) -> Tensor:
@@ -108,14 +109,16 @@ Mask = Tensor | Causal | Seen  # a prompt's, as a matrix or in words, or one tok
 
 
 def latent_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Causal, scale: float
+    q: Tensor, k: Buffer, v: Buffer, mask: Tensor | Causal, scale: float
 ) -> Tensor:
     """Softmax attention of a prompt, where keys and values may differ in heads and in width.
 
     q: (B, H, T, R), k: (B, K, S, R), v: (B, L, S, W) -> (B, H, T, W); K and L divide H.
     mask: (B or 1, H or 1, T, S), true where a token looks, or in fp32 what is added to the
-    scores; `Causal` says the same of the last T slots, and needs no such matrix.
+    scores; `Causal` says the same of the last T slots, and needs no such matrix. What is packed is
+    read as the numbers that it stands for, here as in what follows.
     """
+    k, v = plain(k, q.dtype), plain(v, q.dtype)
     if isinstance(mask, Causal):
         q, k = _with_columns(q, k, mask, scale)
     # equal shapes keep SDPA on its flash path; multiples of 8 are faster
@@ -190,8 +193,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def latent_decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Buffer,
+    v: Buffer,
     span: Tensor,
     scale: float,
     bias: Tensor | None = None,
@@ -203,6 +206,7 @@ def latent_decode(
     span, bias, slopes: see `Seen`. The span ends behind the last of the T tokens, and each sees
     as far as itself.
     """
+    k, v = plain(k, q.dtype), plain(v, q.dtype)
     grouped = (q * scale).unflatten(1, (k.size(1), -1)).flatten(2, 3)  # queries of one key head
     # k.mT would be one more input of a layer compiled by itself, beside the k it aliases
     scores = (
@@ -213,8 +217,8 @@ def latent_decode(
 
 def anchored_decode(
     q: Tensor,
-    z: Tensor,
-    v: Tensor,
+    z: Buffer,
+    v: Buffer,
     span: Tensor,
     scale: float,
     cos: Tensor,
@@ -232,6 +236,7 @@ def anchored_decode(
     `latent_decode`; cos, sin: of the angles of i - c_b, (B or 1, 1, N, D / 2) for
     N = ceil(S / block) blocks; up: (L, R, G / L * D); mean: (G, 1, D). Returns (B, H, 1, W).
     """
+    z, v = plain(z, q.dtype), plain(v, q.dtype)
     blocks, slots = cos.size(2), z.size(2)
     block = min(block, slots)
     turned = rotate(q.expand(-1, -1, blocks, -1), cos, sin) * scale  # (B, H, N, D)
@@ -248,8 +253,8 @@ def anchored_decode(
 
 def rotary_decode(
     q: Tensor,
-    z: Tensor,
-    v: Tensor,
+    z: Buffer,
+    v: Buffer,
     span: Tensor,
     scale: float,
     cos: Tensor,
@@ -267,7 +272,7 @@ def rotary_decode(
     return latent_decode(q, rebuild(z, cos, sin, up, mean), v, span, scale, bias)
 
 
-def rebuild(z: Tensor, cos: Tensor, sin: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
+def rebuild(z: Buffer, cos: Tensor, sin: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
     """Rotated keys (B, G, S, D) from their latents. Arguments as in `rotary_decode`."""
     k = lift(z, up, 2 * cos.size(-1))
     return rotate(k if mean is None else k + mean, cos, sin)

@@ -31,7 +31,12 @@ from .model import Config, Model
 MODEL_TYPE = "eigen"  # what config.json of a compressed checkpoint says
 FORMAT = 1  # of compressed checkpoints; 0: config.json says none, and no hashes of its code
 FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "README.md"]
-LATER = {"anchor", "pairs"}  # came after format 0; where config.json has none, by default off
+LATER = {
+    "anchor",
+    "pairs",
+    "k_bits",
+    "v_bits",
+}  # came after format 0; where config.json has none, by default off
 PICKLED = ["pytorch_model*.bin*"]  # fetched where there is nothing else
 
 
@@ -132,6 +137,8 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
         "v_heads_per_latent": c.v_heads_per_latent,
         "k_ranks": list(c.k_ranks),
         "v_ranks": list(c.v_ranks),
+        "k_bits": list(c.k_bits),
+        "v_bits": list(c.v_bits),
         "format_version": raw.get("format_version", 0) if raw["model_type"] == MODEL_TYPE else None,
         "code": raw.get("code"),
         "compression": raw.get("compression"),

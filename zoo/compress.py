@@ -8,11 +8,13 @@ from torch import Tensor
 
 from .allocate import Ranks, check_keep, few_pairs, proportional
 from .basis import METHODS, LayerBasis, Method
+from .cache import check_bits
 from .calibrate import calibrate
 from .fold import fold
 from .keys import BLOCK, KEYS, TURNED, choose_keys
 from .model import Config, Model
 from .moments import Needs, Statistics
+from .quantise import spread_all
 from .refit import REFITS, refit
 from .search import ErrorBudget, ranks_of
 
@@ -34,7 +36,9 @@ class Settings(NamedTuple):
     metric, None for the method's own. The last two are there to measure what they are worth.
     refit: names in `REFITS`, fitted to the calibration tokens after all else, None for the
     method's own. rank_pairs: at most so many distinct pairs of ranks over the layers, which then
-    compile faster; None for any.
+    compile faster; None for any. kv_bits: of a number in the cache, 16 (the model's dtype), 8 or 4;
+    below 16 latents are mixed so that rounding costs least, see `quantise.spread`. `keep` counts
+    numbers, whatever bits they have.
     """
 
     method: str = "fisher"
@@ -50,6 +54,7 @@ class Settings(NamedTuple):
     damping: float | None = None
     refit: tuple[str, ...] | None = None
     rank_pairs: int | None = None
+    kv_bits: int = 16
 
     def check(self) -> None:
         """Raise ValueError for settings that fit no model, before anything long begins."""
@@ -106,6 +111,7 @@ class Settings(NamedTuple):
         if self.refit and not method.data:
             raise ValueError(f"{self.method} reads no text, so there is nothing to refit to")
         check_keep(self.keep)
+        check_bits(self.kv_bits)
 
     def fit(self, config: Config, device: str = "cpu") -> "Settings":
         """The settings with what is to be chosen filled in. Raises ValueError if they do not fit.
@@ -263,10 +269,14 @@ def compress(
     layers = report(bases, ranks)
     layers = [a | b for a, b in zip(layers, found, strict=True)]
     anchor = settings.anchor(model.config)
+    if settings.kv_bits < 16:
+        bases = spread_all(bases, ranks)
     if settings.refit:
         low = refit(model, tokens, bases, ranks, anchor, settings.refit)
     else:
         low = fold(model, bases, ranks, anchor)
+    bits = (settings.kv_bits,) * len(bases) if settings.kv_bits < 16 else ()
+    low.config = replace(low.config, k_bits=bits, v_bits=bits)
     return Compressed(low, layers, settings, bases)
 
 

@@ -23,9 +23,11 @@ class Perplexity(NamedTuple):
     tokens: int
 
 
-def perplexity(model: Model, tokens: Tensor, window: int = 2048, windows: int = 0) -> Perplexity:
+def perplexity(
+    model: Model, tokens: Tensor, window: int = 2048, windows: int = 0, bits: int | None = None
+) -> Perplexity:
     """Perplexity by the papers' protocol. Arguments as in `token_losses`."""
-    return mean_perplexity(token_losses(model, tokens, window, windows))
+    return mean_perplexity(token_losses(model, tokens, window, windows, bits))
 
 
 def mean_perplexity(losses: Tensor) -> Perplexity:
@@ -34,13 +36,16 @@ def mean_perplexity(losses: Tensor) -> Perplexity:
 
 
 @torch.inference_mode()
-def token_losses(model: Model, tokens: Tensor, window: int = 2048, windows: int = 0) -> Tensor:
+def token_losses(
+    model: Model, tokens: Tensor, window: int = 2048, windows: int = 0, bits: int | None = None
+) -> Tensor:
     """Negative log-likelihoods in nats, (windows, window - 1), on the CPU.
 
     The papers' protocol: tokens (N,) are cut into windows that do not overlap, and each is
     predicted from its second token on. windows: how many to take at most; 0 takes all. A last
-    piece shorter than a window is left out. Raises ValueError if the text is shorter than one
-    window.
+    piece shorter than a window is left out. bits: of the cache that is read, by default as the
+    config says; at 16 there is none, as nothing is lost in it. Raises ValueError if the text is
+    shorter than one window.
     """
     if window < 2:
         raise ValueError(f"window is {window}: expected at least 2 tokens")
@@ -53,8 +58,10 @@ def token_losses(model: Model, tokens: Tensor, window: int = 2048, windows: int 
     count = min(count, windows or count)
     rows = tokens[: count * window].view(count, window)
     losses = []
+    own = min((16, *model.config.k_bits, *model.config.v_bits))
+    cache = model.new_cache(1, window - 1, bits=bits) if (bits or own) < 16 else None
     for row in tqdm(rows, desc="evaluating", unit="window", disable=None, leave=False):
-        losses.append(row_losses(model, model.hidden(row[None, :-1])[0], row[1:]))
+        losses.append(row_losses(model, model.hidden(row[None, :-1], cache=cache)[0], row[1:]))
     return torch.stack(losses).cpu()
 
 

@@ -109,14 +109,16 @@ class Generator:
         slots: int,
         compile: bool = True,
         compile_prefill: bool | None = None,
+        bits: int | None = None,
     ):
         """compile: decoding; compile_prefill: prompts as well, by default as `compile` says.
 
+        bits: of a number in the cache, 16, 8 or 4, by default as the model's config says.
         Raises ValueError if there is no compiler to compile with.
         """
         self.model, self.batch, self.slots = model, batch, slots
-        self.cache = model.new_cache(batch, slots)
-        device = self.cache.keys[0].device
+        self.cache = model.new_cache(batch, slots, bits=bits)
+        device = model.device
         self.valid = torch.ones(batch, slots, dtype=torch.bool, device=device)
         prefill = compile if compile_prefill is None else compile_prefill
         if (compile or prefill) and device.type == "cpu":

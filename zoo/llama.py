@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Mask, Seen, absorb, anchored_decode, lift, lift_heads, rebuild, rotary_decode
-from .cache import LayerCache
+from .cache import Buffer, LayerCache
 from .linear import Linear
 from .model import Config, LatentAttention, Model, parameter
 from .rope import frequencies, rotate
@@ -143,12 +143,11 @@ class Attention(LatentAttention):
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
         k = self._cached(self.k_proj(x), where)  # (B, L, T, R)
         v = self.v_proj(x).unflatten(-1, (self.v.heads, -1)).transpose(1, 2)  # (B, L, T, R)
-        if cache is not None:
-            k, v = cache.update(pos, k, v)
+        keys, values = (k, v) if cache is None else cache.update(pos, k, v)
         prompt = x.size(1) > 1  # for one token, lifting what it read is less work than all values
         if self.v_up is not None and prompt:
-            v = lift(v, self.v_up, self.head_dim)
-        y = self._read(q, k, v, where)
+            values = lift(values, self.v_up, self.head_dim)
+        y = self._read(q, keys, values, where)
         if self.v_up is not None and not prompt:
             y = lift_heads(y, self.v_up, self.head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -166,7 +165,7 @@ class Attention(LatentAttention):
             return rotate(k, cos, sin)
         return rotate(k, *where.new) if self.k_up is None else k
 
-    def _read(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
+    def _read(self, q: Tensor, k: Buffer, v: Buffer, where: Where) -> Tensor:
         """What queries (B, H, T, D), not yet rotated, read of cached keys and values."""
         seen, up, mean = where.mask, self.k_up, self.k_mean
         if self.k_down is not None and where.ahead is not None and isinstance(seen, Seen):

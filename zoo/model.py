@@ -21,7 +21,7 @@ from .attention import (
     latent_decode,
     one_token,
 )
-from .cache import Latent, StaticCache
+from .cache import Buffer, Latent, StaticCache, check_bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class Config:
     """Sizes that all families share, and what their caches keep.
 
     k_ranks, v_ranks: numbers per token and latent, one a layer; empty means full rank.
+    k_bits, v_bits: of each of these numbers in a cache, one a layer; empty means 16, which is
+    the model's own dtype.
     joint_kv: one latent holds keys and values; its ranks are k_ranks, those of v_ranks are 0.
     """
 
@@ -50,6 +52,8 @@ class Config:
     output_bias: bool = False
     k_ranks: tuple[int, ...] = ()
     v_ranks: tuple[int, ...] = ()
+    k_bits: tuple[int, ...] = ()
+    v_bits: tuple[int, ...] = ()
     k_heads_per_latent: int = 1
     v_heads_per_latent: int = 1
     joint_kv: bool = False
@@ -81,6 +85,13 @@ class Config:
                     f"from {least} to {full}"
                 )
             object.__setattr__(self, f"{name}_ranks", ranks)
+            bits = getattr(self, f"{name}_bits")
+            if len(bits) not in (0, self.num_hidden_layers):
+                raise ValueError(
+                    f"{name}_bits is {list(bits)}: expected {self.num_hidden_layers} numbers"
+                )
+            for count, rank in zip(bits, ranks, strict=bool(bits)):
+                check_bits(count, rank if rank < full else self.head_dim)
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
@@ -133,10 +144,15 @@ class Config:
         """What the cache keeps of keys and of values per token. Full rank keeps plain heads."""
         heads = self.num_key_value_heads
         low_k, low_v = self.compressed(layer)
-        plain = Latent(heads, self.head_dim)
         k = Latent(heads // self.k_heads_per_latent, self.k_ranks[layer])
         v = Latent(heads // self.v_heads_per_latent, self.v_ranks[layer])
-        return k if low_k else plain, v if low_v else plain
+        plain = Latent(heads, self.head_dim)
+        k, v = k if low_k else plain, v if low_v else plain
+        if self.k_bits:
+            k = k._replace(bits=self.k_bits[layer])
+        if self.v_bits:
+            v = v._replace(bits=self.v_bits[layer])
+        return k, v
 
     def lifted(self, layer: int) -> tuple[bool, bool]:
         """Whether the lifts of keys, and of values, stay matrices of their own in this layer.
@@ -194,14 +210,14 @@ class LatentAttention(nn.Module):
             )
         self.share = part, parts
         self.heads //= parts
-        self.k, self.v = (Latent(x.heads // parts, x.width) for x in (self.k, self.v))
+        self.k, self.v = (x._replace(heads=x.heads // parts) for x in (self.k, self.v))
 
     def own(self, x: Tensor) -> Tensor:
         """What is here of x, which has a row for every head, or for every latent."""
         part, parts = self.share
         return x if parts == 1 else x.chunk(parts)[part]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    def attend(self, q: Tensor, k: Buffer, v: Buffer, mask: Mask) -> Tensor:
         """What queries (B, H, T, R) read of keys and values: (B, H, T, W)."""
         if isinstance(mask, Seen):
             return self.latent_decode(q, k, v, mask.span, self.scale, mask.bias, mask.slopes)
@@ -299,11 +315,21 @@ class Model(nn.Module):
         """
         return self.head(self.hidden(tokens, pos, cache, valid)[:, -last:])
 
-    def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> StaticCache:
-        """An empty cache for `batch` sequences of up to `slots` tokens, in the model's dtype."""
+    def new_cache(
+        self, batch: int, slots: int, dtype: torch.dtype | None = None, bits: int | None = None
+    ) -> StaticCache:
+        """An empty cache for `batch` sequences of up to `slots` tokens, in the model's dtype.
+
+        bits: of a number, 16, 8 or 4; None leaves it to the config.
+        """
         self.config.check_length(slots)
-        latents = [(layer.attn.k, layer.attn.v) for layer in self.layers]
-        return StaticCache(latents, batch, slots, dtype or self.dtype, self.device)
+        latents = [
+            # a process may hold some of the heads
+            (k._replace(heads=layer.attn.k.heads), v._replace(heads=layer.attn.v.heads))
+            for layer in self.layers
+            for k, v in (self.config.latents(layer.attn.layer),)
+        ]
+        return StaticCache(latents, batch, slots, dtype or self.dtype, self.device, bits)
 
     @property
     def dtype(self) -> torch.dtype:

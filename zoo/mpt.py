@@ -215,9 +215,8 @@ class Attention(LatentAttention):
             v = _encode(self.v_proj(x), self.v.heads, self.v_down)
         if self.k_up is not None:
             q = absorb(q, self.k_up, self.head_dim)
-        if cache is not None:
-            k, v = cache.update(pos, k, v)
-        y = self.attend(q, k, v if self.v.width else k, mask)
+        keys, values = (k, v) if cache is None else cache.update(pos, k, v)
+        y = self.attend(q, keys, values if self.v.width else keys, mask)
         if self.v_up is not None:
             y = lift_heads(y, self.v_up, self.head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))

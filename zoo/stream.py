@@ -39,7 +39,11 @@ PROGRESS = "progress.json"
 
 
 def check_stream(settings: Settings) -> None:
-    """Raise ValueError for a method that looks at more than one layer at a time."""
+    """Raise ValueError for what is not made layer by layer."""
+    if settings.kv_bits < 16:
+        raise ValueError(
+            "latents of fewer bits are made in memory: leave --stream or --kv-bits out"
+        )
     method = METHODS[settings.method]
     if settings.method == "eigen" or method.ranks is not None:
         raise ValueError(

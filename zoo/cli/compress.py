@@ -64,6 +64,13 @@ def compress(
             "fewer compile faster. [default: any]"
         ),
     ] = None,
+    kv_bits: Annotated[
+        int,
+        typer.Option(
+            help="Bits of a number in the cache: 16 (the model's dtype), or 8 or 4, for which "
+            "latents are mixed so that rounding costs least."
+        ),
+    ] = 16,
     refit: Refit = "auto",
     calibration: Calibration = "self",
     samples: Samples = 32,
@@ -119,6 +126,7 @@ def compress(
         anchor_block=anchor_block,
         refit=parse_refit(refit),
         rank_pairs=rank_pairs,
+        kv_bits=kv_bits,
     )
     settings.check()
     check_free(out, force)

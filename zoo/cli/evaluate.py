@@ -11,6 +11,7 @@ from .options import (
     AsJson,
     Device,
     Dtype,
+    KvBits,
     Revision,
     Seed,
     Source,
@@ -62,6 +63,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts of a task to run at once.")] = 1,
     dtype: Dtype = "auto",
+    kv_bits: KvBits = None,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -89,11 +91,11 @@ def evaluate(
     checkpoint = load(source, dtype, device, revision, trust_remote_code)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     longest = model.config.max_position_embeddings
-    found = {"model": source} | kv_bytes(model.config, model.dtype)
+    found = {"model": source} | kv_bytes(model.config, model.dtype, kv_bits)
     if by_position or not (retrieval or tasks):
         window = window or min(2048, longest)
         tokens = encode(tokenizer, words).to(model.device)
-        losses = token_losses(model, tokens, window, windows)
+        losses = token_losses(model, tokens, window, windows, kv_bits)
         found |= mean_perplexity(losses)._asdict() | {"text": name_of(text), "window": window}
         if by_position:
             found["by_position"] = [x._asdict() for x in probe.by_position(losses)]

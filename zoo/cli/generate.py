@@ -11,6 +11,7 @@ from .options import (
     Compile,
     DecodingDtype,
     Device,
+    KvBits,
     Ops,
     Revision,
     Seed,
@@ -44,6 +45,7 @@ def generate(
     ops: Ops = "auto",
     dtype: DecodingDtype = "auto",
     weights: Weights = "plain",
+    kv_bits: KvBits = None,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -54,6 +56,7 @@ def generate(
     from transformers import TextStreamer
 
     from ..allocate import kv_bytes
+    from ..cache import check_bits
     from ..checkpoint import stop_tokens
     from ..data import encode_prompt
     from ..generate import Generator, Sampling, answer
@@ -61,6 +64,7 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
+    check_bits(kv_bits or 16)
     prepare = preparation(weights, ops, compile)
     prompts = prompt or [_stdin()]
     checkpoint = load(source, decoding_dtype(dtype, device), device, revision, trust_remote_code)
@@ -69,7 +73,7 @@ def generate(
     stop = stop_tokens(checkpoint)
     slots = max(len(i) for i in ids) + max_new_tokens
     prepare(model)
-    generator = Generator(model, len(ids), slots, compile, compile_prefill)
+    generator = Generator(model, len(ids), slots, compile, compile_prefill, kv_bits)
     if compile or compile_prefill:
         say("compiling at the first tokens: a minute or two, the first time")
     live = len(ids) == 1 and not as_json
@@ -89,7 +93,7 @@ def generate(
         "peak_memory": peak(model.device),
         "cache_slots": slots,
         "cache_bytes": generator.cache.nbytes,
-    } | kv_bytes(model.config, model.dtype)
+    } | kv_bytes(model.config, model.dtype, kv_bits)
     if as_json:
         print(json.dumps(found))
         return

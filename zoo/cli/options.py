@@ -70,6 +70,14 @@ Weights = Annotated[
         "--weights", help="plain, or int8: those of linear layers, a scale for each output."
     ),
 ]
+KvBits = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-bits",
+        help="Bits of a number in the cache: 16 (the model's dtype), 8 or 4. [default: as the "
+        "checkpoint says]",
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")

@@ -1,0 +1,125 @@
+import pytest
+import tiny
+import torch
+from torch.testing import assert_close
+
+from eigenzoo.zoo.allocate import kv_bytes
+from eigenzoo.zoo.compress import Settings, compress, gather
+from eigenzoo.zoo.evaluate import perplexity
+from eigenzoo.zoo.generate import Generator
+from eigenzoo.zoo.quantise import spread
+from eigenzoo.zoo.solve import solve
+
+WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+MODELS = {  # family, changes, settings of the compression
+    "rebuild": ("llama", {}, {"keys": "rebuild", "heads_per_latent": (4, 4)}),
+    "anchored": ("llama", {"attention_bias": True}, {"keys": "anchored", "anchor_block": 5}),
+    "rotated": ("llama", {}, {"keys": "rotated"}),
+    "pairs": ("llama", {}, {"keys": "pairs"}),
+    "full": ("llama", {}, {"keys": "full", "keep": 0.8}),
+    "windows": ("qwen2", WINDOWS, {"heads_per_latent": (2, 2)}),
+    "absorbed": ("opt", {}, {"heads_per_latent": (4, 1)}),
+    "joint": ("opt", {}, {"heads_per_latent": (4, 4), "latent": "joint-kv"}),
+    "alibi": ("mpt", {"attn_config": {"clip_qkv": 0.4}}, {"heads_per_latent": (2, 4)}),
+}
+
+
+@pytest.fixture(scope="module", params=["dense", *MODELS])
+def model(request):
+    if request.param == "dense":
+        return tiny.native(num_hidden_layers=2)
+    family, changes, settings = MODELS[request.param]
+    layers = "n_layers" if family == "mpt" else "num_hidden_layers"
+    dense = tiny.native(family, **changes, **{layers: 2})
+    return compress(dense, tiny.tokens(8, 64), Settings(**settings, rank_multiple=2)).model
+
+
+def close(got, want, bits):
+    # sums in another order may turn a number that lies between two steps: one step of 127 or of 15
+    assert_close(got, want, atol={8: 2e-3, 4: 4e-2}[bits], rtol=0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_decoding_and_parts_read_what_the_whole_prompt_reads(model, bits):
+    tokens = tiny.tokens(2, 24)
+    valid = torch.ones(2, 24, dtype=torch.bool)
+    valid[0, :5] = False
+    whole = model(tokens, None, model.new_cache(2, 24, bits=bits), valid)
+    cache, got = model.new_cache(2, 24, bits=bits), []
+    for start, end in ((0, 11), (11, 17), *((i, i + 1) for i in range(17, 24))):
+        pos = torch.arange(start, end)
+        got.append(model(tokens[:, start:end], pos, cache, valid))
+    close(torch.cat(got, 1)[valid], whole[valid], bits)
+
+
+def test_fewer_bits_lose_more_and_eight_lose_little(model):
+    tokens = tiny.tokens(2, 40)
+    want = model(tokens)
+
+    def lost(bits):
+        got = model(tokens, None, model.new_cache(2, 40, bits=bits))
+        return float((got - want).norm() / want.norm())
+
+    assert 0 < lost(8) < 0.02
+    assert 4 * lost(8) < lost(4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("model", ["dense", "anchored", "joint"], indirect=True)
+def test_packed_caches_compile_into_one_graph_for_all_lengths(model, bits):
+    torch._dynamo.reset()
+    generator = Generator(model, 1, 40, compile_prefill=False, bits=bits)
+    plain = Generator(model, 1, 40, compile=False, bits=bits)
+    generator.advance(tiny.tokens(1, 3), 0)
+    generator.advance(tiny.tokens(1, 1), 3)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (5, 17, 30):
+            prompt, token = tiny.tokens(1, length), tiny.tokens(1, 1)
+            for g in (generator, plain):
+                g.advance(prompt, 0)
+            close(generator.advance(token, length), plain.advance(token, length), bits)
+
+
+def rounding_cost(basis, rank, second, metric):
+    """What rounding a number costs, of all L latents, up to the same factor."""
+    e, d = basis.encoder[..., :rank], basis.decoder[..., :rank]
+    power = (e.mT @ second @ e).diagonal(dim1=1, dim2=2)
+    return float((power * (d.mT @ metric @ d).diagonal(dim1=1, dim2=2)).sum())
+
+
+def test_spread_latents_are_the_same_map_and_round_at_the_cost_of_the_formula():
+    torch.manual_seed(0)
+    x, g = (torch.randn(2, 200, 24).double() @ torch.randn(2, 24, 24).double() for _ in range(2))
+    x[..., :6] *= 30  # a few columns that stand out
+    second, metric = x.mT @ x / 200, g.mT @ g / 200
+    basis = solve(second, metric, torch.zeros(2, 24).double(), damping=1e-9)
+    for rank in (8, 20):
+        mixed = spread(basis, rank)
+
+        def maps(b, rank=rank):
+            return b.decoder[..., :rank] @ b.encoder[..., :rank].mT
+
+        assert_close(maps(mixed), maps(basis))
+        cost = basis.spectrum[:, :rank].sqrt().sum(1).square().sum() / rank
+        assert rounding_cost(mixed, rank, second, metric) == pytest.approx(float(cost), rel=0.3)
+        assert rounding_cost(mixed, rank, second, metric) < 0.8 * float(
+            basis.spectrum[:, :rank].sum()
+        )
+
+
+@pytest.mark.parametrize("kind", [name for name in MODELS if name != "full"])
+def test_a_model_compressed_for_few_bits_is_the_same_model_and_has_their_bytes(kind):
+    family, changes, settings = MODELS[kind]
+    layers = "n_layers" if family == "mpt" else "num_hidden_layers"
+    dense, tokens = tiny.native(family, **changes, **{layers: 2}), tiny.tokens(8, 64)
+    usual = Settings(**settings, rank_multiple=2, refit=())
+    seen = gather(dense, tokens, usual.fit(dense.config))
+    plain, mixed = (
+        compress(dense, tokens, usual._replace(kv_bits=bits), seen).model for bits in (16, 4)
+    )
+    y = tiny.tokens(2, 40)
+    assert_close(mixed(y), plain(y), atol=1e-3, rtol=1e-3)
+    size = kv_bytes(mixed.config, torch.float32)["kv_bytes_per_token"]
+    assert mixed.new_cache(1, 7).nbytes == 7 * size
+    assert perplexity(mixed, y.flatten(), 40) != perplexity(mixed, y.flatten(), 40, bits=16)
