@@ -10,8 +10,6 @@ loaded libraries.
 
 import argparse
 import json
-import os
-import pydoc_data.topics
 import subprocess
 import sys
 import time
@@ -100,7 +98,7 @@ def write(folder: Path, shape: str, layers: int) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=8000, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
     )
-    bpe.train_from_iterator(pydoc_data.topics.topics.values(), trainer)
+    bpe.train_from_iterator([python_docs()], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder)
 
@@ -139,7 +137,6 @@ def main() -> None:
     command = [sys.executable, "-c", "from eigenzoo.zoo.cli import main; main()", "generate", out]
     made = subprocess.run(
         [*command, "--prompt", "The", "--max-new-tokens", "8", "--json", "--no-compile"],
-        env=os.environ,
         check=True,
         capture_output=True,
         text=True,

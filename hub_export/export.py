@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
 from ..zoo.checkpoint import FORMAT, Checkpoint
 from ..zoo.model import Model
@@ -69,12 +70,17 @@ def export(
     along. compression: provenance and measurements, kept in config.json and shown in the card.
     Raises ValueError if `out` is taken; whatever goes wrong, no half-written folder stays.
     """
+    with new_folder(out, force) as folder:
+        save_torch_state_dict(weights_of(low), folder, max_shard_size=shard_size)
+        write_about(folder, low, original, compression)
+
+
+def weights_of(low: Model) -> dict[str, Tensor]:
+    """The weights by a checkpoint's names; a head that is the embedding is not among them."""
     weights = {f"model.{name}": x.contiguous() for name, x in low.state_dict().items()}
     if low.config.tie_word_embeddings:
         del weights["model.head.weight"]
-    with new_folder(out, force) as folder:
-        save_torch_state_dict(weights, folder, max_shard_size=shard_size)
-        write_about(folder, low, original, compression)
+    return weights
 
 
 def write_about(

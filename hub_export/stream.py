@@ -15,7 +15,7 @@ from ..zoo.compress import Settings
 from ..zoo.resume import fingerprint
 from ..zoo.stream import Stream, check_stream
 from .compress import about, measured, texts, windows
-from .export import put, write_about
+from .export import check_free, put, weights_of, write_about
 
 INDEX = "model.safetensors.index.json"
 
@@ -56,6 +56,7 @@ def stream_checkpoint(
     model, work = original.model, partial_folder(out)
     settings = settings.fit(model.config, model.device.type)
     check_stream(settings)
+    check_free(out, force)
     check_partial(out, resume, force)
     if calibration == "self":
         raise ValueError(
@@ -85,9 +86,7 @@ def stream_checkpoint(
         }
     )
     low = stream.low
-    outside = {f"model.{k}": x for k, x in low.state_dict().items() if not k.startswith("layers.")}
-    if low.config.tie_word_embeddings:
-        del outside["model.head.weight"]
+    outside = {k: x for k, x in weights_of(low).items() if not k.startswith("model.layers.")}
     _save(fresh, count - 1, count, outside)
     _index(fresh)
     record = {
@@ -108,11 +107,11 @@ def _save(folder: Path, number: int, count: int, weights: dict[str, Tensor]) -> 
 
 def _index(folder: Path) -> None:
     """Write which weight is in which file."""
-    files: dict[str, str] = {}
-    size = 0
-    for path in sorted(folder.glob("model-*.safetensors")):
+    names: dict[str, str] = {}
+    paths = sorted(folder.glob("model-*.safetensors"))
+    for path in paths:
         with safe_open(path, "pt") as file:
-            files |= dict.fromkeys(file.keys(), path.name)
-        size += path.stat().st_size
-    about = {"metadata": {"total_size": size}, "weight_map": files}
-    (folder / INDEX).write_text(json.dumps(about, indent=2))
+            names |= dict.fromkeys(file.keys(), path.name)
+    size = sum(path.stat().st_size for path in paths)
+    index = {"metadata": {"total_size": size}, "weight_map": names}
+    (folder / INDEX).write_text(json.dumps(index, indent=2))

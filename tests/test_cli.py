@@ -89,10 +89,15 @@ def test_bits_go_from_compress_to_inspect_and_generate(run, dense_folder, tmp_pa
 
 def test_unknown_bits_are_refused_before_the_long_work(run, dense_folder, tmp_path):
     words = ["compress", dense_folder, tmp_path / "low", "--kv-bits", 5]
-    for asked in (words, ["generate", dense_folder, "-p", "a", "--kv-bits", 5]):
+    generate = ["generate", dense_folder, "-p", "a", "--kv-bits", 5]
+    for asked in (words, generate, ["evaluate", dense_folder, "--kv-bits", 5]):
         code, _, said = run(*asked)
         assert code != 0
         assert "bits is 5: expected one of 16, 8, 4" in said
+    code, _, said = run("evaluate", dense_folder, "--kv-bits", 0)
+    assert (code, "bits is 0" in said) == (2, True)
+    code, _, said = run("evaluate", dense_folder, "--tasks", "piqa", "--kv-bits", 8)
+    assert (code, "tasks are run without a cache" in said) == (2, True)
 
 
 def test_compress_calibrates_on_a_file_and_measures_on_another(run, dense_folder, tmp_path):

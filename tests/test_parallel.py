@@ -147,6 +147,7 @@ def test_logits_and_tokens_are_those_of_one_process(folder, one):
     for found in read(folder):
         got, want = torch.tensor(found["logits"]), torch.tensor(one["logits"])
         real = MASK.bool()
+        # sums of two processes are added in another order than one process's
         torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=1e-5)
         assert found["growing"] == found["static"] == one["static"] == one["growing"]
 
@@ -162,6 +163,7 @@ def test_gradients_are_those_of_one_process(folder, one):
         assert found["grads"].keys() == one["grads"].keys()
         for name, want in one["grads"].items():
             got = torch.tensor(found["grads"][name])
+            # as above, through a backward pass
             torch.testing.assert_close(got, torch.tensor(want), atol=1e-5, rtol=1e-3, msg=name)
 
 

@@ -174,9 +174,12 @@ class StaticCache:
         return sum(sum(y.nbytes for y in x) if isinstance(x, Packed) else x.nbytes for x in buffers)
 
 
-def check_bits(bits: int, width: int = 0) -> None:
-    """Raise ValueError unless numbers of so many bits are known, and fill bytes side by side."""
-    if bits not in BITS:
+def check_bits(bits: int | None, width: int = 0) -> None:
+    """Raise ValueError unless numbers of so many bits are known, and fill bytes side by side.
+
+    None stands for what is decided elsewhere.
+    """
+    if bits is not None and bits not in BITS:
         raise ValueError(f"bits is {bits}: expected one of {', '.join(map(str, BITS))}")
     if bits == 4 and width % 2:
         raise ValueError(

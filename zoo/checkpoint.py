@@ -249,10 +249,16 @@ def _shards(folder: Path, whole: str) -> list[Path]:
 
 
 def _open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with _opened(path) as file:
+        for key in file.keys():  # noqa: SIM118, the file is no mapping
+            yield key, file.get_tensor(key)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118, the file is no mapping
-                yield key, file.get_tensor(key)
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): fetch or write it again") from error
 
@@ -359,17 +365,22 @@ class LayerFiles:
             )
         self.config, self.dtype, self.device = config, dtype, device
         self.paths = _shards(folder, "model.safetensors")
-        self.keys: dict[str, list[tuple[Path, str]]] = {}  # by layer, "" for what is in none
+        # by layer, "" for what is in none, and by file
+        self.keys: dict[str, dict[Path, list[str]]] = {}
         self.expected: dict[str, dict[str, Tensor]] = {}
         for name, x in _expected(config).items():
             self.expected.setdefault(_layer_of(name), {})[name] = x
         for path in self.paths:
-            for key, shape in _shapes(path):
-                parts = config.weights(key, torch.empty(shape, device="meta"))
-                for layer in {_layer_of(name) for name, _ in parts}:
-                    if layer not in self.expected:
-                        raise ValueError(f"weight {key}: config.json expects no such weight")
-                    self.keys.setdefault(layer, []).append((path, key))
+            with _opened(path) as file:
+                for key in file.keys():  # noqa: SIM118, the file is no mapping
+                    self._place(path, key, file.get_slice(key).get_shape())
+
+    def _place(self, path: Path, key: str, shape: list[int]) -> None:
+        parts = self.config.weights(key, torch.empty(shape, device="meta"))
+        for layer in {_layer_of(name) for name, _ in parts}:
+            if layer not in self.expected:
+                raise ValueError(f"weight {key}: config.json expects no such weight")
+            self.keys.setdefault(layer, {}).setdefault(path, []).append(key)
 
     def model(self) -> Model:
         """The model, with the weights that are in no layer; its layers are on meta."""
@@ -389,9 +400,10 @@ class LayerFiles:
 
     def _read(self, layer: str) -> dict[str, Tensor]:
         def tensors() -> Iterator[tuple[str, Tensor]]:
-            for path, key in self.keys.get(layer, []):
-                with safe_open(path, "pt") as file:
-                    yield key, file.get_tensor(key)
+            for path, keys in self.keys.get(layer, {}).items():
+                with _opened(path) as file:
+                    for key in keys:
+                        yield key, file.get_tensor(key)
 
         parts, expected = self.config.weights, self.expected[layer]
         return _weights(expected, parts, tensors(), self.dtype, self.device)
@@ -405,15 +417,6 @@ def stored_bytes(source: str, revision: str | None = None) -> int:
 
 def _layer_of(name: str) -> str:
     return name.split(".")[1] if name.startswith("layers.") else ""
-
-
-def _shapes(path: Path) -> Iterator[tuple[str, list[int]]]:
-    try:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118, the file is no mapping
-                yield key, file.get_slice(key).get_shape()
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch or write it again") from error
 
 
 def _native_parts(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from .allocate import Ranks, check_keep, few_pairs, proportional
 from .basis import METHODS, LayerBasis, Method
 from .cache import check_bits
 from .calibrate import calibrate
+from .families import model_of
 from .fold import fold
 from .keys import BLOCK, KEYS, TURNED, choose_keys
 from .model import Config, Model
@@ -275,8 +276,9 @@ def compress(
         low = refit(model, tokens, bases, ranks, anchor, settings.refit)
     else:
         low = fold(model, bases, ranks, anchor)
-    bits = (settings.kv_bits,) * len(bases) if settings.kv_bits < 16 else ()
-    low.config = replace(low.config, k_bits=bits, v_bits=bits)
+    if settings.kv_bits < 16:
+        bits = (settings.kv_bits,) * len(bases)
+        low = model_of(replace(low.config, k_bits=bits, v_bits=bits), low.state_dict())
     return Compressed(low, layers, settings, bases)
 
 

@@ -59,7 +59,8 @@ def token_losses(
     rows = tokens[: count * window].view(count, window)
     losses = []
     own = min((16, *model.config.k_bits, *model.config.v_bits))
-    cache = model.new_cache(1, window - 1, bits=bits) if (bits or own) < 16 else None
+    packed = (own if bits is None else bits) < 16
+    cache = model.new_cache(1, window - 1, bits=bits) if packed else None
     for row in tqdm(rows, desc="evaluating", unit="window", disable=None, leave=False):
         losses.append(row_losses(model, model.hidden(row[None, :-1], cache=cache)[0], row[1:]))
     return torch.stack(losses).cpu()

@@ -323,12 +323,7 @@ class Model(nn.Module):
         bits: of a number, 16, 8 or 4; None leaves it to the config.
         """
         self.config.check_length(slots)
-        latents = [
-            # a process may hold some of the heads
-            (k._replace(heads=layer.attn.k.heads), v._replace(heads=layer.attn.v.heads))
-            for layer in self.layers
-            for k, v in (self.config.latents(layer.attn.layer),)
-        ]
+        latents = [(layer.attn.k, layer.attn.v) for layer in self.layers]
         return StaticCache(latents, batch, slots, dtype or self.dtype, self.device, bits)
 
     @property

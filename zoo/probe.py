@@ -123,10 +123,12 @@ def retrieval(
     depths: Sequence[float] = DEPTHS,
     facts: int = 5,
     seed: int = 0,
+    bits: int | None = None,
 ) -> list[Retrieval]:
     """Plant facts in texts of `lengths` tokens, ask for them, decode over the static cache.
 
-    Every length and depth is given the same facts. Raises ValueError for lengths that do not fit.
+    Every length and depth is given the same facts. bits: as in `Generator`. Raises ValueError for
+    lengths that do not fit.
     """
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -139,7 +141,7 @@ def retrieval(
     total = len(plan) * len(depths) * facts
     with tqdm(desc="asking", total=total, unit="fact", disable=None, leave=False) as bar:
         for length in sorted(plan, reverse=True):  # what does not fit fails at once
-            generator = Generator(model, 1, length, compile=False)
+            generator = Generator(model, 1, length, compile=False, bits=bits)
             for depth, texts in zip(depths, plan[length], strict=True):
                 found = []
                 for one in texts:

@@ -18,7 +18,7 @@ from .allocate import Ranks
 from .basis import LayerBasis
 from .fold import fold, fold_attention
 from .model import Config, LatentAttention, Model
-from .solve import usual
+from .solve import damp
 
 REFITS = {
     "inputs": "query, key and value projections read compressed hidden states",
@@ -179,8 +179,7 @@ class _Fit:
         # in place: in fp64 each is four times as large as the projection in bf16
         gram = self.gram.div_(self.count).baddbmm_(x[:, :, None], x[:, None], alpha=-1)
         cross = self.cross.div_(self.count).baddbmm_(x[:, :, None], missing[:, None], alpha=-1)
-        gram.diagonal(dim1=1, dim2=2).add_(RIDGE * usual(gram)[:, None])
-        change = torch.linalg.solve(gram, cross).mT  # (blocks, out, width)
+        change = torch.linalg.solve(damp(gram, RIDGE), cross).mT  # (blocks, out, width)
         self._replace("weight", change.transpose(0, 1).flatten(1))
         if self.linear.bias is not None:
             self._replace("bias", (missing - (change @ x[..., None])[..., 0]).sum(0))

@@ -43,7 +43,7 @@ def check_same(path: Path, given: Mapping[str, Any], found: Mapping[str, Any]) -
         pairs = ", ".join(f"{name} {found.get(name)!r}, given {given[name]!r}" for name in differ)
         raise ValueError(
             f"{path} was left by other work ({pairs}): repeat its command to finish that, or "
-            "delete the file to begin anew"
+            "delete it to begin anew"
         )
 
 

@@ -30,9 +30,13 @@ class Basis(NamedTuple):
 
 def damped(matrix: Tensor, damping: float) -> Tensor:
     """(L, n, n) with `damping` times the mean of its diagonal added to the diagonal."""
-    out = matrix.clone()
-    out.diagonal(dim1=1, dim2=2).add_(damping * usual(matrix)[:, None])
-    return out
+    return damp(matrix.clone(), damping)
+
+
+def damp(matrix: Tensor, damping: float) -> Tensor:
+    """`damped`, in place."""
+    matrix.diagonal(dim1=1, dim2=2).add_(damping * usual(matrix)[:, None])
+    return matrix
 
 
 def usual(matrix: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ def evaluate(
     """Perplexity of SOURCE, dense or compressed, on a text, and what perplexity alone hides."""
     from .. import probe, report
     from ..allocate import kv_bytes
+    from ..cache import check_bits
     from ..checkpoint import stop_tokens
     from ..data import encode, python_docs, read_text
     from ..evaluate import mean_perplexity, token_losses
@@ -81,6 +82,9 @@ def evaluate(
     if (length and not retrieval) or ((limit or include_path) and not tasks):
         raise ValueError("--length goes with --retrieval, --limit and --include-path with --tasks")
     words = python_docs() if text is None else read_text(text)
+    check_bits(kv_bits)
+    if tasks and kv_bits is not None:
+        raise ValueError("tasks are run without a cache: leave --kv-bits out, or --tasks")
     if tasks:  # fails before the model is read
         if find_spec("lm_eval") is None:
             raise ValueError("--tasks needs the package lm-eval: pip install 'eigenzoo[eval]'")
@@ -101,7 +105,9 @@ def evaluate(
             found["by_position"] = [x._asdict() for x in probe.by_position(losses)]
     if retrieval:
         length = length or [n for n in LENGTHS if n <= longest] or [longest]
-        rows = probe.retrieval(model, tokenizer, words, length, facts=facts, seed=seed)
+        rows = probe.retrieval(
+            model, tokenizer, words, length, facts=facts, seed=seed, bits=kv_bits
+        )
         found |= {"text": name_of(text), "retrieval": [x._asdict() for x in rows]}
     if tasks:
         stop = stop_tokens(checkpoint)

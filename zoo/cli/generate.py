@@ -64,7 +64,7 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
-    check_bits(kv_bits or 16)
+    check_bits(kv_bits)
     prepare = preparation(weights, ops, compile)
     prompts = prompt or [_stdin()]
     checkpoint = load(source, decoding_dtype(dtype, device), device, revision, trust_remote_code)
