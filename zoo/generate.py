@@ -123,7 +123,10 @@ class Generator:
         prefill = compile if compile_prefill is None else compile_prefill
         if (compile or prefill) and device.type == "cpu":
             check_compiler()
-        self.decode = torch.compile(_decode, fullgraph=True) if compile else _step
+        # sizes that differ from a model before must not become symbols, which layers compiled once
+        # cannot hold; so every model, and every size of a cache, is compiled by itself
+        fixed = {"fullgraph": True, "dynamic": False, "recompile_limit": sys.maxsize}
+        self.decode = torch.compile(_decode, **fixed) if compile else _step  # type: ignore[call-overload]
         self.prompt = torch.compile(_prompt, fullgraph=True) if prefill else _prompt
 
     @torch.inference_mode()
