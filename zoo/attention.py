@@ -138,13 +138,15 @@ def _with_columns(q: Tensor, k: Tensor, seen: Causal, scale: float) -> tuple[Ten
 
     A row of scores may be shifted as a whole, so that slope * (j - i) for slot j needs a column of
     slopes and one of j. Both are cut into parts that 16 bits hold exactly, and the first column
-    takes about slope * i away, so that sums stay small where they count. Factors of 256 are for the
-    range of fp16.
+    takes about slope * i away, so that sums stay small where they count; counted from the last
+    token they are small in whichever order a processor adds them. Factors of 256 are for the range
+    of fp16.
     """
     left: list[Tensor] = []
     right: list[Tensor] = []
     if seen.slopes is not None and seen.position is not None:
-        slopes, position = seen.slopes[:, None, None] / scale, seen.position[:, None, :, None]
+        slopes = seen.slopes[:, None, None] / scale
+        position = (seen.position - seen.position[:, -1:])[:, None, :, None]
         left.append(slopes * position[:, :, -q.size(2) :] / -256)
         right.append(torch.full_like(slopes[:1], 256.0))
         for slope in _parts(slopes * 256, 2, q.dtype):
