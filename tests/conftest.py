@@ -1,5 +1,7 @@
 import os
 import sys
+from collections import defaultdict
+from functools import partial
 
 import pytest
 
@@ -7,9 +9,18 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cor
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import tiny
+import torch
 
 from eigenzoo.zoo import cli
 from eigenzoo.zoo.checkpoint import load
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the largest share of slow tests first: two processes end at about one time."""
+    slow = defaultdict(list)
+    for item in items:
+        slow[item.path].append(item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -sum(slow[item.path]) / len(slow[item.path]))
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +35,14 @@ def dense_folder(tmp_path_factory):
 def dense(dense_folder):
     """The same, loaded."""
     return load(str(dense_folder))
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """What compiles graphs. `aot_eager` builds no C++: the same graphs and guards, in seconds."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=request.param))
+    return request.param
 
 
 @pytest.fixture

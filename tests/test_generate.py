@@ -33,6 +33,12 @@ LOW = {  # family, changes, settings of the compression
 }
 
 
+def compiled_by(inductor: list[str], aot_eager: list[str]):
+    """Parameters of a test that compiles: models, and what compiles them."""
+    kinds = [(k, "inductor") for k in inductor] + [(k, "aot_eager") for k in aot_eager]
+    return pytest.mark.parametrize(("model", "backend"), kinds, indirect=True)
+
+
 @pytest.fixture(scope="module", params=["dense", *LOW])
 def model(request):
     if request.param == "dense":
@@ -57,8 +63,8 @@ def tokens_of(generator: Generator, prompts, count: int, **options) -> list[list
 
 
 @pytest.mark.slow
-def test_compiled_steps_equal_recomputing_and_compile_once(model):
-    torch._dynamo.reset()
+@compiled_by(["lifted", "absorbed"], ["dense", "folded", "windows", "joint", "alibi"])
+def test_compiled_steps_equal_recomputing_and_compile_once(model, backend):
     generator = Generator(model, 1, 40)
     assert tokens_of(generator, PROMPTS[:1], 20) == [recomputed(model, PROMPTS[0], 20)]
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -67,9 +73,8 @@ def test_compiled_steps_equal_recomputing_and_compile_once(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["lifted", "alibi"], indirect=True)
-def test_a_compiled_batch_of_different_lengths_answers_each_as_alone(model):
-    torch._dynamo.reset()
+@compiled_by(["alibi"], ["lifted"])
+def test_a_compiled_batch_of_different_lengths_answers_each_as_alone(model, backend):
     generator = Generator(model, 3, 40)
     want = [recomputed(model, p, 20) for p in PROMPTS]
     assert tokens_of(generator, PROMPTS, 20) == want
@@ -86,9 +91,8 @@ def parts(generator: Generator, tokens: torch.Tensor, *ends: int) -> torch.Tenso
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["lifted", "alibi", "windows"], indirect=True)
-def test_later_parts_of_a_prompt_take_one_graph_of_any_length(model):
-    torch._dynamo.reset()
+@compiled_by(["windows"], ["lifted", "alibi"])
+def test_later_parts_of_a_prompt_take_one_graph_of_any_length(model, backend):
     tokens = tiny.tokens(2, 40)
     generator, plain = Generator(model, 2, 41), Generator(model, 2, 41, compile=False)
     parts(generator, tokens, 9, 20)

@@ -342,9 +342,12 @@ def test_frequencies_of_pairs_survive_every_way_of_casting_and_saving(tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["anchored 3", "rotated", "pairs"])
-def test_one_graph_serves_every_length(scheme):
-    torch._dynamo.reset()
+@pytest.mark.parametrize(
+    ("scheme", "backend"),
+    [("anchored 3", "inductor"), ("rotated", "aot_eager"), ("pairs", "aot_eager")],
+    indirect=["backend"],
+)
+def test_one_graph_serves_every_length(scheme, backend):
     dense = tiny.native(num_hidden_layers=2, max_position_embeddings=CONTEXT)
     settings = SCHEMES[scheme]._replace(rank_multiple=2)
     low = compress(dense, tiny.tokens(8, 64), settings).model

@@ -65,8 +65,9 @@ def test_fewer_bits_lose_more_and_eight_lose_little(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("model", ["dense", "anchored", "joint"], indirect=True)
+@pytest.mark.parametrize(
+    ("model", "bits"), [("dense", 8), ("anchored", 4), ("joint", 8)], indirect=["model"]
+)
 def test_packed_caches_compile_into_one_graph_for_all_lengths(model, bits):
     torch._dynamo.reset()
     generator = Generator(model, 1, 40, compile_prefill=False, bits=bits)
