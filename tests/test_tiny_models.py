@@ -43,7 +43,7 @@ def test_at_the_same_bytes_fisher_beats_eigen_sharing_beats_that_and_joint_laten
     folder, text
 ):
     model = load(str(folder), torch.float32).model
-    rows, test = text[: 24 * 256].view(24, 256), text[-20 * 256 :]
+    rows, test = text[: 12 * 256].view(12, 256), text[-10 * 256 :]
 
     def after(method: str, shared: tuple[int, int] | None = None, latent: str = "separate"):
         settings = Settings(method, 0.05, heads_per_latent=shared, rank_multiple=2, latent=latent)
@@ -58,7 +58,7 @@ def test_at_the_same_bytes_fisher_beats_eigen_sharing_beats_that_and_joint_laten
 @pytest.mark.slow
 def test_every_method_compresses_and_fisher_is_the_best_at_few_bytes(folder, text):
     model = load(str(folder), torch.float32).model
-    rows, test = text[: 16 * 256].view(16, 256), text[-10 * 256 :]
+    rows, test = text[: 8 * 256].view(8, 256), text[-8 * 256 :]
     found = {}
     for method in METHODS:
         keep = 0.25 if method == "kv-heads" else 0.05  # it cannot keep less than one head of four
@@ -73,8 +73,8 @@ def test_every_method_compresses_and_fisher_is_the_best_at_few_bytes(folder, tex
 @pytest.mark.slow
 def test_refining_wins_back_quality(folder, text):
     model = load(str(folder), torch.float32).model
-    rows, test = text[: 48 * 256].view(48, 256), text[-20 * 256 :]
-    low = compress(model, rows[:24], Settings("eigen", 0.05, rank_multiple=2)).model
+    rows, test = text[: 24 * 256].view(24, 256), text[-10 * 256 :]
+    low = compress(model, rows[:12], Settings("eigen", 0.05, rank_multiple=2)).model
     found = refine(model, low, rows, RefineSettings(steps=16, batch=4, lr=1e-4, every=16))
     assert found.best["held_out"] < 0.95 * found.history[0]["held_out"]
     dense, before, after = (perplexity(m, test, 256).perplexity for m in (model, low, found.model))
