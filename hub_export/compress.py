@@ -46,7 +46,7 @@ def compress_checkpoint(
     settings = settings.fit(model.config, model.device.type)  # before text is sampled or read
     if plain:
         check_plain(model.config, settings.method)
-        if settings.kv_bits < 16:
+        if settings.rounded:
             raise ValueError("an ordinary checkpoint has no bits of its own: leave kv bits out")
     tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
     result = compress(model, tokens, settings)
@@ -96,7 +96,7 @@ def about(
         "base_model": original.name,
         "base_license": original.licence,
         **settings._asdict(),
-        "share": kv_bytes(low, original.model.dtype)["kv_share"],
+        "share": kv_bytes(low, torch.bfloat16)["kv_share"],  # as keep counts, whatever the dtype
         "calibration": calibrated_on(calibration, tokens) if len(tokens) else None,
         "seed": seed,
         "versions": {name: version(name) for name in ("eigenzoo", "torch", "transformers")},

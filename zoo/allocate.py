@@ -1,7 +1,7 @@
-"""How many ranks each layer gets: a global budget, or an error budget for every layer."""
+"""How many ranks and bits each layer gets: a global budget, or an error budget for every layer."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from heapq import heapify, heappop, heappush
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -9,17 +9,36 @@ import torch
 from torch import Tensor
 
 from .basis import LayerBasis
+from .cache import LEVELS, Latent
 from .model import Config
+from .quantise import rounding
 from .solve import Basis
 
 NOISE = 1e-7  # of a unit's error: what sums in fp32 leave of nothing
 
 
 class Ranks(NamedTuple):
-    """Widths of the latents of keys and of values, one a layer; v is 0 where k holds both."""
+    """Widths of the latents of keys and of values, one a layer, and bits of their numbers.
+
+    v is 0 where k holds both; empty bits mean 16.
+    """
 
     k: tuple[int, ...]
     v: tuple[int, ...]
+    k_bits: tuple[int, ...] = ()
+    v_bits: tuple[int, ...] = ()
+
+
+class Cut(NamedTuple):
+    """A rank and bits that a unit may take, its bytes per token, and the error that it leaves."""
+
+    rank: int
+    bits: int
+    size: int
+    error: float
+
+
+Unit = list[Cut]  # what the keys, or the values, of a layer may become
 
 
 def greedy(
@@ -28,42 +47,18 @@ def greedy(
     keep: float,
     multiple: int = 8,
     whole_keys: bool = False,
+    bits: Sequence[int] = (16,),
 ) -> Ranks:
     """Spend one budget over all layers, keys and values where it takes away most error per byte.
 
-    keep: share of the dense model's KV numbers, in (0, 1]; never exceeded. Ranks are multiples of
-    `multiple`, at least one multiple each, or full; even where columns are pairs. Since gains fall
-    along every spectrum, the order of gain per number is optimal up to rounding. whole_keys: keys
-    stay at full rank, and values get what is left. Raises ValueError if `keep` is too small.
+    keep: share of the bytes of the dense model's KV cache at 16 bits a number, in (0, 1]; never
+    exceeded, scales included. Ranks are multiples of `multiple`, at least one multiple each, or
+    full; even where columns are pairs. whole_keys: keys stay at full rank, and values get what is
+    left. bits: those that numbers may have; of several each unit gets its own, by what rounding
+    is expected to cost (`quantise.rounding`). As gains fall along every spectrum, the order of gain
+    per byte is optimal up to the last step. Raises ValueError if `keep` is too small.
     """
-    check_keep(keep)
-    units = [b for layer in bases for b in layer if b is not None]  # k and v of layer 0, of 1, ...
-    sizes = [_cuts(b, multiple) for b in units]
-    if whole_keys:
-        sizes[0::2] = [cut[-1:] for cut in sizes[0::2]]
-    ranks = [cut[0] for cut in sizes]
-    left = int(keep * config.dense_kv_width)
-    left -= sum(r * len(b.spectrum) for r, b in zip(ranks, units, strict=True))
-    if left < 0:
-        least = (int(keep * config.dense_kv_width) - left) / config.dense_kv_width
-        beside = " beside whole keys" if whole_keys else ""
-        raise ValueError(
-            f"keep {keep} leaves less than rank {multiple} in every layer{beside}: expected at "
-            f"least {least:.3f}, or a smaller rank multiple"
-        )
-    steps = []
-    for u, (basis, cut) in enumerate(zip(units, sizes, strict=True)):
-        gone = basis.errors()
-        for low, high in pairwise(cut):
-            cost, gain = (high - low) * len(basis.spectrum), float(gone[low] - gone[high])
-            if gain > NOISE * float(gone[0]):  # a joint latent may hold everything long before
-                steps.append((-gain / cost, u, low, high, cost))
-    for _, u, low, high, cost in sorted(steps):
-        if low == ranks[u] and cost <= left:  # a step that does not fit ends its unit, no other
-            ranks[u], left = high, left - cost
-    if bases[0].v is None:
-        return Ranks(tuple(ranks), (0,) * len(ranks))
-    return Ranks(tuple(ranks[0::2]), tuple(ranks[1::2]))
+    return few_pairs(config, bases, None, keep, multiple, whole_keys, bits)
 
 
 def few_pairs(
@@ -73,43 +68,100 @@ def few_pairs(
     keep: float,
     multiple: int = 8,
     whole_keys: bool = False,
+    bits: Sequence[int] = (16,),
 ) -> Ranks:
     """`greedy` with at most `count` distinct pairs (k, v) of ranks over the layers; None: any.
 
-    Layers that share their ranks are one to `greedy`, with the sums of their errors. Groups of them
-    are found by merging two at a time, those that lose least by it where every number costs what
-    the last one is worth to `greedy` without groups. Limits and errors are those of `greedy`.
+    Layers that share their ranks, and bits, are one to `greedy`, with the sums of their errors.
+    Groups of them are found by merging two at a time, those that lose least by it where every byte
+    costs what the last one is worth to `greedy` without groups. Limits and errors are those of
+    `greedy`.
     """
-    ranks = greedy(config, bases, keep, multiple, whole_keys)
-    if count is None or len(set(zip(*ranks, strict=True))) <= count:
+    check_keep(keep)
+    layers = [
+        [
+            _cuts(config, basis, multiple, bits, whole_keys and side == 0)
+            for side, basis in enumerate(layer)
+            if basis is not None
+        ]
+        for layer in bases
+    ]
+    dense = 2 * config.dense_kv_width
+    least = sum(min(cut.size for cut in unit) for layer in layers for unit in layer)
+    if least > int(keep * dense):
+        beside = " beside whole keys" if whole_keys else ""
+        raise ValueError(
+            f"keep {keep} leaves less than rank {multiple} in every layer{beside}: expected at "
+            f"least {least / dense:.3f}, or a smaller rank multiple"
+        )
+    chosen = _spend(layers, int(keep * dense))
+    if count is not None and len({tuple(cut[:2] for cut in layer) for layer in chosen}) > count:
+        groups = _groups(layers, chosen, count)
+        merged = [_merged([layers[i] for i in group]) for group in groups]
+        shared = _spend(merged, int(keep * dense))
+        of = {layer: g for g, group in enumerate(groups) for layer in group}
+        chosen = [shared[of[i]] for i in range(len(layers))]
+    k, v = [layer[0] for layer in chosen], [layer[-1] for layer in chosen]
+    ranks = Ranks(
+        tuple(cut.rank for cut in k),
+        tuple(cut.rank if len(layer) == 2 else 0 for cut, layer in zip(v, chosen, strict=True)),
+    )
+    if set(bits) == {16}:
         return ranks
-    groups = _groups(bases, ranks, count, multiple, whole_keys)
-    merged = [_merged([bases[i] for i in group]) for group in groups]
-    shared = greedy(config, merged, keep, multiple, whole_keys)
-    of = {layer: g for g, group in enumerate(groups) for layer in group}
-    k, v = (tuple(side[of[i]] for i in range(len(bases))) for side in shared)
-    return Ranks(k, v)
+    return ranks._replace(k_bits=tuple(cut.bits for cut in k), v_bits=tuple(cut.bits for cut in v))
 
 
-def _merged(bases: Sequence[LayerBasis]) -> LayerBasis:
-    """Layers of equal ranks as one: what a rank costs, and what it leaves, are their sums."""
+def _spend(layers: Sequence[Sequence[Unit]], budget: int) -> list[list[Cut]]:
+    """What every unit of every layer becomes within a budget of bytes per token."""
+    units = [unit for layer in layers for unit in layer]
+    chosen = [min(unit, key=lambda cut: cut.size) for unit in units]
+    left = budget - sum(cut.size for cut in chosen)
 
-    def side(units: Sequence[Basis]) -> Basis:
-        return units[0]._replace(spectrum=torch.cat([b.spectrum for b in units]))
+    def step(u: int) -> list[tuple[float, int, Cut]]:
+        """What takes away most error per byte from a unit, of what fits."""
+        now = chosen[u]
+        steps = [
+            ((cut.error - now.error) / (cut.size - now.size), u, cut)
+            for cut in units[u]
+            if now.size < cut.size <= now.size + left and cut.error < now.error
+        ]
+        return [min(steps)] if steps else []
 
-    v = [b.v for b in bases if b.v is not None]
-    return LayerBasis(side([b.k for b in bases]), side(v) if v else None)
+    steps = [x for u in range(len(units)) for x in step(u)]
+    heapify(steps)
+    while steps:
+        _, u, cut = heappop(steps)
+        cost = cut.size - chosen[u].size
+        if cost <= left:
+            chosen[u], left = cut, left - cost
+        for x in step(u):
+            heappush(steps, x)
+    of = iter(chosen)
+    return [[next(of) for _ in layer] for layer in layers]
+
+
+def _merged(layers: Sequence[Sequence[Unit]]) -> list[Unit]:
+    """Layers of equal ranks as one: what a cut costs, and what it leaves, are their sums."""
+    return [
+        [
+            same[0]._replace(size=sum(c.size for c in same), error=sum(c.error for c in same))
+            for same in zip(*units, strict=True)
+        ]
+        for units in zip(*layers, strict=True)
+    ]
 
 
 def _groups(
-    bases: Sequence[LayerBasis], ranks: Ranks, count: int, multiple: int, whole_keys: bool
+    layers: Sequence[Sequence[Unit]], chosen: Sequence[Sequence[Cut]], count: int
 ) -> list[list[int]]:
-    """The layers in `count` groups that lose little by equal ranks; ranks: without groups."""
-    v = [b.v for b in bases if b.v is not None]
-    sides = [([b.k for b in bases], ranks.k)] * (not whole_keys) + [(v, ranks.v)] * bool(v)
-    price = min(_worth(b, r, multiple) for side in sides for b, r in zip(*side, strict=True))
-    bills = [torch.stack([_bill(b, price, multiple) for b in units]) for units, _ in sides]
-    groups = [[i] for i in range(len(bases))]
+    """The layers in `count` groups that lose little by equal cuts; chosen: without groups."""
+    pairs = [
+        x for layer, cuts in zip(layers, chosen, strict=True) for x in zip(layer, cuts, strict=True)
+    ]
+    price = min(_worth(unit, cut) for unit, cut in pairs)
+    sides = zip(*layers, strict=True)
+    bills = [torch.stack([_bill(unit, price) for unit in units]) for units in sides]
+    groups = [[i] for i in range(len(layers))]
     while len(groups) > count:
         a, b = divmod(int(torch.stack([_loss(x) for x in bills]).sum(0).argmin()), len(groups))
         groups[a] += groups.pop(b)
@@ -119,25 +171,21 @@ def _groups(
     return groups
 
 
-def _worth(basis: Basis, rank: int, multiple: int) -> float:
-    """Error that a number of the last step up to a rank takes away."""
-    cut, errors = _cuts(basis, multiple), basis.errors()
-    at = cut.index(rank)
-    if at == 0:
-        return torch.inf
-    return float(errors[cut[at - 1]] - errors[rank]) / (rank - cut[at - 1]) / len(basis.spectrum)
+def _worth(unit: Unit, now: Cut) -> float:
+    """Error that a byte of the last step up to a cut takes away."""
+    steps = ((c.error - now.error) / (now.size - c.size) for c in unit if c.size < now.size)
+    return min(steps, default=torch.inf)
 
 
-def _bill(basis: Basis, price: float, multiple: int) -> Tensor:
-    """Error and price of all numbers, for every rank that a unit may take."""
-    cut = _cuts(basis, multiple)
-    return basis.errors()[cut] + price * len(basis.spectrum) * basis.spectrum.new_tensor(cut)
+def _bill(unit: Unit, price: float) -> Tensor:
+    """Error and price of all bytes, for every cut of a unit."""
+    return torch.tensor([cut.error + price * cut.size for cut in unit], dtype=torch.float64)
 
 
 def _loss(bills: Tensor) -> Tensor:
-    """By how much two groups pay more with equal ranks than each with its best: (n, n), a < b.
+    """By how much two groups pay more with equal cuts than each with its best: (n, n), a < b.
 
-    bills: (n, ranks), sums over the layers of a group. Infinite where a >= b.
+    bills: (n, cuts), sums over the layers of a group. Infinite where a >= b.
     """
     best = bills.amin(1)
     more = (bills[:, None] + bills).amin(2) - best[:, None] - best
@@ -170,11 +218,27 @@ def proportional(
     return few_pairs(config, given, count, keep, multiple)
 
 
-def _cuts(basis: Basis, multiple: int) -> list[int]:
-    """The ranks that a unit may take."""
-    full = basis.spectrum.size(1)
+def _cuts(
+    config: Config, basis: Basis, multiple: int, bits: Sequence[int], whole: bool = False
+) -> Unit:
+    """What a unit may become; whole: at full rank only, where heads are kept as they are."""
+    latents, full = basis.spectrum.shape
     step = multiple if basis.pairs is None else lcm(multiple, 2)
-    return [*range(step, full, step), full]
+    ranks = [full] if whole else [*range(step, full, step), full]
+    rounded = None if set(bits) == {16} else rounding(basis, config.head_dim)
+    errors, cuts = basis.errors(), list[Cut]()
+    errors = errors.clamp(min=NOISE * errors[0])  # a joint latent may hold all long before
+    for rank in ranks:
+        heads = latents if rank < full else latents * full // config.head_dim
+        for count in bits:
+            latent = Latent(heads, rank * latents // heads, count)
+            if latent.width * count % 8:
+                continue  # half a byte would be left
+            error = float(errors[rank])
+            if rounded is not None and count < 16:
+                error += float(rounded[rank]) / LEVELS[count] ** 2
+            cuts.append(Cut(rank, count, latent.nbytes(torch.bfloat16), error))
+    return cuts
 
 
 def check_keep(keep: float) -> None:

@@ -281,8 +281,13 @@ def _both(covariance: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def _shares(basis: Basis) -> Basis:
-    """The same basis, its errors as shares of the whole."""
-    return basis._replace(spectrum=basis.spectrum / basis.spectrum.sum())
+    """The same basis, its errors as shares of the whole; latents are of that unit as well."""
+    whole = basis.spectrum.sum()
+    return basis._replace(
+        encoder=basis.encoder / whole.sqrt(),
+        decoder=basis.decoder * whole.sqrt(),
+        spectrum=basis.spectrum / whole,
+    )
 
 
 class Method(NamedTuple):

@@ -10,14 +10,14 @@ from .allocate import Ranks, check_keep, few_pairs, proportional
 from .basis import METHODS, LayerBasis, Method
 from .cache import check_bits
 from .calibrate import calibrate
-from .families import model_of
 from .fold import fold
 from .keys import BLOCK, KEYS, TURNED, choose_keys
 from .model import Config, Model
 from .moments import Needs, Statistics
-from .quantise import spread_all
+from .quantise import spread
 from .refit import REFITS, refit
 from .search import ErrorBudget, ranks_of
+from .solve import Basis
 
 LATENTS = ("separate", "joint-kv")
 BUDGETS = ("global", "uniform")
@@ -37,9 +37,10 @@ class Settings(NamedTuple):
     metric, None for the method's own. The last two are there to measure what they are worth.
     refit: names in `REFITS`, fitted to the calibration tokens after all else, None for the
     method's own. rank_pairs: at most so many distinct pairs of ranks over the layers, which then
-    compile faster; None for any. kv_bits: of a number in the cache, 16 (the model's dtype), 8 or 4;
-    below 16 latents are mixed so that rounding costs least, see `quantise.spread`. `keep` counts
-    numbers, whatever bits they have.
+    compile faster; None for any. kv_bits: those that a number in the cache may have, 16 (the
+    model's dtype), 8 or 4; of several each layer gets its own, for keys and values. Below 16
+    latents are mixed so that rounding costs least, see `quantise.spread`. `keep` counts bytes,
+    scales included, beside those of 16 bits a number.
     """
 
     method: str = "fisher"
@@ -55,7 +56,7 @@ class Settings(NamedTuple):
     damping: float | None = None
     refit: tuple[str, ...] | None = None
     rank_pairs: int | None = None
-    kv_bits: int = 16
+    kv_bits: tuple[int, ...] = (16,)
 
     def check(self) -> None:
         """Raise ValueError for settings that fit no model, before anything long begins."""
@@ -112,7 +113,13 @@ class Settings(NamedTuple):
         if self.refit and not method.data:
             raise ValueError(f"{self.method} reads no text, so there is nothing to refit to")
         check_keep(self.keep)
-        check_bits(self.kv_bits)
+        for bits in self.kv_bits:
+            check_bits(bits)
+        if self.rounded and (own or self.budget == "uniform"):
+            raise ValueError(
+                "fewer bits share one budget with ranks, and here those have a rule of their own: "
+                "leave kv bits at 16 (generate --kv-bits still rounds), or choose another method"
+            )
 
     def fit(self, config: Config, device: str = "cpu") -> "Settings":
         """The settings with what is to be chosen filled in. Raises ValueError if they do not fit.
@@ -141,6 +148,11 @@ class Settings(NamedTuple):
         own = METHODS[self.method].refit if self.refit is None else self.refit
         shared = self._shared(config.num_key_value_heads)
         return self._replace(heads_per_latent=shared, refit=own)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether numbers may have fewer bits than the model's own."""
+        return set(self.kv_bits) != {16}
 
     @property
     def basis_options(self) -> dict[str, Any]:
@@ -270,15 +282,11 @@ def compress(
     layers = report(bases, ranks)
     layers = [a | b for a, b in zip(layers, found, strict=True)]
     anchor = settings.anchor(model.config)
-    if settings.kv_bits < 16:
-        bases = spread_all(bases, ranks)
+    bases = _mixed(bases, ranks)
     if settings.refit:
         low = refit(model, tokens, bases, ranks, anchor, settings.refit)
     else:
         low = fold(model, bases, ranks, anchor)
-    if settings.kv_bits < 16:
-        bits = (settings.kv_bits,) * len(bases)
-        low = model_of(replace(low.config, k_bits=bits, v_bits=bits), low.state_dict())
     return Compressed(low, layers, settings, bases)
 
 
@@ -300,12 +308,32 @@ def choose_ranks(
         weights = [(1.0, 1.0)] * len(bases)
     if weights is not None:
         return proportional(config, bases, weights, keep, multiple, count)
-    return few_pairs(config, bases, count, keep, multiple, settings.keys == "full")
+    whole = settings.keys == "full"
+    return few_pairs(config, bases, count, keep, multiple, whole, settings.kv_bits)
+
+
+def _mixed(bases: Sequence[LayerBasis], ranks: Ranks) -> list[LayerBasis]:
+    """`spread` wherever fewer bits hold a latent; whole keys and values stay as they are."""
+
+    def side(basis: Basis, rank: int, bits: int) -> Basis:
+        return spread(basis, rank) if bits < 16 and rank < basis.spectrum.size(1) else basis
+
+    counts = (of or (16,) * len(bases) for of in (ranks.k_bits, ranks.v_bits))
+    return [
+        LayerBasis(side(k, k_rank, k_bits), None if v is None else side(v, v_rank, v_bits))
+        for (k, v), k_rank, v_rank, k_bits, v_bits in zip(
+            bases, ranks.k, ranks.v, *counts, strict=True
+        )
+    ]
 
 
 def report(bases: Sequence[LayerBasis], ranks: Ranks) -> list[dict[str, Any]]:
     """For every layer its ranks, and the share of the method's own error that they leave."""
-    return [_report(*x) for x in zip(bases, *ranks, strict=True)]
+    found = [_report(*x) for x in zip(bases, ranks.k, ranks.v, strict=True)]
+    for side, counts in (("k", ranks.k_bits), ("v", ranks.v_bits)):
+        for layer, bits in zip(found, counts, strict=bool(counts)):
+            layer[f"{side}_bits"] = bits
+    return found
 
 
 def _report(basis: LayerBasis, k_rank: int, v_rank: int) -> dict[str, Any]:

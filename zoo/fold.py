@@ -40,6 +40,8 @@ def low_config(
         config,
         k_ranks=ranks.k,
         v_ranks=ranks.v,
+        k_bits=ranks.k_bits,
+        v_bits=ranks.v_bits,
         k_heads_per_latent=heads_per_latent[0],
         v_heads_per_latent=heads_per_latent[1],
         joint_kv=joint,

@@ -4,13 +4,9 @@ Any invertible M turns an encoder E and a decoder D into E M and D M⁻ᵀ, of w
 it was. What changes is what rounding the latent costs.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from .allocate import Ranks
-from .basis import LayerBasis
 from .solve import Basis
 
 
@@ -37,16 +33,38 @@ def spread(basis: Basis, rank: int) -> Basis:
     return _columns(basis, encoder @ mix, decoder @ back)
 
 
-def spread_all(bases: Sequence[LayerBasis], ranks: Ranks) -> list[LayerBasis]:
-    """`spread` wherever something is compressed; whole keys and values stay as they are."""
+def rounding(basis: Basis, head_dim: int) -> Tensor:
+    """Error per token expected of rounding a latent of rank 0, 1, ..., n: (n + 1,), fp64.
 
-    def side(basis: Basis, rank: int) -> Basis:
-        return spread(basis, rank) if rank < basis.spectrum.size(1) else basis
+    In the unit of the spectrum, summed over the latents, and times the square of `cache.LEVELS`.
+    Steps are the largest number over the levels, and numbers are taken as normal. Below full rank
+    latents are mixed by `spread`; of its tr S^(1/2) this is a bound from above, with the diagonal
+    for the eigenvalues. At full rank every head of `head_dim` numbers is rounded as it is.
+    """
+    mean = (basis.encoder.mT @ basis.mean[..., None])[..., 0]
+    root = (basis.spectrum + mean.square()).sqrt()  # (L, n)
+    count = torch.arange(1, root.size(1) + 1)
+    if basis.pairs is None:
+        even = root.new_ones(1, root.size(1))
+        below = root.cumsum(1).square() / count * _largest(even)
+    else:
+        below = root.cumsum(1) * _largest(root)
+    variance = (basis.decoder.square() @ basis.spectrum[..., None])[..., 0] + basis.mean.square()
+    weight = basis.encoder.square().sum(-1)
+    variance, weight = (x.unflatten(1, (-1, head_dim)).flatten(0, 1) for x in (variance, weight))
+    error = torch.cat((root.new_zeros(1), below.sum(0)))
+    error[-1] = (_largest(variance)[:, -1] * weight.sum(1)).sum()
+    return error / 12
 
-    return [
-        LayerBasis(side(k, k_rank), None if v is None else side(v, v_rank))
-        for (k, v), k_rank, v_rank in zip(bases, *ranks, strict=True)
-    ]
+
+def _largest(variance: Tensor) -> Tensor:
+    """Expected largest square of the first 1, 2, ..., n of normal numbers: (L, n)."""
+    most = variance.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    t = torch.linspace(0, 40, 512, dtype=torch.float64, device=variance.device)
+    ratio = (most / variance.clamp(min=1e-12 * most))[..., None]
+    least = torch.finfo(torch.float64).tiny
+    below = (t * ratio / 2).sqrt().erf().clamp(min=least).log().cumsum(1).exp()  # (L, n, t)
+    return most * torch.trapezoid(1 - below, t)
 
 
 def _power(values: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ PROGRESS = "progress.json"
 
 def check_stream(settings: Settings) -> None:
     """Raise ValueError for what is not made layer by layer."""
-    if settings.kv_bits < 16:
+    if settings.rounded:
         raise ValueError(
             "latents of fewer bits are made in memory: leave --stream or --kv-bits out"
         )

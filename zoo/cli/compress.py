@@ -24,6 +24,7 @@ from .options import (
     Source,
     Trust,
     load,
+    parse_bits,
     parse_refit,
     parse_shared,
     say,
@@ -65,12 +66,13 @@ def compress(
         ),
     ] = None,
     kv_bits: Annotated[
-        int,
+        str,
         typer.Option(
-            help="Bits of a number in the cache: 16 (the model's dtype), or 8 or 4, for which "
-            "latents are mixed so that rounding costs least."
+            help="Bits of a number in the cache: 16 (the model's dtype), 8 or 4, for which latents "
+            "are mixed so that rounding costs least; or auto: what --keep buys most with, layer by "
+            "layer, for keys and values."
         ),
-    ] = 16,
+    ] = "16",
     refit: Refit = "auto",
     calibration: Calibration = "self",
     samples: Samples = 32,
@@ -126,7 +128,7 @@ def compress(
         anchor_block=anchor_block,
         refit=parse_refit(refit),
         rank_pairs=rank_pairs,
-        kv_bits=kv_bits,
+        kv_bits=parse_bits(kv_bits),
     )
     settings.check()
     check_free(out, force)

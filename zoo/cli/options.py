@@ -208,6 +208,18 @@ def parse_refit(text: str) -> tuple[str, ...] | None:
     return {"auto": None, "none": ()}.get(text, tuple(text.split(",")))
 
 
+def parse_bits(text: str) -> tuple[int, ...]:
+    """Bits that numbers may have, from what the user wrote."""
+    from ..cache import BITS
+
+    if text == "auto":
+        return BITS
+    words = text.split(",")
+    if not all(word.isdigit() for word in words):
+        raise ValueError(f"kv bits is {text!r}: expected auto, 16, 8 or 4, or some as in 8,4")
+    return tuple(map(int, words))
+
+
 def command_line() -> str:
     """What the user typed, to be repeated elsewhere: of files and folders here the names only."""
     words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
