@@ -93,15 +93,20 @@ def launch(
     mean: Tensor | None,
     block: int,
     bias: Tensor | None = None,
+    z_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
-    """`zoo.attention.anchored_decode`, which says what the arguments are."""
+    """`zoo.attention.anchored_decode`, which says what the arguments are.
+
+    Packed numbers, of which the scales are given, are unpacked before the kernel reads them.
+    """
     (batch, heads), blocks = q.shape[:2], cos.size(2)
     turned = rotate(q.expand(-1, -1, blocks, -1), cos, sin) * scale  # (B, H, N, D)
     u = absorb(turned, up, q.size(3))  # (B, H, N, R)
     added = None
     if mean is not None:  # what the mean of the keys adds to the scores of a block
         added = (turned.unflatten(1, (len(mean), -1)) * mean[:, None]).sum(-1).contiguous()
-    z, v = split.in_place(z), split.in_place(v)
+    z, v = split.numbers(z, z_scale, q), split.numbers(v, v_scale, q)
     shared = gcd(heads // z.size(1), heads // v.size(1))  # heads of one group
     groups = heads // shared
     shape = constants(shared, block if blocks > 1 else 0, u.size(3), v.size(3), z.element_size())

@@ -1,7 +1,8 @@
 // Decoding on a CPU: attention, for the definitions in zoo/attention.py, and linear layers of few
 // rows, for zoo/linear.py. Everything is made of two products that stay in cache: `multiply` (rows by
 // rows) and `mix` (weights by rows), on ATen's portable vectors. Memory is read once, in the dtype it
-// is kept in; sums are fp32.
+// is kept in; sums are fp32. What is packed in 8 or 4 bits is unpacked in registers, to fp32, which is
+// faster than to bf16; a slot's scale then goes to its scores, and to the weights of its values.
 //
 // B sequences, T new tokens, H query heads, K latents of keys, L of values, S slots. A unit is the
 // least set of heads that shares its latents with no other: gcd(K, L) of them.
@@ -46,18 +47,38 @@ inline V load(const at::Half* p) {
   at::vec::load_fp32_from_fp16(p, x);
   return x;
 }
-inline V load(const int8_t* p) {
+// one of the two numbers of four bits in a byte: n stands for n - 7.5
+template <int SHIFT>
+struct Nibble {
+  uint8_t pair;
+  operator float() const { return float(pair >> SHIFT & 15) - 7.5f; }
+};
 #ifdef CPU_CAPABILITY_AVX512
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#else
-  float all[W];
-  std::copy_n(p, W, all);
-  return V::loadu(all);
-#endif
+inline __m128i bytes(const void* p, int64_t count) {
+  return _mm_maskz_loadu_epi8(0xffffu >> (W - count), p);
 }
+inline V load(const int8_t* p, int64_t count = W) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes(p, count)));
+}
+template <int SHIFT>
+V load(const Nibble<SHIFT>* p, int64_t count = W) {
+  const __m512 table = _mm512_setr_ps(-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -.5f, .5f, 1.5f,
+                                      2.5f, 3.5f, 4.5f, 5.5f, 6.5f, 7.5f);
+  const __m512i pairs = _mm512_cvtepu8_epi32(bytes(p, count));
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, SHIFT), table);  // by the lowest four bits
+}
+#endif
+struct Nibbles {  // both: those of the first half of a vector, and those of its second half
+  uint8_t pair;
+};
 inline V load(const float* p, int64_t count) { return V::loadu(p, count); }
 template <class T>
 V load(const T* p, int64_t count) {  // the first numbers, zeros behind them
+  if constexpr (sizeof(T) == 1) {
+    float all[W] = {};
+    std::copy_n(p, count, all);
+    return V::loadu(all);
+  }
   if (count == W) return load(p);
   alignas(32) T all[W] = {};
 #ifdef CPU_CAPABILITY_AVX512
@@ -77,10 +98,10 @@ inline void soon(const void* p, int64_t bytes = 0) {
   __builtin_prefetch(static_cast<const char*>(p) + bytes, 0, 2);
 }
 
-// How numbers of T are multiplied with numbers of A, DEPTH to a lane
+// How numbers of T are multiplied with numbers of A, DEPTH to a lane; HALVES of what lies at p
 template <class A, class T>
 struct Lanes {
-  static constexpr int64_t DEPTH = 1, COUNT = W;
+  static constexpr int64_t DEPTH = 1, COUNT = W, HALVES = 1;
   using X = V;
   static V left(const A* p, int64_t count) { return load(p, count); }
   static V right(const T* p, int64_t count) { return load(p, count); }
@@ -89,13 +110,14 @@ struct Lanes {
   static V add(V a, V b, V sum) { return at::vec::fmadd(a, b, sum); }
 };
 
+// what T is multiplied with
 #ifdef __AVX512BF16__
 template <class T>
 using Factor = std::conditional_t<std::is_same_v<T, at::BFloat16>, at::BFloat16, float>;
 
 template <>
 struct Lanes<at::BFloat16, at::BFloat16> {  // pairs of bf16, sums in fp32
-  static constexpr int64_t DEPTH = 2, COUNT = 2 * W;
+  static constexpr int64_t DEPTH = 2, COUNT = 2 * W, HALVES = 1;
   using X = __m512i;
   static X left(const at::BFloat16* p, int64_t count) { return right(p, count); }
   static X right(const at::BFloat16* p, int64_t count) {
@@ -114,10 +136,22 @@ struct Lanes<at::BFloat16, at::BFloat16> {  // pairs of bf16, sums in fp32
   }
   static V add(X a, X b, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 };
+
 #else
 template <class T>
-using Factor = float;  // what T is multiplied with
+using Factor = float;
 #endif
+
+template <>
+struct Lanes<float, Nibbles> : Lanes<float, float> {
+  static constexpr int64_t HALVES = 2;
+  static V right(const Nibbles* p, int64_t count) {
+    return load(reinterpret_cast<const Nibble<0>*>(p), count);
+  }
+  static V second(const Nibbles* p, int64_t count) {
+    return load(reinterpret_cast<const Nibble<4>*>(p), count);
+  }
+};
 
 // what each of W vectors adds up to
 inline V totals(const V* x) {
@@ -143,7 +177,8 @@ inline V totals(const V* x) {
 #endif
 }
 
-// out[m][n] = a[m] · b[n] for M rows of a and N of b, `size` numbers long. One row of b after the
+// out[m][n] = a[m] · b[n] for M rows of a and N of b, `size` numbers long, or twice that where b
+// lies in halves. One row of b after the
 // other, in the order of memory: that is what the processor fetches ahead of by itself.
 template <int M, int N, class A, class T>
 inline void dots(const A* a, int64_t lda, const T* b, int64_t ldb, int64_t size, float* out,
@@ -154,16 +189,21 @@ inline void dots(const A* a, int64_t lda, const T* b, int64_t ldb, int64_t size,
     V sum[M];
     for (auto& x : sum) x = V(0.f);
     const T* row = b + n * ldb;
+    auto take = [&](int64_t i, int64_t count) {
+      const auto y = L::right(row + i, count);
+      for (int m = 0; m < M; ++m) sum[m] = L::add(L::left(a + m * lda + i, count), y, sum[m]);
+      if constexpr (L::HALVES == 2) {
+        const auto z = L::second(row + i, count);
+        for (int m = 0; m < M; ++m)
+          sum[m] = L::add(L::left(a + m * lda + size + i, count), z, sum[m]);
+      }
+    };
     int64_t i = 0;
     for (; i + L::COUNT <= size; i += L::COUNT) {
       if (M > 1 || sizeof(T) == 1) soon(row + i, AHEAD);
-      const auto y = L::right(row + i, L::COUNT);
-      for (int m = 0; m < M; ++m) sum[m] = L::add(L::left(a + m * lda + i, L::COUNT), y, sum[m]);
+      take(i, L::COUNT);
     }
-    if (i < size) {
-      const auto y = L::right(row + i, size - i);
-      for (int m = 0; m < M; ++m) sum[m] = L::add(L::left(a + m * lda + i, size - i), y, sum[m]);
-    }
+    if (i < size) take(i, size - i);
     for (int m = 0; m < M; ++m) sums[m * N + n] = sum[m];
   }
   if constexpr (M * N == W) {
@@ -314,12 +354,63 @@ struct Task {  // what a thread is at: a sequence, and a unit of its heads
   int64_t b, unit;
 };
 
+struct Kept {  // keys or values of a cache (B, L, S, R): numbers, or codes with a scale a vector
+  const Tensor& x;
+  const Maybe& scale;
+
+  bool nibbles() const { return x.scalar_type() == at::kByte; }
+  int64_t width() const { return x.size(3) * (nibbles() ? 2 : 1); }
+  template <class T>
+  at::ScalarType factor() const {  // what it is multiplied with, in a model of T
+    return scale ? at::kFloat : c10::CppTypeToScalarType<Factor<T>>::value;
+  }
+  template <class T>
+  const T* at(int64_t b, int64_t l, int64_t t) const {
+    return static_cast<const T*>(x.const_data_ptr()) + b * x.stride(0) + l * x.stride(1) +
+           t * x.stride(2);
+  }
+  // rows of n slots from t on, times the scales of latent l
+  void weigh(float* s, int64_t rows, int64_t ld, int64_t b, int64_t l, int64_t t, int64_t n) const {
+    if (!scale) return;
+    const auto* p = scale->const_data_ptr<at::BFloat16>() + b * scale->stride(0) +
+                    l * scale->stride(1) + t * scale->stride(2);
+    for (int64_t i = 0; i < n; i += W) {
+      const int64_t count = std::min(W, n - i);
+      const V x = load(p + i, count);
+      for (int64_t r = 0; r < rows; ++r) (load(s + r * ld + i, count) * x).store(s + r * ld + i, count);
+    }
+  }
+};
+
+// use(rows) for the slots from t on of latent l
+template <class T, class Use>
+void with_rows(const Kept& kept, int64_t b, int64_t l, int64_t t, const Use& use) {
+  if (!kept.scale)
+    use(kept.at<T>(b, l, t));
+  else if (kept.nibbles())
+    use(kept.at<Nibbles>(b, l, t));
+  else
+    use(kept.at<int8_t>(b, l, t));
+}
+
+// use(rows, first) for the halves of packed pairs, `first` being where one begins, or once for all
+template <class T, class Use>
+void with_halves(const T* rows, int64_t size, const Use& use) {
+  if constexpr (std::is_same_v<T, Nibbles>) {
+    use(reinterpret_cast<const Nibble<0>*>(rows), 0);
+    use(reinterpret_cast<const Nibble<4>*>(rows), size);
+  } else {
+    use(rows, 0);
+  }
+}
+
 // Everything but the scores. `scores(task, first, n, out)` fills out (rows, TILE) for n slots.
 template <class T, class Scores>
-Tensor attend(const Tensor& q, int64_t keys, const Tensor& v, const Tensor& span, double scale,
+Tensor attend(const Tensor& q, int64_t keys, const Kept& v, const Tensor& span, double scale,
               const Maybe& bias, const Maybe& slopes, const Scores& scores) {
   const int64_t B = q.size(0), H = q.size(1), news = q.size(2);
-  const int64_t L = v.size(1), width = v.size(3), room = whole(width);
+  const int64_t L = v.x.size(1), width = v.width(), side = v.x.size(3);
+  const int64_t room = v.nibbles() ? 2 * whole(side) : whole(width);  // halves lie apart
   const int64_t units = std::gcd(keys, L), rows = H / units * news, latents = L / units;
   Tensor out = at::empty({B, H, news, width}, q.options());
   const int64_t* ends = span.const_data_ptr<int64_t>();
@@ -368,20 +459,27 @@ Tensor attend(const Tensor& q, int64_t keys, const Tensor& v, const Tensor& span
           totals[r] = totals[r] * keep[r] + soften(row, n, peak);
           peaks[r] = peak;
         }
-        const Factor<T>* weights;
-        if constexpr (std::is_same_v<Factor<T>, float>) {
-          weights = s.data();
-        } else {
+        for (int64_t l = 0; l < latents; ++l)
+          v.weigh(&s[l * (rows / latents) * TILE], rows / latents, TILE, task.b,
+                  task.unit * latents + l, t, n);
+        if constexpr (!std::is_same_v<Factor<T>, float>) {
           narrow.resize(rows * TILE);
-          at::vec::convert(s.data(), narrow.data(), rows * TILE);
-          weights = narrow.data();
+          if (!v.scale) at::vec::convert(s.data(), narrow.data(), rows * TILE);
         }
         for (int64_t l = 0; l < latents; ++l) {
           const int64_t first = l * (rows / latents);
-          const T* values = v.const_data_ptr<T>() + task.b * v.stride(0) +
-                            (task.unit * latents + l) * v.stride(1) + t * v.stride(2);
-          mix(weights + first * TILE, rows / latents, TILE, values, n, v.stride(2), width, &keep[first],
-              sums + first * room, room);
+          with_rows<T>(v, task.b, task.unit * latents + l, t, [&](const auto* values) {
+            with_halves(values, side, [&](const auto* half, int64_t column) {
+              using A = Factor<std::decay_t<decltype(*half)>>;
+              const A* weights;
+              if constexpr (std::is_same_v<A, float>)
+                weights = s.data();
+              else
+                weights = narrow.data();
+              mix(weights + first * TILE, rows / latents, TILE, half, n, v.x.stride(2), side,
+                  &keep[first], sums + first * room + (column ? whole(side) : 0), room);
+            });
+          });
         }
       }
     }
@@ -399,7 +497,8 @@ Tensor attend(const Tensor& q, int64_t keys, const Tensor& v, const Tensor& span
           const float* p = at(i);
           const float weight = std::exp(p[rows * room + r] - peak);
           total += weight * p[rows * (room + 1) + r];
-          for (int64_t j = 0; j < width; ++j) sum[j] += weight * p[r * room + j];
+          for (int64_t j = 0; j < width; ++j)
+            sum[j] += weight * p[r * room + (j < side ? j : whole(side) + j - side)];
         }
         for (int64_t j = 0; j < width; ++j) y[(item * rows + r) * width + j] = T(sum[j] / total);
       }
@@ -407,28 +506,27 @@ Tensor attend(const Tensor& q, int64_t keys, const Tensor& v, const Tensor& span
   return out;
 }
 
-// The rows of latent l of sequence b, from slot t on: x (B, L, S, R) as the cache keeps it
-template <class T>
-const T* slots(const Tensor& x, int64_t b, int64_t l, int64_t t) {
-  return x.const_data_ptr<T>() + b * x.stride(0) + l * x.stride(1) + t * x.stride(2);
-}
-
 Tensor latent_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& span,
-                     double scale, const Maybe& bias, const Maybe& slopes) {
+                     double scale, const Maybe& bias, const Maybe& slopes, const Maybe& k_scale,
+                     const Maybe& v_scale) {
+  const Kept keys{k, k_scale}, values{v, v_scale};
   const int64_t K = k.size(1), rank = q.size(3), rows = q.size(1) / K * q.size(2);
   const int64_t latents = K / std::gcd(K, v.size(1));
-  return DISPATCH(k, "latent_decode", [&] {
-    using A = Factor<scalar_t>;
-    const Tensor x = q.to(c10::CppTypeToScalarType<A>::value).contiguous();
+  return DISPATCH(q, "latent_decode", [&] {
+    const Tensor x = q.to(keys.factor<scalar_t>()).contiguous();
     auto scores = [&](const Task& task, int64_t t, int64_t n, float* out) {
       for (int64_t i = 0; i < latents; ++i) {
         const int64_t l = task.unit * latents + i;
-        const A* a = x.const_data_ptr<A>() + (task.b * K + l) * rows * rank;
-        multiply(a, rows, rank, slots<scalar_t>(k, task.b, l, t), n, k.stride(2), rank,
-                 out + i * rows * TILE, TILE);
+        float* found = out + i * rows * TILE;
+        with_rows<scalar_t>(keys, task.b, l, t, [&](const auto* latent) {
+          using A = Factor<std::decay_t<decltype(*latent)>>;
+          const A* a = x.const_data_ptr<A>() + (task.b * K + l) * rows * rank;
+          multiply(a, rows, rank, latent, n, k.stride(2), k.size(3), found, TILE);
+        });
+        keys.weigh(found, rows, TILE, task.b, l, t, n);
       }
     };
-    return attend<scalar_t>(q, K, v, span, scale, bias, slopes, scores);
+    return attend<scalar_t>(q, K, values, span, scale, bias, slopes, scores);
   });
 }
 
@@ -454,9 +552,11 @@ Tensor turn(const Tensor& x, const Tensor& cos, const Tensor& sin) {
 
 Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Tensor& span,
                        double scale, const Tensor& cos, const Tensor& sin, const Tensor& up,
-                       const Maybe& mean, int64_t block, const Maybe& bias) {
+                       const Maybe& mean, int64_t block, const Maybe& bias, const Maybe& z_scale,
+                       const Maybe& v_scale) {
+  const Kept keys{z, z_scale}, values{v, v_scale};
   const Tensor x = q.to(at::kFloat).contiguous();
-  const int64_t B = q.size(0), H = q.size(1), D = q.size(3), K = z.size(1), rank = z.size(3);
+  const int64_t B = q.size(0), H = q.size(1), D = q.size(3), K = z.size(1), rank = keys.width();
   const int64_t shared = up.size(2) / D, latents = K / std::gcd(K, v.size(1)), rows = H / K;
   const int64_t N = (span.select(1, 1).max().item<int64_t>() + block - 1) / block;
   // (G, D, R), one product of a library for every kv head: low precision where it has hardware
@@ -476,39 +576,51 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
     u.push_back(at::bmm(turned.to(exact), maps));  // (G, H / G N, R)
     if (mean) added.push_back(at::bmm(turned, mean->to(at::kFloat).transpose(1, 2)).contiguous());
   }
-  return DISPATCH(z, "anchored_decode", [&] {
-    using A = Factor<scalar_t>;
-    for (Tensor& x : u) x = x.to(c10::CppTypeToScalarType<A>::value);
+  return DISPATCH(q, "anchored_decode", [&] {
+    for (Tensor& x : u) x = x.to(keys.factor<scalar_t>());
     auto scores = [&](const Task& task, int64_t t, int64_t n, float* out) {
       for (int64_t i = 0; i < latents; ++i) {
         const int64_t l = task.unit * latents + i;
-        const A* a = u[task.b].const_data_ptr<A>() + l * rows * N * rank;
         float* found = out + i * rows * TILE;
-        for (int64_t from = t; from < t + n;) {
-          const int64_t b = from / block, to = std::min(t + n, (b + 1) * block);
-          multiply(a + b * rank, rows, N * rank, slots<scalar_t>(z, task.b, l, from), to - from,
-                   z.stride(2), rank, found + from - t, TILE);
+        auto blocks = [&](const auto& use) {  // use(block, its first slot here, and how many)
+          for (int64_t from = t; from < t + n;) {
+            const int64_t b = from / block, to = std::min(t + n, (b + 1) * block);
+            use(b, from, to - from);
+            from = to;
+          }
+        };
+        with_rows<scalar_t>(keys, task.b, l, t, [&](const auto* latent) {
+          using A = Factor<std::decay_t<decltype(*latent)>>;
+          const A* a = u[task.b].const_data_ptr<A>() + l * rows * N * rank;
+          blocks([&](int64_t b, int64_t from, int64_t count) {
+            multiply(a + b * rank, rows, N * rank, latent + (from - t) * z.stride(2), count,
+                     z.stride(2), z.size(3), found + from - t, TILE);
+          });
+        });
+        keys.weigh(found, rows, TILE, task.b, l, t, n);
+        blocks([&](int64_t b, int64_t from, int64_t count) {
           for (int64_t r = 0; mean && r < rows; ++r) {
             const float more = added[task.b].const_data_ptr<float>()[(l * rows + r) * N + b];
-            for (int64_t j = from - t; j < to - t; ++j) found[r * TILE + j] += more;
+            for (int64_t j = 0; j < count; ++j) found[r * TILE + from - t + j] += more;
           }
-          from = to;
-        }
+        });
       }
     };
-    return attend<scalar_t>(q, K, v, span, scale, bias, std::nullopt, scores);
+    return attend<scalar_t>(q, K, values, span, scale, bias, std::nullopt, scores);
   });
 }
 
 Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Tensor& span,
                      double scale, const Tensor& cos, const Tensor& sin, const Tensor& up,
-                     const Maybe& mean, const Maybe& bias) {
+                     const Maybe& mean, const Maybe& bias, const Maybe& z_scale,
+                     const Maybe& v_scale) {
+  const Kept latent{z, z_scale}, values{v, v_scale};
   const Tensor x = q.to(at::kFloat).contiguous();
-  const int64_t H = q.size(1), D = q.size(3), K = z.size(1), rank = z.size(3), G = up.size(2) / D * K;
+  const int64_t H = q.size(1), D = q.size(3), K = z.size(1), rank = latent.width(), G = up.size(2) / D * K;
   const int64_t latents = K / std::gcd(K, v.size(1)), rows = H / G * q.size(2), half = D / 2;
   const int64_t room = whole(D);
   const Tensor base = (mean ? mean->to(at::kFloat) : at::zeros({G, D}, x.options())).contiguous();
-  return DISPATCH(z, "rotary_decode", [&] {
+  return DISPATCH(q, "rotary_decode", [&] {
     auto scores = [&](const Task& task, int64_t t, int64_t n, float* out) {
       using A = Factor<scalar_t>;
       std::vector<A> tile(n * rank);
@@ -517,9 +629,21 @@ Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Te
       const float *c = cos.const_data_ptr<float>() + angles, *s = sin.const_data_ptr<float>() + angles;
       for (int64_t i = 0; i < latents; ++i) {
         const int64_t l = task.unit * latents + i;
-        const scalar_t* latent = slots<scalar_t>(z, task.b, l, t);
-        for (int64_t j = 0; j < n; ++j)
-          std::copy_n(latent + j * z.stride(2), rank, &tile[j * rank]);
+        std::vector<float> factor(n, 1.f);  // scales, rounded in as the definition does
+        latent.weigh(factor.data(), 1, n, task.b, l, t, n);
+        with_rows<scalar_t>(latent, task.b, l, t, [&](const auto* x) {
+          with_halves(x, z.size(3), [&](const auto* half, int64_t first) {
+            for (int64_t j = 0; j < n; ++j)
+              for (int64_t d = 0; d < z.size(3); ++d) {
+                const auto& number = half[j * z.stride(2) + d];
+                A& to = tile[j * rank + first + d];
+                if constexpr (std::is_same_v<decltype(number), const scalar_t&>)
+                  to = number;
+                else
+                  to = A(float(number) * factor[j]);
+              }
+          });
+        });
         for (int64_t g = 0; g < G / K; ++g) {  // lifted, rotated and compared, never written back
           const int64_t kv = l * (G / K) + g;
           for (int64_t j = 0; j < n; ++j)
@@ -540,7 +664,7 @@ Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Te
         }
       }
     };
-    return attend<scalar_t>(q, K, v, span, scale, bias, std::nullopt, scores);
+    return attend<scalar_t>(q, K, values, span, scale, bias, std::nullopt, scores);
   });
 }
 

@@ -71,10 +71,15 @@ def launch(
     scale: float,
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
-    """`zoo.attention.latent_decode`, which says what the arguments are."""
+    """`zoo.attention.latent_decode`, which says what the arguments are.
+
+    Packed numbers, of which the scales are given, are unpacked before the kernel reads them.
+    """
     batch, heads, tokens, rk = q.shape
-    k, v = split.in_place(k), split.in_place(v)
+    k, v = split.numbers(k, k_scale, q), split.numbers(v, v_scale, q)
     shared = gcd(heads // k.size(1), heads // v.size(1))  # heads of one group
     groups = heads // shared
     shape = constants(shared, tokens, rk, v.size(3), k.element_size())

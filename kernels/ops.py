@@ -7,27 +7,28 @@ shapes of what they return, and needs torch only; `install.py` says what runs on
 import torch
 from torch import Tensor
 
-from ..zoo.cache import Buffer, plain
+from ..zoo.cache import Buffer, Packed
 
 SCHEMAS = {
     "latent_decode": (
         "Tensor q, Tensor k, Tensor v, Tensor span, float scale, Tensor? bias=None, "
-        "Tensor? slopes=None"
+        "Tensor? slopes=None, Tensor? k_scale=None, Tensor? v_scale=None"
     ),
     "anchored_decode": (
         "Tensor q, Tensor z, Tensor v, Tensor span, float scale, Tensor cos, Tensor sin, "
-        "Tensor up, Tensor? mean, int block, Tensor? bias=None"
+        "Tensor up, Tensor? mean, int block, Tensor? bias=None, Tensor? z_scale=None, "
+        "Tensor? v_scale=None"
     ),
     "rotary_decode": (
         "Tensor q, Tensor z, Tensor v, Tensor span, float scale, Tensor cos, Tensor sin, "
-        "Tensor up, Tensor? mean, Tensor? bias=None"
+        "Tensor up, Tensor? mean, Tensor? bias=None, Tensor? z_scale=None, Tensor? v_scale=None"
     ),
     "linear_decode": "Tensor x, Tensor weight, Tensor? scale, Tensor? bias",
 }
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
-    return q.new_empty(*q.shape[:3], v.size(3))
+    return q.new_empty(*q.shape[:3], v.size(3) * (2 if v.dtype == torch.uint8 else 1))
 
 
 def _product(x: Tensor, weight: Tensor, *_: object) -> Tensor:
@@ -41,6 +42,11 @@ for _name, _arguments in SCHEMAS.items():
     )
 
 
+def _parts(x: Buffer) -> tuple[Tensor, Tensor | None]:
+    """Numbers, or codes and their scales."""
+    return x if isinstance(x, Packed) else (x, None)
+
+
 def latent_decode(
     q: Tensor,
     k: Buffer,
@@ -51,8 +57,8 @@ def latent_decode(
     slopes: Tensor | None = None,
 ) -> Tensor:
     """The op of `zoo.attention.latent_decode`, which says what the arguments are."""
-    k, v = plain(k, q.dtype), plain(v, q.dtype)  # the ops read no packed cache
-    return torch.ops.eigenzoo.latent_decode(q, k, v, span, scale, bias, slopes)
+    (k, k_scale), (v, v_scale) = _parts(k), _parts(v)
+    return torch.ops.eigenzoo.latent_decode(q, k, v, span, scale, bias, slopes, k_scale, v_scale)
 
 
 def anchored_decode(
@@ -69,8 +75,10 @@ def anchored_decode(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The op of `zoo.attention.anchored_decode`, which says what the arguments are."""
-    z, v = plain(z, q.dtype), plain(v, q.dtype)
-    return torch.ops.eigenzoo.anchored_decode(q, z, v, span, scale, cos, sin, up, mean, block, bias)
+    (z, z_scale), (v, v_scale) = _parts(z), _parts(v)
+    return torch.ops.eigenzoo.anchored_decode(
+        q, z, v, span, scale, cos, sin, up, mean, block, bias, z_scale, v_scale
+    )
 
 
 def rotary_decode(
@@ -86,8 +94,10 @@ def rotary_decode(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The op of `zoo.attention.rotary_decode`, which says what the arguments are."""
-    z, v = plain(z, q.dtype), plain(v, q.dtype)
-    return torch.ops.eigenzoo.rotary_decode(q, z, v, span, scale, cos, sin, up, mean, bias)
+    (z, z_scale), (v, v_scale) = _parts(z), _parts(v)
+    return torch.ops.eigenzoo.rotary_decode(
+        q, z, v, span, scale, cos, sin, up, mean, bias, z_scale, v_scale
+    )
 
 
 def linear_decode(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:

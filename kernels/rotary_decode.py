@@ -134,10 +134,15 @@ def launch(
     up: Tensor,
     mean: Tensor | None,
     bias: Tensor | None = None,
+    z_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
-    """`zoo.attention.rotary_decode`, which says what the arguments are."""
+    """`zoo.attention.rotary_decode`, which says what the arguments are.
+
+    Packed numbers, of which the scales are given, are unpacked before the kernel reads them.
+    """
     batch, heads, tokens, d = q.shape
-    z, v = split.in_place(z), split.in_place(v)
+    z, v = split.numbers(z, z_scale, q), split.numbers(v, v_scale, q)
     lifted = up.size(2) // d  # kv heads of a latent
     shared = gcd(heads // (z.size(1) * lifted), heads // v.size(1))  # query heads of one group
     groups = heads // shared

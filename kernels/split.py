@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..zoo.cache import Packed
+
 LOG2E = 1.4426950408889634
 LEAST_ROWS = 16  # a matrix instruction takes no fewer
 PROGRAMS = 512  # about four for each multiprocessor of an A100 (108), H100 (132) or B200 (148)
@@ -170,8 +172,13 @@ class Parts:
         return self.out
 
 
-def in_place(x: Tensor) -> Tensor:
-    """x itself, if the numbers of a latent lie one behind another, as in every cache."""
+def numbers(x: Tensor, scale: Tensor | None, q: Tensor) -> Tensor:
+    """Keys or values as a kernel reads them: the numbers of a latent one behind another.
+
+    Those of a cache lie so; packed ones, with a scale, are unpacked to the dtype of q.
+    """
+    if scale is not None:
+        return Packed(x, scale).unpack(q.dtype)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

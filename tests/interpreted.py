@@ -13,6 +13,7 @@ import torch
 from eigenzoo.kernels import anchored_decode, latent_decode, rotary_decode, split
 from eigenzoo.kernels.install import FUSED
 from eigenzoo.zoo import attention
+from eigenzoo.zoo.cache import pack
 from eigenzoo.zoo.compress import Settings, compress
 from eigenzoo.zoo.generate import Generator
 
@@ -127,6 +128,25 @@ def test_caches_of_any_layout_are_read():
         q.mT.contiguous().mT, stretched[..., :16].transpose(1, 2), v.mT.contiguous().mT, span, scale
     )
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_numbers_are_read_as_what_they_stand_for(bits):
+    for definition, arguments in (
+        (attention.latent_decode, latent(70, {"spans"})),
+        (attention.anchored_decode, anchored(70, {"spans", "mean"}, 16)),
+        (attention.rotary_decode, rotary(40, {"spans", "mean"})),
+    ):
+        q, k, v, *rest = arguments
+        k, v = pack(k, bits), pack(v, bits)
+        got = LAUNCH[definition](q, k.codes, v.codes, *rest, **scales(definition, k, v))
+        torch.testing.assert_close(got, definition(q, k, v, *rest), atol=1e-5, rtol=0)
+
+
+def scales(definition, k, v) -> dict[str, torch.Tensor]:
+    """The last arguments of a launcher."""
+    name = "k" if definition is attention.latent_decode else "z"
+    return {f"{name}_scale": k.scale, "v_scale": v.scale}
 
 
 def anchored(slots, given, block, rank=16, dtype=torch.float32, heads=4, kv=2, k_heads=2):

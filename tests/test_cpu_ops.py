@@ -10,6 +10,7 @@ import torch
 
 from eigenzoo.kernels import cpu, ops
 from eigenzoo.zoo import attention
+from eigenzoo.zoo.cache import Packed, pack
 
 pytestmark = pytest.mark.slow  # they are built once, in half a minute
 SLOTS = 300
@@ -34,6 +35,14 @@ def buffer(heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return x.copy_(torch.randn(x.shape))
 
 
+def packed(heads: int, width: int, bits: int, dtype: torch.dtype):
+    """The same of so many bits; 16 are not packed."""
+    if bits == 16:
+        return buffer(heads, width, dtype)
+    x = pack(torch.randn(2, heads, SLOTS + 64, width), bits)
+    return Packed(*(part[:, :, 32:-32] for part in x))
+
+
 def spans(length: int, options) -> torch.Tensor:
     first = min(5, length - 3) if "padding" in options and length > 3 else 0
     return torch.tensor([[0, length], [first, length]]) if first else torch.tensor([[0, length]])
@@ -55,7 +64,7 @@ def compare(op, definition, q, k, v, span, *rest) -> None:
     )
     for b in range(2):
         first, end = span[b % len(span)]
-        for x in (k, v):
+        for x in (x.scale if isinstance(x, Packed) else x for x in (k, v)):
             x[b, :, :first], x[b, :, end:] = torch.nan, torch.nan
     bound = DTYPES[q.dtype]
     torch.testing.assert_close(op(*args).float(), want, atol=bound, rtol=bound)
@@ -98,6 +107,45 @@ def test_anchored_and_rebuilt_keys_are_read_as_defined(heads, kv, block, dtype):
                 rest = (angles.cos(), angles.sin(), up, mean, *rest)
                 cache = buffer(k, rank, dtype), buffer(v, 24, dtype)
                 compare(op, definition, q, *cache, span, 0.1, *rest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (16, 4), (8, 16)])
+@pytest.mark.parametrize(("heads", "kv"), list(zip(HEADS, (4, 3, 3, 12), strict=True)), ids=str)
+def test_packed_caches_are_read_as_the_numbers_they_stand_for(heads, kv, bits, dtype):
+    torch.manual_seed(0)
+    (h, k, v), d = heads, 40
+    for rank, width, length in ((16, 34, 1), (34, 16, 65), (66, 128, 200)):
+        for options in [(), ("padding", "bias"), ("more tokens", "slopes"), ("more tokens",)]:
+            span, bias = spans(length, options), biases(length, options)
+            new = min(3, length) if "more tokens" in options else 1
+            slopes = torch.rand(h) if "slopes" in options else None
+            up = (torch.randn(k, rank, kv // k * d) * rank**-0.5).to(dtype)
+            mean = torch.randn(kv, 1, d).to(dtype) if options else None
+            angle = 6 * torch.rand(1, 1, SLOTS, d // 2)
+            where = angle.cos(), angle.sin(), up, mean
+            ahead = *(x[:, :, : -(-SLOTS // 16)] for x in where[:2]), up, mean, 16
+            for op, definition, *rest in (
+                (ops.latent_decode, attention.latent_decode, bias, slopes),
+                (ops.rotary_decode, attention.rotary_decode, *where, bias),
+                (ops.anchored_decode, attention.anchored_decode, *ahead, bias),
+            ):
+                if slopes is not None and op is not ops.latent_decode:
+                    continue
+                count = 1 if op is ops.anchored_decode else new
+                wide = rank if op is ops.latent_decode else d
+                q = torch.randn(2, h, count, wide).to(dtype)
+                cache = packed(k, rank, bits[0], dtype), packed(v, width, bits[1], dtype)
+                compare(op, definition, q, *cache, span, 0.1, *rest)
+
+
+def test_no_copy_of_a_packed_cache_is_made():
+    q, span = torch.randn(1, 4, 1, 64), torch.tensor([[0, 4096]])
+    k, v = (pack(torch.randn(1, 2, 4096, 64), bits) for bits in (8, 4))
+    with torch.profiler.profile(profile_memory=True) as seen:
+        ops.latent_decode(q, k, v, span, 0.1)
+    taken = max(event.cpu_memory_usage for event in seen.key_averages())
+    assert 0 < taken < k.codes.nbytes / 10
 
 
 def test_the_ops_are_built_once_and_half_a_file_is_never_seen(tmp_path):

@@ -16,6 +16,7 @@ from torch.library import opcheck
 from eigenzoo.kernels import ops, split
 from eigenzoo.kernels.install import FUSED, install, register
 from eigenzoo.zoo import attention
+from eigenzoo.zoo.cache import pack
 from eigenzoo.zoo.compress import Settings, compress
 from eigenzoo.zoo.generate import Generator
 
@@ -67,6 +68,13 @@ def test_launchers_agree_with_the_definitions_under_the_interpreter():
 @call
 def test_ops_are_registered_as_torch_expects(op, arguments):
     opcheck(getattr(torch.ops.eigenzoo, op.__name__).default, arguments)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_ops_of_packed_caches_are_registered_as_torch_expects(bits):
+    k, v = pack(K, bits), pack(torch.randn(2, 1, 20, 6), bits)
+    arguments = Q[..., :8], k.codes, v.codes, SPAN, 0.3, None, None, k.scale, v.scale
+    opcheck(torch.ops.eigenzoo.latent_decode.default, arguments)
 
 
 @call
