@@ -372,11 +372,14 @@ struct Kept {  // keys or values of a cache (B, L, S, R): numbers, or codes with
   // rows of n slots from t on, times the scales of latent l
   void weigh(float* s, int64_t rows, int64_t ld, int64_t b, int64_t l, int64_t t, int64_t n) const {
     if (!scale) return;
+    const int64_t step = scale->stride(2);
     const auto* p = scale->const_data_ptr<at::BFloat16>() + b * scale->stride(0) +
-                    l * scale->stride(1) + t * scale->stride(2);
+                    l * scale->stride(1) + t * step;
+    at::BFloat16 near[W] = {};
     for (int64_t i = 0; i < n; i += W) {
       const int64_t count = std::min(W, n - i);
-      const V x = load(p + i, count);
+      for (int64_t j = 0; j < count; ++j) near[j] = p[(i + j) * step];
+      const V x = load(near);
       for (int64_t r = 0; r < rows; ++r) (load(s + r * ld + i, count) * x).store(s + r * ld + i, count);
     }
   }

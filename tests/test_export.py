@@ -12,13 +12,16 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file
 from test_families import FOUNDRY, VARIANTS, save
-from transformers import Trainer, TrainingArguments
+from transformers import CompileConfig, DynamicCache, StaticCache, Trainer, TrainingArguments
+from transformers.cache_utils import DynamicLayer
 
 from eigenzoo.hub_export import export as exporter
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
+from eigenzoo.zoo.allocate import kv_bytes
 from eigenzoo.zoo.checkpoint import load
 from eigenzoo.zoo.compress import Settings
+from eigenzoo.zoo.generate import Generator
 
 ALONE = """
 import json, sys
@@ -273,3 +276,81 @@ def test_a_crash_leaves_what_was_there_and_nothing_else(tmp_path, error, exists)
     with pytest.raises(error):
         crash()
     assert [p.name for p in tmp_path.rglob("*")] == (["out", "precious"] if exists else [])
+
+
+FEW = {  # latents shared alike, by different numbers of heads, joint ones, and whole keys
+    "llama": ("llama", Settings(keep=0.4, heads_per_latent=(4, 4), rank_multiple=1, kv_bits=(8,))),
+    "qwen2": ("qwen2", Settings(keep=0.25, heads_per_latent=(2, 4), rank_multiple=2, kv_bits=(4,))),
+    "opt": ("opt", Settings(keep=0.2, heads_per_latent=(4, 4), latent="joint-kv", kv_bits=(4,))),
+    "mpt": ("mpt", Settings(keep=0.6, keys="full", rank_multiple=2, kv_bits=(16, 8, 4))),
+}
+
+
+@pytest.fixture(scope="module", params=FEW)
+def few(request, tmp_path_factory):
+    """A checkpoint whose cache has numbers of few bits."""
+    place = tmp_path_factory.mktemp("few")
+    family, settings = FEW[request.param]
+    tiny.save(place / "dense", family)
+    dense = load(str(place / "dense"))
+    compress_checkpoint(dense, place / "low", settings, samples=8, seq_len=64)
+    return place / "low"
+
+
+def tokens_of(model, **options) -> list[list[int]]:
+    found = model.generate(IDS, do_sample=False, eos_token_id=None, max_new_tokens=12, **options)
+    return found[:, 20:].tolist()
+
+
+def test_few_bits_give_the_tokens_of_the_native_cache_in_every_cache(few):
+    native = load(str(few)).model
+    stream = Generator(native, 2, 32, compile=False).stream(IDS.tolist(), 12)
+    want = torch.stack(list(stream), 1).tolist()
+    for ops in ("reference", "fused"):
+        model = EigenForCausalLM.from_pretrained(few, ops=ops)
+        assert tokens_of(model) == want
+        assert tokens_of(model, cache_implementation="static") == want
+        assert tokens_of(model, prefill_chunk_size=3) == want
+        assert tokens_of(model, past_key_values=DynamicCache()) == want
+        assert len(tokens_of(model, num_beams=2)) == 2
+    whole = CompileConfig(fullgraph=True, backend="aot_eager")
+    whole._compile_all_devices = True
+    assert tokens_of(model, cache_implementation="static", compile_config=whole) == want
+
+
+def test_few_bits_take_their_bytes_in_every_cache(few):
+    model = EigenForCausalLM.from_pretrained(few)
+    size = kv_bytes(model.model.config, torch.float32)["kv_bytes_per_token"]
+    odd = sum(  # a byte more, where a latent's are odd
+        side.heads * (side.width * side.bits // 8 % 2)
+        for i in range(model.config.num_hidden_layers)
+        for side in model.model.config.latents(i)
+        if side.bits < 16
+    )
+    for cache, slots in (
+        (DynamicCache(), 20),
+        (StaticCache(config=model.config, max_cache_len=50), 50),
+    ):
+        with torch.inference_mode():
+            model(IDS, past_key_values=cache)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert held == 2 * slots * (size + odd)
+
+
+def test_a_cache_that_would_round_few_bits_once_more_is_refused(few):
+    class QuantizedLayer(DynamicLayer):
+        pass
+
+    cache = DynamicCache()
+    cache.layers = [QuantizedLayer()]
+    with pytest.raises(ValueError, match="fewer bits already"):
+        EigenForCausalLM.from_pretrained(few)(IDS, past_key_values=cache)
+
+
+def test_what_is_learned_is_not_rounded(few):
+    model = EigenForCausalLM.from_pretrained(few)
+    loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    exact = model(IDS, labels=IDS, use_cache=False).loss
+    assert loss.item() == pytest.approx(exact.item(), abs=1e-6)
+    assert all(p.grad is not None for n, p in model.named_parameters() if "k_proj" in n)

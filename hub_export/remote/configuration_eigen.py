@@ -11,8 +11,8 @@ class EigenConfig(PreTrainedConfig):
     """What every family has; the other fields of its native config come along as they are.
 
     family: the architecture, by transformers' model_type. k_ranks, v_ranks: numbers per token and
-    latent, one a layer. k_bits, v_bits: of each of them in eigenzoo's cache; those of transformers
-    keep the model's dtype. k_heads_per_latent, v_heads_per_latent: kv heads that share a latent.
+    latent, one a layer. k_bits, v_bits: of each of them in a cache, 16 being the model's dtype, and
+    empty the same for all. k_heads_per_latent, v_heads_per_latent: kv heads that share a latent.
     joint_kv: one latent holds keys and values. compression: where the checkpoint comes from, with
     method, budget, calibration, seed, versions and errors by layer. code: SHA-256 of the Python
     files that came with it. ops: what decodes where eigenzoo is installed: its fused ops, or the

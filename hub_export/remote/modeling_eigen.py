@@ -16,8 +16,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
+from ...zoo.cache import SCALE, Buffer, Latent, Packed, pack
 from ...zoo.families import FAMILIES
-from ...zoo.model import Model
+from ...zoo.model import Config, Model
 from .configuration_eigen import EigenConfig
 
 try:
@@ -69,38 +70,72 @@ else:
 class LatentCache:
     """What the native model asks of a cache, kept in one of transformers' caches."""
 
-    def __init__(self, cache: Cache, slots: int):
-        self.cache, self.slots = cache, slots
+    def __init__(self, cache: Cache, slots: int, config: Config):
+        self.cache, self.slots, self.config = cache, slots, config
 
     def check(self, tokens: Tensor, pos: Tensor) -> None:
         """Transformers' caches check their own bounds."""
 
     def layer(self, index: int) -> "LatentLayer":
         """That of one layer."""
-        return LatentLayer(self.cache, index)
+        return LatentLayer(self.cache, index, self.config.latents(index))
 
 
 class LatentLayer:
     """What one layer asks of its cache.
 
     Transformers' caches want as many heads of values as of keys: where latents are shared by
-    different numbers of heads, all latents of a token lie side by side in one head.
+    different numbers of heads, all latents of a token lie side by side in one head. Where numbers
+    have fewer than 16 bits, a latent is a row of bytes there, which any cache takes that does no
+    arithmetic on what it holds: its scale, its codes, and one byte more where they are odd. What
+    is learned, with gradients, is not rounded.
     """
 
-    def __init__(self, cache: Cache, index: int):
-        self.cache, self.index = cache, index
+    def __init__(self, cache: Cache, index: int, latents: tuple[Latent, Latent]):
+        self.cache, self.index, self.latents = cache, index, latents
 
-    def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Buffer, Buffer]:
         """Append k and v (B, heads, T, width); return all slots of the layer."""
-        if k.size(1) == v.size(1):
-            return self.cache.update(k, v, self.index)
-        heads = k.size(1), v.size(1)
-        k, v = (x.transpose(1, 2).flatten(2)[:, None] for x in (k, v))
-        k, v = self.cache.update(k, v, self.index)
-        return (
-            k[:, 0].unflatten(-1, (heads[0], -1)).transpose(1, 2),
-            v[:, 0].unflatten(-1, (heads[1], -1)).transpose(1, 2),
+        bits = [min(16, latent.bits) for latent in self.latents]
+        learned = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+        packed, dtype = min(bits) < 16 and not learned, k.dtype
+        if packed:
+            k, v = (_bytes(x, n) for x, n in zip((k, v), bits, strict=True))
+        heads, alike = (k.size(1), v.size(1)), k.size(1) == v.size(1)
+        if not alike:
+            k, v = (x.transpose(1, 2).flatten(2)[:, None] for x in (k, v))
+        found = self.cache.update(k, v, self.index)
+        if not alike:
+            sides = zip(found, heads, strict=True)
+            found = tuple(x[:, 0].unflatten(-1, (n, -1)).transpose(1, 2) for x, n in sides)
+        if not packed:
+            return found
+        k, v = (
+            _numbers(x, latent.width, n, dtype)
+            for x, latent, n in zip(found, self.latents, bits, strict=True)
         )
+        return k, v
+
+
+def _bytes(x: Tensor, bits: int) -> Tensor:
+    """Vectors (B, heads, T, width) as rows of bytes."""
+    if not x.size(-1):
+        return x
+    if bits == 16:
+        return x.contiguous().view(torch.uint8)
+    codes, scale = pack(x, bits)
+    row = torch.cat((scale.view(torch.uint8), codes.view(torch.uint8)), dim=-1)
+    return F.pad(row, (0, row.size(-1) % 2))  # scales lie at even bytes
+
+
+def _numbers(row: Tensor, width: int, bits: int, dtype: torch.dtype) -> Buffer:
+    """What `_bytes` was given, as it would be found in eigenzoo's cache."""
+    if not width:
+        return row
+    if bits == 16:
+        return row.view(dtype)
+    codes = row[..., 2 : 2 + width * bits // 8]
+    return Packed(codes.view(torch.int8) if bits == 8 else codes, row[..., :2].view(SCALE))
 
 
 class EigenPreTrainedModel(PreTrainedModel):
@@ -178,6 +213,8 @@ class EigenPreTrainedModel(PreTrainedModel):
             use_cache = self.config.use_cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        if cache is not None:
+            self._check_cache(cache)
         count = input_ids.size(1)
         past = 0 if cache is None else cache.get_seq_length()
         slots = past + count
@@ -188,9 +225,18 @@ class EigenPreTrainedModel(PreTrainedModel):
         valid = _valid_slots(attention_mask, slots)
         if position_ids is not None and not torch.compiler.is_compiling():
             _check_positions(position_ids, valid, pos)
-        native = None if cache is None else LatentCache(cache, slots)
+        native = None if cache is None else LatentCache(cache, slots, self.model.config)
         # a growing cache ends with the new tokens, and that is faster to know
         return self.model.hidden(input_ids, pos if fixed else None, native, valid), cache
+
+    def _check_cache(self, cache: Cache) -> None:
+        """Refuse a cache that would round once more."""
+        few = min((16, *self.config.k_bits, *self.config.v_bits)) < 16
+        if few and any("Quantized" in type(layer).__name__ for layer in cache.layers):
+            raise ValueError(
+                "the cache of this model has fewer bits already, by its config: leave "
+                "transformers' quantized cache out"
+            )
 
     def _recomputed(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
