@@ -58,8 +58,6 @@ With eigenzoo installed: `eigenzoo generate . --prompt "…"` (compiled, static 
 
 {_latents(config)}
 
-| layer | key rank | value rank |
-|---|---|---|
 {_ranks(config)}
 
 ## Limits
@@ -195,15 +193,24 @@ def _latents(config: Config) -> str:
             f"One latent holds keys and values of {config.k_heads_per_latent} kv heads; its rank "
             "stands under keys."
         )
-    return (
+    shared = (
         f"{config.k_heads_per_latent} kv heads share a key latent, "
         f"{config.v_heads_per_latent} a value latent."
+    )
+    if not config.k_bits:
+        return shared
+    return (
+        f"{shared} Where its numbers have fewer than 16 bits in the cache, a latent has a scale "
+        "per token, of 16 bits, which the bytes above include."
     )
 
 
 def _ranks(config: Config) -> str:
-    ranks = zip(config.k_ranks, config.v_ranks, strict=True)
-    return "\n".join(f"| {i} | {k} | {v} |" for i, (k, v) in enumerate(ranks))
+    columns = {"key rank": config.k_ranks, "value rank": config.v_ranks}
+    columns |= {"key bits": config.k_bits, "value bits": config.v_bits}
+    columns = {name: numbers for name, numbers in columns.items() if numbers}
+    rows = [map(str, (i, *row)) for i, row in enumerate(zip(*columns.values(), strict=True))]
+    return _table(("layer", *columns), [list(row) for row in rows])
 
 
 def _cost(config: Config) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from eigenzoo.hub_export import code as travelling
 from eigenzoo.hub_export.compress import compress_checkpoint
+from eigenzoo.zoo.allocate import kv_bytes
 from eigenzoo.zoo.checkpoint import load
 from eigenzoo.zoo.compress import Settings
 
@@ -52,6 +53,21 @@ def test_a_card_says_licence_and_bytes(low):
     assert f"| KV bytes per token, float32 | {before} | {after} |" in text(low)
     assert f"| cache of 2048 tokens | {2048 * before / 2**20:.1f} MiB |" in text(low)
     assert "cache of 8192" not in text(low)  # more than it can read
+
+
+def test_a_card_and_inspect_say_bits_and_bytes_with_scales(run, dense, tmp_path):
+    out, settings = tmp_path / "few", Settings(keep=0.3, rank_multiple=2, kv_bits=(8, 4))
+    compress_checkpoint(load(str(dense)), out, settings, samples=4, seq_len=32)
+    config = load(str(out)).model.config
+    size = kv_bytes(config, torch.float32)["kv_bytes_per_token"]
+    assert size == load(str(out)).model.new_cache(1, 1).nbytes
+    assert f"| KV bytes per token, float32 | {4 * config.dense_kv_width} | {size} |" in text(out)
+    assert f"| cache of 2048 tokens | 1.5 MiB | {2048 * size / 2**20:.1f} MiB |" in text(out)
+    last = (2, config.k_ranks[2], config.v_ranks[2], config.k_bits[2], config.v_bits[2])
+    assert "| layer | key rank | value rank | key bits | value bits |" in text(out)
+    assert "| " + " | ".join(map(str, last)) + " |" in text(out)
+    code, shown, _ = run("inspect", out)
+    assert (code, "k_bits" in shown, str(size) in shown) == (0, True, True)
 
 
 def test_a_card_of_a_model_from_the_hub_names_it(low):

@@ -22,7 +22,8 @@ def layers(rows: Sequence[Mapping[str, Any]]) -> None:
         cells = []
         for rank in (x[name] for name in titles):
             cells += [str(rank), "█" * max(1, round(12 * rank / widest))]
-        table.add_row(str(i), *cells, *(f"{x[name]:.4f}" for name in extra))
+        more = (f"{n:.4f}" if isinstance(n := x[name], float) else str(n) for name in extra)
+        table.add_row(str(i), *cells, *more)
     Console().print(table)
 
 
@@ -146,12 +147,15 @@ def checkpoint(found: Mapping[str, Any]) -> None:
     """Print what `checkpoint.inspect` found."""
     table = Table(show_header=False)
     for key, value in {**found, **(found["compression"] or {})}.items():
-        hidden = ("k_ranks", "v_ranks", "compression", "layers", "refined", "measured")
+        by_layer = ("k_ranks", "v_ranks", "k_bits", "v_bits")
+        hidden = (*by_layer, "compression", "layers", "refined", "measured")
         if key not in hidden and value is not None:
             table.add_row(key, str(value))
     for run in (found["compression"] or {}).get("refined", []):
         kl = f"KL {run['kl_before']:.4g} -> {run['kl_after']:.4g} nats per token"
         table.add_row("refined", f"{run['best_step']} steps, {kl}")
     Console().print(table)
-    pairs = zip(found["k_ranks"], found["v_ranks"], strict=True)
-    layers([{"k_rank": k, "v_rank": v} for k, v in pairs])
+    names = {"k_rank": "k_ranks", "v_rank": "v_ranks", "k_bits": "k_bits", "v_bits": "v_bits"}
+    columns = {name: found[key] for name, key in names.items() if found[key]}
+    rows = zip(*columns.values(), strict=True)
+    layers([dict(zip(columns, row, strict=True)) for row in rows])

@@ -1,12 +1,13 @@
 """Rows of sweeps as tables: methods down, shares of the KV bytes across."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .compress import Settings
 from .rows import RUN, Row
 
-DEFAULTS = Settings._field_defaults
+DEFAULTS = json.loads(json.dumps(Settings._field_defaults))  # as rows have them
 
 
 class Section(NamedTuple):

@@ -22,6 +22,7 @@ from .options import (
     Trust,
     fuse,
     load,
+    parse_bits,
     parse_refit,
     parse_shared,
     say,
@@ -55,6 +56,9 @@ def sweep(
     ] = None,
     rank_pairs: Annotated[
         list[int] | None, typer.Option(help="As in compress; repeat for more. [default: any]")
+    ] = None,
+    kv_bits: Annotated[
+        list[str] | None, typer.Option(help="As in compress; repeat for more. [default: 16]")
     ] = None,
     budget: Annotated[
         list[str] | None,
@@ -139,6 +143,7 @@ def sweep(
             "latent": latent or ["separate"],
             "rank_multiple": rank_multiple or [8],
             "rank_pairs": rank_pairs or [None],
+            "kv_bits": [parse_bits(x) for x in kv_bits or ["16"]],
             "budget": budget or ["global"],
             "damping": damping or [None],
             "refit": [parse_refit(x) for x in refit or ["auto"]],
