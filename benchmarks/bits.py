@@ -7,7 +7,7 @@ that a token takes, scales included, as a share of 16 bits a number. Ranks alone
 the ranks that fit, and both as `compress --kv-bits auto` chooses. transformers' `QuantizedCache`
 reads the same windows in parts of 32 tokens, of which the newest stay as they are and are not
 counted; its groups of 64 numbers have a scale and a zero point of 16 bits each. It wants
-optimum-quanto or hqq, and is left out where neither is installed. Prints a line of JSON a cache.
+optimum-quanto, and is left out where that is not installed. Prints a line of JSON a cache.
 """
 
 import argparse
@@ -69,20 +69,18 @@ def losses(model: PreTrainedModel, row: Tensor, make: Callable[[], QuantizedCach
 def theirs(model: PreTrainedModel, text: Tensor, windows: int) -> Iterator[dict[str, Any]]:
     """Rows of transformers' caches."""
     rows = text[: len(text) // WINDOW * WINDOW].view(-1, WINDOW)[:windows]
-    for backend, module, axis in (("quanto", "optimum.quanto", 0), ("hqq", "hqq", 1)):
-        if not find_spec(module.split(".")[0]):
-            continue
-        for bits in (4, 2):
-            axes = {"axis_key": axis, "axis_value": axis}
-            options = {"nbits": bits, "q_group_size": GROUP, "residual_length": PART} | axes
-            make = partial(QuantizedCache, backend, model.config, **options)
-            found = torch.stack([losses(model, row, make) for row in rows])
-            yield {
-                "cache": f"transformers, {backend}",
-                "share": (bits + 32 / GROUP) / 16,
-                "perplexity": mean_perplexity(found).perplexity,
-                "bits": {bits: 2 * model.config.num_hidden_layers},
-            }
+    if not find_spec("optimum"):
+        return
+    for bits in (4, 2):
+        options = {"nbits": bits, "q_group_size": GROUP, "residual_length": PART}
+        make = partial(QuantizedCache, "quanto", model.config, **options)
+        found = torch.stack([losses(model, row, make) for row in rows])
+        yield {
+            "cache": "transformers, quanto",
+            "share": (bits + 32 / GROUP) / 16,
+            "perplexity": mean_perplexity(found).perplexity,
+            "bits": {bits: 2 * model.config.num_hidden_layers},
+        }
 
 
 def draw(rows: list[dict[str, Any]], dense: float, path: Path) -> None:

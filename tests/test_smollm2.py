@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from eigenzoo.zoo.allocate import kv_bytes
 from eigenzoo.zoo.checkpoint import load
 from eigenzoo.zoo.cli.demo import demo_model
-from eigenzoo.zoo.compress import Settings, compress
+from eigenzoo.zoo.compress import Settings, compress, gather
 from eigenzoo.zoo.data import calibration_tokens, encode, python_docs
 from eigenzoo.zoo.evaluate import perplexity
 
@@ -49,9 +50,17 @@ def test_quality_targets_hold_with_a_sixth_of_the_default_calibration(smol, tmp_
     rest = encode(smol.tokenizer, text[len(text) // 2 :])
     before = perplexity(smol.model, rest, 2048, 2).perplexity
     tokens = calibration_tokens(str(half), smol.model, smol.tokenizer, 10, 512)
-    low = compress(smol.model, tokens, Settings(keep=0.6)).model
+    settings = Settings(keep=0.6).fit(smol.model.config)
+    seen = gather(smol.model, tokens, settings)
+    low = compress(smol.model, tokens, settings, seen).model
     assert low.config.kv_width <= 0.6 * smol.model.config.kv_width
     assert perplexity(low, rest, 2048, 2).perplexity < 1.14 * before
+    before = perplexity(smol.model, rest, 2048, 1).perplexity
+    for keep, bits, most in ((0.55, 8, 1.002), (0.407, 8, 1.015), (0.155, 4, 1.12)):
+        few = settings._replace(keep=keep, kv_bits=(bits,), refit=())
+        low = compress(smol.model, tokens, few, seen).model
+        assert kv_bytes(low.config, torch.bfloat16)["kv_share"] <= keep
+        assert perplexity(low, rest, 2048, 1).perplexity < most * before, bits
 
 
 def test_the_demo_does_the_main_job(tmp_path):
