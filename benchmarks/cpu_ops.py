@@ -3,10 +3,11 @@
     python benchmarks/cpu_ops.py [--threads 1] [--slots 8192] [--dtype float32] [--dtype bfloat16]
 
 All cases take turns in one process, each over several caches, so that none is found in the
-processor's own; medians. SDPA reads whole keys and values of D = 128; the ops read latents. Prints
-a line of JSON a case: milliseconds, speed against SDPA, the share of read bandwidth, as a dot
-product of long vectors has it in the same turns, and the time over the floor: that of the bytes, or
-of lifting the keys, at the speed of a product of two large matrices of the same dtype.
+processor's own; medians. SDPA reads whole keys and values of D = 128; the ops read latents, some of
+them packed. Prints a line of JSON a case: milliseconds, speed against SDPA, the share of read
+bandwidth, as a dot product of long vectors has it in the same turns, and the time over the floor:
+that of the bytes, or of lifting the keys, at the speed of a product of two large matrices of the
+same dtype.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from eigenzoo.kernels import ops
 from eigenzoo.kernels.install import register
+from eigenzoo.zoo.cache import Buffer, Packed, pack
 
 D = 128
 SHAPES = {  # query heads, kv heads
@@ -41,13 +43,16 @@ class Case(NamedTuple):
 def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> dict[str, Case]:
     """What is measured for one shape."""
 
-    def made(latents: int, *widths: int) -> list[list[Tensor]]:
-        return [
-            [torch.randn(1, latents, slots, w).to(dtype) for w in widths] for _ in range(caches)
-        ]
+    def made(latents: int, *widths: int, bits: int = 16) -> list[list[Buffer]]:
+        def one(width: int) -> Buffer:
+            x = torch.randn(1, latents, slots, width)
+            return x.to(dtype) if bits == 16 else pack(x, bits)
 
-    def size(kept: list[list[Tensor]]) -> int:
-        return sum(x.nbytes for x in kept[0])
+        return [[one(w) for w in widths] for _ in range(caches)]
+
+    def size(kept: list[list[Buffer]]) -> int:
+        parts = [y for x in kept[0] for y in (x if isinstance(x, Packed) else (x,))]
+        return sum(x.nbytes for x in parts)
 
     full, span = made(kv, D, D), torch.tensor([[0, slots]])
     q = torch.randn(1, heads, 1, D).to(dtype)
@@ -58,7 +63,7 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
         for k, v in full:
             F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
-    def latent(q: Tensor, kept: list[list[Tensor]], span: Tensor = span) -> Callable[[], None]:
+    def latent(q: Tensor, kept: list[list[Buffer]], span: Tensor = span) -> Callable[[], None]:
         def call() -> None:
             for k, v in kept:
                 ops.latent_decode(q, k, v, span, 0.1)
@@ -71,16 +76,20 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
         "latent_decode 128/128": Case(latent(q, full), size(full)),
         "latent_decode 128/128, 1/8 full": Case(latent(q, full, eighth), size(full) // 8),
     }
-    for rk, rv in ((80, 80), (64, 96)):
-        kept = made(kv, rk, rv)
+    for rk, rv, bits in ((80, 80, 16), (80, 80, 8), (80, 80, 4), (64, 96, 16)):
+        kept = made(kv, rk, rv, bits=bits)
         call = latent(torch.randn(1, heads, 1, rk).to(dtype), kept)
-        found[f"latent_decode {rk}/{rv}"] = Case(call, size(kept))
+        found[f"latent_decode {rk}/{rv}{_few(bits)}"] = Case(call, size(kept))
     for shared in (2, 4):
         rank = 80 * shared
-        kept, up = made(kv // shared, rank, rank), torch.randn(kv // shared, rank, shared * D)
-        call = latent(torch.randn(1, heads, 1, rank).to(dtype), kept)
-        found[f"latent_decode {rank}, {shared} heads a latent"] = Case(call, size(kept))
-        for block in (16, 32, 64):
+        up = torch.randn(kv // shared, rank, shared * D)
+        for bits in (16, 8, 4):
+            kept = made(kv // shared, rank, rank, bits=bits)
+            call = latent(torch.randn(1, heads, 1, rank).to(dtype), kept)
+            name = f"latent_decode {rank}, {shared} heads a latent{_few(bits)}"
+            found[name] = Case(call, size(kept))
+        for block, bits in ((16, 16), (32, 16), (64, 16), (32, 8), (32, 4)):
+            kept = made(kv // shared, rank, rank, bits=bits)
             angle = torch.rand(1, 1, -(-slots // block), D // 2)
             rest = (span, 0.1, angle.cos(), angle.sin(), up.to(dtype), None, block)
 
@@ -88,7 +97,7 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
                 for z, v in kept:
                     ops.anchored_decode(q, z, v, *rest)
 
-            name = f"anchored_decode {rank}, {shared} heads a latent, blocks of {block}"
+            name = f"anchored_decode {rank}, {shared} heads a latent, blocks of {block}{_few(bits)}"
             found[name] = Case(anchored, size(kept))
     angle = torch.rand(1, 1, slots, D // 2)
     for shared in (1, 2, 4):
@@ -103,6 +112,10 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
         lift = 2 * slots * kv * rank * D
         found[f"rotary_decode {rank}, {shared} heads a latent"] = Case(rotary, size(kept), lift)
     return found
+
+
+def _few(bits: int) -> str:
+    return "" if bits == 16 else f", {bits} bits"
 
 
 def medians(found: dict[str, Case], rounds: int) -> dict[str, float]:
