@@ -334,19 +334,22 @@ inline float largest(const float* s, int64_t n) {
   return x;
 }
 
-// p = exp(scores - peak) in place, a row of n; returns their sum
+// p = exp(scores - peak) in place, a row of n; returns their sum. What is next to nothing is nothing:
+// numbers too small to be normal take a hundred times as long.
+constexpr float LEAST = -64;  // e^LEAST times a million is still lost in the sum of a row
 inline float soften(float* s, int64_t n, float peak) {
   V total(0.f);
   int64_t i = 0;
   for (; i + W <= n; i += W) {
-    V p = (V::loadu(s + i) - V(peak)).exp();
+    const V x = V::loadu(s + i) - V(peak);
+    const V p = V::blendv(x.exp(), V(0.f), x < V(LEAST));
     p.store(s + i);
     total = total + p;
   }
   float parts[W];
   total.store(parts);
   float sum = std::accumulate(parts, parts + W, 0.f);
-  for (; i < n; ++i) sum += s[i] = std::exp(s[i] - peak);
+  for (; i < n; ++i) sum += s[i] = s[i] - peak < LEAST ? 0.f : std::exp(s[i] - peak);
   return sum;
 }
 
@@ -580,7 +583,8 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
     if (mean) added.push_back(at::bmm(turned, mean->to(at::kFloat).transpose(1, 2)).contiguous());
   }
   return DISPATCH(q, "anchored_decode", [&] {
-    for (Tensor& x : u) x = x.to(keys.factor<scalar_t>());
+    using U = Factor<scalar_t>;
+    for (Tensor& x : u) x = x.to(c10::CppTypeToScalarType<U>::value);
     auto scores = [&](const Task& task, int64_t t, int64_t n, float* out) {
       for (int64_t i = 0; i < latents; ++i) {
         const int64_t l = task.unit * latents + i;
@@ -594,10 +598,16 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
         };
         with_rows<scalar_t>(keys, task.b, l, t, [&](const auto* latent) {
           using A = Factor<std::decay_t<decltype(*latent)>>;
-          const A* a = u[task.b].const_data_ptr<A>() + l * rows * N * rank;
+          std::vector<A> near(rows * rank);  // a block's queries, where they must be converted
           blocks([&](int64_t b, int64_t from, int64_t count) {
-            multiply(a + b * rank, rows, N * rank, latent + (from - t) * z.stride(2), count,
-                     z.stride(2), z.size(3), found + from - t, TILE);
+            auto take = [&](const A* a, int64_t lda) {
+              multiply(a, rows, lda, latent + (from - t) * z.stride(2), count, z.stride(2),
+                       z.size(3), found + from - t, TILE);
+            };
+            const U* a = u[task.b].const_data_ptr<U>() + (l * rows * N + b) * rank;
+            if constexpr (std::is_same_v<A, U>) return take(a, N * rank);
+            for (int64_t r = 0; r < rows; ++r) at::vec::convert(a + r * N * rank, &near[r * rank], rank);
+            take(near.data(), rank);
           });
         });
         keys.weigh(found, rows, TILE, task.b, l, t, n);
