@@ -313,9 +313,22 @@ def test_few_bits_give_the_tokens_of_the_native_cache_in_every_cache(few):
         assert tokens_of(model, prefill_chunk_size=3) == want
         assert tokens_of(model, past_key_values=DynamicCache()) == want
         assert len(tokens_of(model, num_beams=2)) == 2
+        one = model.generate(IDS[:1], do_sample=False, eos_token_id=None, max_new_tokens=12)
+        assisted = {"assistant_model": model, "max_new_tokens": 12, "eos_token_id": None}
+        assert torch.equal(model.generate(IDS[:1], do_sample=False, **assisted), one)
     whole = CompileConfig(fullgraph=True, backend="aot_eager")
     whole._compile_all_devices = True
     assert tokens_of(model, cache_implementation="static", compile_config=whole) == want
+
+
+def test_other_bits_may_be_asked_for_at_loading(few):
+    native = load(str(few)).model
+    if any(x.width % 2 for i in range(3) for x in native.config.latents(i)):
+        pytest.skip("four bits of odd widths leave half a byte")
+    stream = Generator(native, 2, 32, compile=False, bits=4).stream(IDS.tolist(), 12)
+    want = torch.stack(list(stream), 1).tolist()
+    bits = [4] * native.config.num_hidden_layers
+    assert tokens_of(EigenForCausalLM.from_pretrained(few, k_bits=bits, v_bits=bits)) == want
 
 
 def test_few_bits_take_their_bytes_in_every_cache(few):
