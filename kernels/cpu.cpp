@@ -78,17 +78,18 @@ V load(const T* p, int64_t count) {  // the first numbers, zeros behind them
     float all[W] = {};
     std::copy_n(p, count, all);
     return V::loadu(all);
-  }
-  if (count == W) return load(p);
-  alignas(32) T all[W] = {};
+  } else {
+    if (count == W) return load(p);
+    alignas(32) T all[W] = {};
 #ifdef CPU_CAPABILITY_AVX512
-  if constexpr (sizeof(T) == 2) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(all), _mm256_maskz_loadu_epi16((1u << count) - 1, p));
+    if constexpr (sizeof(T) == 2) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(all), _mm256_maskz_loadu_epi16((1u << count) - 1, p));
+      return load(all);
+    }
+#endif
+    std::copy_n(p, count, all);
     return load(all);
   }
-#endif
-  std::copy_n(p, count, all);
-  return load(all);
 }
 
 // Asks memory for what is read soon, behind what the processor fetches by itself while it reads in
@@ -369,8 +370,12 @@ struct Kept {  // keys or values of a cache (B, L, S, R): numbers, or codes with
   }
   template <class T>
   const T* at(int64_t b, int64_t l, int64_t t) const {
-    return static_cast<const T*>(x.const_data_ptr()) + b * x.stride(0) + l * x.stride(1) +
-           t * x.stride(2);
+    const T* p;
+    if constexpr (std::is_same_v<T, Nibbles>)
+      p = reinterpret_cast<const T*>(x.const_data_ptr<uint8_t>());
+    else
+      p = x.const_data_ptr<T>();  // refuses another dtype
+    return p + b * x.stride(0) + l * x.stride(1) + t * x.stride(2);
   }
   // rows of n slots from t on, times the scales of latent l
   void weigh(float* s, int64_t rows, int64_t ld, int64_t b, int64_t l, int64_t t, int64_t n) const {

@@ -7,7 +7,7 @@ shapes of what they return, and needs torch only; `install.py` says what runs on
 import torch
 from torch import Tensor
 
-from ..zoo.cache import Buffer, Packed
+from ..zoo.cache import Buffer
 
 SCHEMAS = {
     "latent_decode": (
@@ -43,8 +43,8 @@ for _name, _arguments in SCHEMAS.items():
 
 
 def _parts(x: Buffer) -> tuple[Tensor, Tensor | None]:
-    """Numbers, or codes and their scales."""
-    return x if isinstance(x, Packed) else (x, None)
+    """Numbers, or codes and their scales: a checkpoint's own `Packed` is another class."""
+    return (x, None) if isinstance(x, Tensor) else x
 
 
 def latent_decode(

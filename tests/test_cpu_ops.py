@@ -148,6 +148,13 @@ def test_no_copy_of_a_packed_cache_is_made():
     assert 0 < taken < k.codes.nbytes / 10
 
 
+@pytest.mark.parametrize("kept", [torch.ones(1, 2, 9, 8), torch.ones(1, 2, 9, 8).char()])
+def test_a_cache_of_another_dtype_is_refused(kept):
+    q, span = torch.randn(1, 2, 1, 8).bfloat16(), torch.tensor([[0, 9]])
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        ops.latent_decode(q, kept, kept, span, 0.1)
+
+
 def test_the_ops_are_built_once_and_half_a_file_is_never_seen(tmp_path):
     code = "from eigenzoo.kernels import cpu, ops; cpu.load(); print(cpu.library())"
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}

@@ -12,7 +12,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file
 from test_families import FOUNDRY, VARIANTS, save
-from transformers import CompileConfig, DynamicCache, StaticCache, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    CompileConfig,
+    DynamicCache,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.cache_utils import DynamicLayer
 
 from eigenzoo.hub_export import export as exporter
@@ -306,8 +313,10 @@ def test_few_bits_give_the_tokens_of_the_native_cache_in_every_cache(few):
     native = load(str(few)).model
     stream = Generator(native, 2, 32, compile=False).stream(IDS.tolist(), 12)
     want = torch.stack(list(stream), 1).tolist()
-    for ops in ("reference", "fused"):
-        model = EigenForCausalLM.from_pretrained(few, ops=ops)
+    for ops in ("reference", "fused"):  # by the classes that come with the checkpoint
+        model = AutoModelForCausalLM.from_pretrained(few, ops=ops, trust_remote_code=True)
+        cache = model(IDS[:, :-1], use_cache=True).to_tuple()[1]  # with gradients
+        assert tokens_of(model, past_key_values=cache) == want
         assert tokens_of(model) == want
         assert tokens_of(model, cache_implementation="static") == want
         assert tokens_of(model, prefill_chunk_size=3) == want
@@ -361,7 +370,7 @@ def test_a_cache_that_would_round_few_bits_once_more_is_refused(few):
 
 
 def test_what_is_learned_is_not_rounded(few):
-    model = EigenForCausalLM.from_pretrained(few)
+    model = EigenForCausalLM.from_pretrained(few).train()
     loss = model(IDS, labels=IDS).loss
     loss.backward()
     exact = model(IDS, labels=IDS, use_cache=False).loss

@@ -87,8 +87,7 @@ class LatentLayer:
     Transformers' caches want as many heads of values as of keys: where latents are shared by
     different numbers of heads, all latents of a token lie side by side in one head. Where numbers
     have fewer than 16 bits, a latent is a row of bytes there, which any cache takes that does no
-    arithmetic on what it holds: its scale, its codes, and one byte more where they are odd. What
-    is learned, with gradients, is not rounded.
+    arithmetic on what it holds: its scale, its codes, and one byte more where they are odd.
     """
 
     def __init__(self, cache: Cache, index: int, latents: tuple[Latent, Latent]):
@@ -97,8 +96,7 @@ class LatentLayer:
     def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Buffer, Buffer]:
         """Append k and v (B, heads, T, width); return all slots of the layer."""
         bits = [min(16, latent.bits) for latent in self.latents]
-        learned = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
-        packed, dtype = min(bits) < 16 and not learned, k.dtype
+        packed, dtype = min(bits) < 16, k.dtype
         if packed:
             k, v = (_bytes(x, n) for x, n in zip((k, v), bits, strict=True))
         heads, alike = (k.size(1), v.size(1)), k.size(1) == v.size(1)
@@ -209,12 +207,16 @@ class EigenPreTrainedModel(PreTrainedModel):
         """Normed output of the last layer, and the cache that now holds the tokens."""
         if self.gradient_checkpointing and self.training:
             return self._recomputed(input_ids, attention_mask, position_ids), None
-        if use_cache is None:
-            use_cache = self.config.use_cache
+        few = min((16, *self.config.k_bits, *self.config.v_bits)) < 16
+        if use_cache is None:  # what is rounded has no gradient
+            use_cache = self.config.use_cache and not (few and self.training)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        if cache is not None:
-            self._check_cache(cache)
+        if few and cache is not None and any("Quantized" in type(x).__name__ for x in cache.layers):
+            raise ValueError(
+                "the cache of this model has fewer bits already, by its config: leave "
+                "transformers' quantized cache out"
+            )
         count = input_ids.size(1)
         past = 0 if cache is None else cache.get_seq_length()
         slots = past + count
@@ -228,15 +230,6 @@ class EigenPreTrainedModel(PreTrainedModel):
         native = None if cache is None else LatentCache(cache, slots, self.model.config)
         # a growing cache ends with the new tokens, and that is faster to know
         return self.model.hidden(input_ids, pos if fixed else None, native, valid), cache
-
-    def _check_cache(self, cache: Cache) -> None:
-        """Refuse a cache that would round once more."""
-        few = min((16, *self.config.k_bits, *self.config.v_bits)) < 16
-        if few and any("Quantized" in type(layer).__name__ for layer in cache.layers):
-            raise ValueError(
-                "the cache of this model has fewer bits already, by its config: leave "
-                "transformers' quantized cache out"
-            )
 
     def _recomputed(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
