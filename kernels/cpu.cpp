@@ -137,7 +137,6 @@ struct Lanes<at::BFloat16, at::BFloat16> {  // pairs of bf16, sums in fp32
   }
   static V add(X a, X b, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 };
-
 #else
 template <class T>
 using Factor = float;
@@ -179,8 +178,8 @@ inline V totals(const V* x) {
 }
 
 // out[m][n] = a[m] · b[n] for M rows of a and N of b, `size` numbers long, or twice that where b
-// lies in halves. One row of b after the
-// other, in the order of memory: that is what the processor fetches ahead of by itself.
+// lies in halves. One row of b after the other, in the order of memory: that is what the processor
+// fetches ahead of by itself.
 template <int M, int N, class A, class T>
 inline void dots(const A* a, int64_t lda, const T* b, int64_t ldb, int64_t size, float* out,
                  int64_t ldo) {

@@ -58,8 +58,7 @@ def token_losses(
     count = min(count, windows or count)
     rows = tokens[: count * window].view(count, window)
     losses = []
-    own = min((16, *model.config.k_bits, *model.config.v_bits))
-    packed = (own if bits is None else bits) < 16
+    packed = (model.config.least_bits if bits is None else bits) < 16
     cache = model.new_cache(1, window - 1, bits=bits) if packed else None
     for row in tqdm(rows, desc="evaluating", unit="window", disable=None, leave=False):
         losses.append(row_losses(model, model.hidden(row[None, :-1], cache=cache)[0], row[1:]))

@@ -135,6 +135,11 @@ class Config:
         """Whether keys, and values, are more than a linear map of the layer's input."""
         return False, False
 
+    @property
+    def least_bits(self) -> int:
+        """The fewest bits of a number in the cache."""
+        return min((16, *self.k_bits, *self.v_bits))
+
     def compressed(self, layer: int) -> tuple[bool, bool]:
         """Whether a layer holds less than whole keys, and less than whole values."""
         k, v = self.k_ranks[layer] < self.full_ranks[0], self.v_ranks[layer] < self.full_ranks[1]

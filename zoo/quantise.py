@@ -43,7 +43,7 @@ def rounding(basis: Basis, head_dim: int) -> Tensor:
     """
     mean = (basis.encoder.mT @ basis.mean[..., None])[..., 0]
     root = (basis.spectrum + mean.square()).sqrt()  # (L, n)
-    count = torch.arange(1, root.size(1) + 1)
+    count = torch.arange(1, root.size(1) + 1, device=root.device)
     if basis.pairs is None:
         even = root.new_ones(1, root.size(1))
         below = root.cumsum(1).square() / count * _largest(even)

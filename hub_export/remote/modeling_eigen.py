@@ -95,7 +95,7 @@ class LatentLayer:
 
     def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Buffer, Buffer]:
         """Append k and v (B, heads, T, width); return all slots of the layer."""
-        bits = [min(16, latent.bits) for latent in self.latents]
+        bits = [latent.bits for latent in self.latents]
         packed, dtype = min(bits) < 16, k.dtype
         if packed:
             k, v = (_bytes(x, n) for x, n in zip((k, v), bits, strict=True))
@@ -207,7 +207,7 @@ class EigenPreTrainedModel(PreTrainedModel):
         """Normed output of the last layer, and the cache that now holds the tokens."""
         if self.gradient_checkpointing and self.training:
             return self._recomputed(input_ids, attention_mask, position_ids), None
-        few = min((16, *self.config.k_bits, *self.config.v_bits)) < 16
+        few = self.model.config.least_bits < 16
         if use_cache is None:  # what is rounded has no gradient
             use_cache = self.config.use_cache and not (few and self.training)
         if use_cache and cache is None:
