@@ -15,7 +15,7 @@ from torch import Tensor
 from ..zoo.attention import absorb
 from ..zoo.rope import rotate
 from . import split
-from .split import attend, extent, load, nothing, scores, store
+from .split import attend, cached, extent, load, nothing, scaled, scores, store
 
 LOG2E = tl.constexpr(split.LOG2E)
 MOST_ROWS = 64  # of one tile's queries, where smaller tiles can avoid more
@@ -24,11 +24,14 @@ MOST_ROWS = 64  # of one tile's queries, where smaller tiles can avoid more
 # fmt: off
 @triton.jit
 def kernel(
-    u_ptr, z_ptr, v_ptr, span_ptr, bias_ptr, added_ptr, part_ptr, weight_ptr,
-    z_batch, z_head, v_batch, v_head, span_batch, bias_batch, blocks,
+    u_ptr, z_ptr, v_ptr, z_scale_ptr, v_scale_ptr, span_ptr, bias_ptr, added_ptr,
+    part_ptr, weight_ptr,
+    z_batch, z_head, v_batch, v_head, z_scale_batch, z_scale_head, v_scale_batch, v_scale_head,
+    span_batch, bias_batch, blocks,
     K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, QUERIES: tl.constexpr, SHARED: tl.constexpr,
     BLOCK: tl.constexpr, K_SLOT: tl.constexpr, V_SLOT: tl.constexpr,
-    RK: tl.constexpr, RV: tl.constexpr, K_CHUNKS: tl.constexpr, V_CHUNKS: tl.constexpr,
+    K_STEP: tl.constexpr, V_STEP: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
+    K_HALVES: tl.constexpr, V_HALVES: tl.constexpr, K_CHUNKS: tl.constexpr, V_CHUNKS: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
 ):
     # fmt: on
@@ -41,31 +44,39 @@ def kernel(
     rows, column = tl.arange(0, ROWS), tl.arange(0, TILE)
     within, head = rows // SHARED, rows % SHARED
     first_head = (b * tl.num_programs(0) + group) * QUERIES
-    z_ptr += b * z_batch + (group // K_SHARE).to(tl.int64) * z_head
-    v_ptr += b * v_batch + (group // V_SHARE).to(tl.int64) * v_head
+    dtype: tl.constexpr = tl.float32 if UPCAST else u_ptr.dtype.element_ty
+    z_of, v_of = (group // K_SHARE).to(tl.int64), (group // V_SHARE).to(tl.int64)
+    z_ptr += b * z_batch + z_of * z_head
+    v_ptr += b * v_batch + v_of * v_head
+    if z_scale_ptr is not None:
+        z_scale_ptr += b * z_scale_batch + z_of * z_scale_head
+    if v_scale_ptr is not None:
+        v_scale_ptr += b * v_scale_batch + v_of * v_scale_head
     first, _, low, high = extent(span_ptr + b * span_batch, TILE)
 
-    peak, total, read = nothing(ROWS, V_CHUNKS)
+    peak, total, read = nothing(ROWS, V_CHUNKS, V_HALVES)
     for start in range(low, high, TILE):
         slot, past = start + column, tl.cast(start, tl.int64)
         there = (slot >= first) & (slot < high)
         block = start // BLOCK + within
         known = (head < QUERIES) & (block < blocks)
         query = (first_head + head) * blocks + block
-        u = load(u_ptr, query, known, RK, RK, K_CHUNKS)
-        z = load(z_ptr + past * K_SLOT, column, there, K_SLOT, RK, K_CHUNKS)
-        s = scores(u, z, ROWS, TILE, UPCAST)
+        u = load(u_ptr, query, known, RK, RK // K_HALVES, K_CHUNKS, K_HALVES)
+        z = cached(z_ptr + past * K_SLOT, column, there, K_SLOT, RK // K_HALVES, K_CHUNKS, dtype)
+        s = scaled(scores(u, z, ROWS, TILE, UPCAST), z_scale_ptr, slot, there, K_STEP)
         if added_ptr is not None:
             s += tl.load(added_ptr + query, mask=known, other=0.0).to(tl.float32)[:, None]
         if bias_ptr is not None:
             s += tl.load(bias_ptr + b * bias_batch + slot, mask=there, other=0.0)[None, :]
         own = (slot // BLOCK)[None, :] == block[:, None]
         s = tl.where(there[None, :] & own, s * LOG2E, -float("inf"))
-        v = load(v_ptr + past * V_SLOT, column, there, V_SLOT, RV, V_CHUNKS)
-        peak, total, read = attend(peak, total, read, s, v, UPCAST)
+        v = cached(v_ptr + past * V_SLOT, column, there, V_SLOT, RV // V_HALVES, V_CHUNKS, dtype)
+        peak, total, read = attend(
+            peak, total, read, s, v, v_scale_ptr, slot, there, V_STEP, UPCAST
+        )
     peak, total, read = join(peak, total, read, ROWS // SHARED, SHARED)
     head = tl.arange(0, SHARED)
-    store(part_ptr, weight_ptr, first_head + head, head < QUERIES, peak, total, read, RV)
+    store(part_ptr, weight_ptr, first_head + head, head < QUERIES, peak, total, read, RV, V_HALVES)
 
 
 @triton.jit
@@ -96,37 +107,43 @@ def launch(
     z_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """`zoo.attention.anchored_decode`, which says what the arguments are.
-
-    Packed numbers, of which the scales are given, are unpacked before the kernel reads them.
-    """
+    """`zoo.attention.anchored_decode`, which says what the arguments are."""
     (batch, heads), blocks = q.shape[:2], cos.size(2)
     turned = rotate(q.expand(-1, -1, blocks, -1), cos, sin) * scale  # (B, H, N, D)
     u = absorb(turned, up, q.size(3))  # (B, H, N, R)
     added = None
     if mean is not None:  # what the mean of the keys adds to the scores of a block
         added = (turned.unflatten(1, (len(mean), -1)) * mean[:, None]).sum(-1).contiguous()
-    z, v = split.numbers(z, z_scale, q), split.numbers(v, v_scale, q)
+    z, v = split.adjacent(z), split.adjacent(v)
+    z_halves, v_halves = split.halves(z), split.halves(v)
+    rv = v.size(3) * v_halves
     shared = gcd(heads // z.size(1), heads // v.size(1))  # heads of one group
     groups = heads // shared
-    shape = constants(shared, block if blocks > 1 else 0, u.size(3), v.size(3), z.element_size())
+    shape = constants(
+        *(shared, block if blocks > 1 else 0, u.size(3), rv, q.element_size(), z_halves, v_halves)
+    )
     splits = split.splits_of(batch * groups, z.size(2), shape["TILE"])
-    parts = split.Parts(q, splits, v.size(3))
+    parts = split.Parts(q, splits, rv)
     kernel[(groups, splits, batch)](
-        *(u.contiguous(), z, v, span.contiguous(), bias, added, parts.part, parts.weight),
-        *(*z.stride()[:2], *v.stride()[:2], split.per_sequence(span), split.per_sequence(bias)),
-        blocks,
+        *(u.contiguous(), z, v, z_scale, v_scale, span.contiguous(), bias, added),
+        *(parts.part, parts.weight, *z.stride()[:2], *v.stride()[:2]),
+        *(*split.strides(z_scale)[:2], *split.strides(v_scale)[:2]),
+        *(split.per_sequence(span), split.per_sequence(bias), blocks),
         K_SHARE=groups // z.size(1),
         V_SHARE=groups // v.size(1),
         K_SLOT=z.stride(2),
         V_SLOT=v.stride(2),
+        K_STEP=split.strides(z_scale)[2],
+        V_STEP=split.strides(v_scale)[2],
         UPCAST=not q.is_cuda,
         **shape,
     )
     return parts.merge()
 
 
-def constants(shared: int, block: int, rk: int, rv: int, itemsize: int) -> dict:
+def constants(
+    shared: int, block: int, rk: int, rv: int, itemsize: int, z_halves: int = 1, v_halves: int = 1
+) -> dict:
     """What the shapes alone say; also for `aot.py`. block: 0 where one block holds all slots."""
     block = block or 1 << 30  # and so a longer cache compiles nothing anew
     heads = triton.next_power_of_2(shared)
@@ -140,8 +157,10 @@ def constants(shared: int, block: int, rk: int, rv: int, itemsize: int) -> dict:
         "BLOCK": block,
         "RK": rk,
         "RV": rv,
-        "K_CHUNKS": split.chunks(rk),
-        "V_CHUNKS": split.chunks(rv, least=32),
+        "K_HALVES": z_halves,
+        "V_HALVES": v_halves,
+        "K_CHUNKS": split.chunks(rk // z_halves),
+        "V_CHUNKS": split.chunks(rv // v_halves, least=32),
         "ROWS": max(split.LEAST_ROWS, rows),
         "TILE": tile,
         "num_warps": 4,

@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..zoo.cache import SCALE
 from . import anchored_decode, latent_decode, rotary_decode, split
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -45,6 +46,7 @@ LIMITS = {
     "sm_90": Limits(228 << 10, 3.35e12 / 132 / 1.76e9),
     "sm_100": Limits(228 << 10, 8.0e12 / 148 / 1.85e9),
 }
+SCALES = {"k_scale_ptr", "z_scale_ptr", "v_scale_ptr"}
 LOADS = ("LDG.", "LDGSTS.", "global_load", "buffer_load")
 REGISTERS, WARPS, MOST_BLOCKS = 65536, 64, 32  # of one multiprocessor, on all three
 MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -57,6 +59,7 @@ class Case(NamedTuple):
     kernel: Any
     constants: dict[str, Any]
     dtype: torch.dtype = torch.bfloat16
+    bits: int = 16  # of the numbers in the cache
 
     @property
     def bytes_read(self) -> int:
@@ -64,7 +67,9 @@ class Case(NamedTuple):
         c = self.constants
         if "RK" not in c:
             return int(c["WIDTH"] * c["TILE"] * 4)
-        return int((c["RK"] + c["RV"]) * c["TILE"] * self.dtype.itemsize)
+        if self.bits == 16:
+            return int((c["RK"] + c["RV"]) * c["TILE"] * self.dtype.itemsize)
+        return int(((c["RK"] + c["RV"]) * self.bits // 8 + 2 * SCALE.itemsize) * c["TILE"])
 
 
 class Reading(NamedTuple):
@@ -82,27 +87,35 @@ class Reading(NamedTuple):
     ratio: float  # clocks to issue the loop, over clocks to read its tile from memory
 
 
-def latent(
-    rk: int, rv: int, shared: int = 1, tokens: int = 1, dtype: torch.dtype = torch.bfloat16
-) -> Case:
+def latent(rk: int, rv: int, shared: int = 1, bits: int = 16) -> Case:
     """`latent_decode` for `shared` query heads of one latent."""
-    shape = latent_decode.constants(shared, tokens, rk, rv, dtype.itemsize)
+    shape = latent_decode.constants(shared, 1, rk, rv, 2, *_halves(bits))
     shape |= {"bias_ptr": None, "slopes_ptr": None}
-    return Case(f"latent {rk}/{rv} x{shared * tokens}", latent_decode.kernel, shape, dtype)
+    return _case(f"latent {rk}/{rv} x{shared}", latent_decode.kernel, shape, bits)
 
 
-def anchored(rk: int, rv: int, shared: int, block: int) -> Case:
+def anchored(rk: int, rv: int, shared: int, block: int, bits: int = 16) -> Case:
     """`anchored_decode` for blocks of `block` slots."""
-    shape = anchored_decode.constants(shared, block, rk, rv, 2)
+    shape = anchored_decode.constants(shared, block, rk, rv, 2, *_halves(bits))
     shape |= {"bias_ptr": None, "added_ptr": None}
-    return Case(f"anchored {rk}/{rv} x{shared} {block}", anchored_decode.kernel, shape)
+    return _case(f"anchored {rk}/{rv} x{shared} {block}", anchored_decode.kernel, shape, bits)
 
 
-def rotary(rk: int, rv: int, shared: int, lifted: int, head_dim: int = 128) -> Case:
-    """`rotary_decode` for a latent of `lifted` kv heads."""
-    shape = rotary_decode.constants(shared, 1, rk, rv, head_dim, 2, amd=False)
+def rotary(rk: int, rv: int, shared: int, lifted: int, bits: int = 16) -> Case:
+    """`rotary_decode` for a latent of `lifted` kv heads of 128 numbers."""
+    shape = rotary_decode.constants(shared, 1, rk, rv, 128, 2, False, *_halves(bits))
     shape |= {"bias_ptr": None, "mean_ptr": None, "LIFTED": lifted}
-    return Case(f"rotary {rk}/{rv} x{shared} of {lifted}", rotary_decode.kernel, shape)
+    return _case(f"rotary {rk}/{rv} x{shared} of {lifted}", rotary_decode.kernel, shape, bits)
+
+
+def _halves(bits: int) -> tuple[int, int]:
+    return (2, 2) if bits == 4 else (1, 1)
+
+
+def _case(name: str, kernel: Any, shape: dict[str, Any], bits: int) -> Case:
+    if bits == 16:
+        return Case(name, kernel, shape | dict.fromkeys(SCALES & {*kernel.arg_names}))
+    return Case(f"{name}, {bits} bits", kernel, shape, bits=bits)
 
 
 def merge(splits: int, width: int) -> Case:
@@ -129,6 +142,10 @@ CASES = (
     *(rotary(r, 80, 1, 1) for r in (64, 80, 96)),
     rotary(160, 80, 4, 2),
     rotary(320, 80, 1, 4),
+    *(latent(r, r, shared, bits) for bits in (8, 4) for r in (80, 96) for shared in (1, 4)),
+    *(anchored(320, 80, 4, 32, bits) for bits in (8, 4)),
+    *(rotary(96, 96, 1, 1, bits) for bits in (8, 4)),
+    *(rotary(160, 96, 4, 2, bits) for bits in (8, 4)),
     merge(32, 80),
     merge(128, 320),
 )
@@ -139,12 +156,13 @@ def compiled(case: Case, target: GPUTarget) -> Any:
     constants = dict(case.constants)
     if "RK" in constants:
         constants |= {"K_SHARE": 1, "V_SHARE": 1, "UPCAST": False}
-        constants |= {"K_SLOT": constants["RK"], "V_SLOT": constants["RV"]}
+        constants |= {f"{x}_SLOT": constants[f"R{x}"] // constants[f"{x}_HALVES"] for x in "KV"}
+        constants |= {"K_STEP": 1, "V_STEP": 1}
     if target.backend == "hip" and "HELD" in constants:
         constants["HELD"] = False
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
     names = case.kernel.arg_names
-    types = {n: "constexpr" if n in constants else _type(n, case.dtype) for n in names}
+    types = {n: "constexpr" if n in constants else _type(n, case) for n in names}
     aligned = [i for i, n in enumerate(names) if types[n] not in ("constexpr", "fp32")]
     source = ASTSource(
         fn=case.kernel,
@@ -156,10 +174,14 @@ def compiled(case: Case, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
 
 
-def _type(name: str, dtype: torch.dtype) -> str:
-    own = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+def _type(name: str, case: Case) -> str:
+    own = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[case.dtype]
     if name == "span_ptr":
         return "*i64"
+    if name in SCALES:
+        return "*bf16"
+    if name in ("k_ptr", "z_ptr", "v_ptr"):
+        return {16: "*" + own, 8: "*i8", 4: "*u8"}[case.bits]
     if name.split("_")[0] in ("part", "weight", "bias", "slopes", "cos", "sin"):
         return "*fp32" if name.endswith("_ptr") else "i32"
     if name.endswith("_ptr"):
@@ -240,7 +262,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
     given = parser.parse_args()
     if not given.json:
-        print("target  case                    regs spills shared blocks loop ratio loads")
+        print("target  case                            regs spills shared blocks loop ratio loads")
     for target in given.targets.split(","):
         for case in (c for c in CASES if c.name.startswith(tuple(given.only))):
             r = read(case, target)
@@ -249,7 +271,7 @@ def main() -> None:
                 continue
             loads = " ".join(f"{k} {n}" for k, n in r.loop.items() if k.startswith(LOADS))
             print(
-                f"{target:7} {case.name:23} {r.registers:4} {r.spills:6} {r.shared:6} "
+                f"{target:7} {case.name:31} {r.registers:4} {r.spills:6} {r.shared:6} "
                 f"{r.blocks:6} {sum(r.loop.values()):4} {r.ratio:5.2f} {loads}",
                 flush=True,
             )

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import split
-from .split import attend, extent, load, nothing, product, store
+from .split import attend, cached, extent, load, nothing, product, store
 
 MOST_HELD = 48 << 10  # bytes of the lift of one head that stay in shared memory
 LOG2E = tl.constexpr(split.LOG2E)
@@ -22,12 +22,14 @@ LOG2E = tl.constexpr(split.LOG2E)
 # fmt: off
 @triton.jit
 def kernel(
-    q_ptr, z_ptr, v_ptr, span_ptr, bias_ptr, cos_ptr, sin_ptr, up_ptr, mean_ptr,
-    part_ptr, weight_ptr, scale,
-    z_batch, z_head, v_batch, v_head, span_batch, bias_batch, angle_batch,
+    q_ptr, z_ptr, v_ptr, z_scale_ptr, v_scale_ptr, span_ptr, bias_ptr, cos_ptr, sin_ptr,
+    up_ptr, mean_ptr, part_ptr, weight_ptr, scale,
+    z_batch, z_head, v_batch, v_head, z_scale_batch, z_scale_head, v_scale_batch, v_scale_head,
+    span_batch, bias_batch, angle_batch,
     K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, LIFTED: tl.constexpr,
     QUERIES: tl.constexpr, TOKENS: tl.constexpr,
-    K_SLOT: tl.constexpr, V_SLOT: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
+    K_SLOT: tl.constexpr, V_SLOT: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
+    RK: tl.constexpr, RV: tl.constexpr, K_HALVES: tl.constexpr, V_HALVES: tl.constexpr,
     HALF: tl.constexpr, V_CHUNKS: tl.constexpr, R_CHUNK: tl.constexpr, D_CHUNKS: tl.constexpr,
     HELD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
 ):
@@ -41,24 +43,31 @@ def kernel(
     rows, column = tl.arange(0, ROWS), tl.arange(0, TILE)
     valid = rows < QUERIES
     row = (b * tl.num_programs(0) + group) * QUERIES + rows
+    dtype: tl.constexpr = tl.float32 if UPCAST else q_ptr.dtype.element_ty
     qa = load(q_ptr, row, valid, 2 * HALF, HALF, D_CHUNKS)[0]
     qb = load(q_ptr + HALF, row, valid, 2 * HALF, HALF, D_CHUNKS)[0]
     kv = group // K_SHARE
-    z_ptr += b * z_batch + (kv // LIFTED).to(tl.int64) * z_head
-    v_ptr += b * v_batch + (group // V_SHARE).to(tl.int64) * v_head
+    z_of, v_of = (kv // LIFTED).to(tl.int64), (group // V_SHARE).to(tl.int64)
+    z_ptr += b * z_batch + z_of * z_head
+    v_ptr += b * v_batch + v_of * v_head
+    if z_scale_ptr is not None:
+        z_scale_ptr += b * z_scale_batch + z_of * z_scale_head
+    if v_scale_ptr is not None:
+        v_scale_ptr += b * v_scale_batch + v_of * v_scale_head
     if mean_ptr is not None:
         mean_ptr += kv * 2 * HALF
     up_ptr += (kv // LIFTED) * RK * LIFTED * 2 * HALF + kv % LIFTED * 2 * HALF
     first, end, low, high = extent(span_ptr + b * span_batch, TILE)
     last = end - TOKENS + rows % TOKENS  # the slot of a row's own token
 
-    peak, total, read = nothing(ROWS, V_CHUNKS)
+    peak, total, read = nothing(ROWS, V_CHUNKS, V_HALVES)
     for start in range(low, high, TILE):
         slot, past = start + column, tl.cast(start, tl.int64)
         there = (slot >= first) & (slot < high)
         a, c = lifted(
-            z_ptr + past * K_SLOT, up_ptr, mean_ptr, column, there, K_SLOT, LIFTED * 2 * HALF,
-            RK, HALF, R_CHUNK, D_CHUNKS, HELD, TILE, UPCAST,
+            z_ptr + past * K_SLOT, z_scale_ptr, up_ptr, mean_ptr, slot, column, there,
+            K_SLOT, K_STEP, LIFTED * 2 * HALF, RK // K_HALVES, HALF, R_CHUNK, D_CHUNKS,
+            HELD, TILE, dtype, UPCAST,
         )
         at = b * angle_batch + past * HALF
         cos = load(cos_ptr + at, column, there, HALF, HALF, D_CHUNKS)[0]
@@ -70,56 +79,66 @@ def kernel(
             bias = tl.load(bias_ptr + b * bias_batch + slot, mask=there, other=0.0)
             s += bias[None, :] * LOG2E
         s = tl.where(there[None, :] & (slot[None, :] <= last[:, None]), s, -float("inf"))
-        v = load(v_ptr + past * V_SLOT, column, there, V_SLOT, RV, V_CHUNKS)
-        peak, total, read = attend(peak, total, read, s, v, UPCAST)
-    store(part_ptr, weight_ptr, row, valid, peak, total, read, RV)
+        v = cached(v_ptr + past * V_SLOT, column, there, V_SLOT, RV // V_HALVES, V_CHUNKS, dtype)
+        peak, total, read = attend(
+            peak, total, read, s, v, v_scale_ptr, slot, there, V_STEP, UPCAST
+        )
+    store(part_ptr, weight_ptr, row, valid, peak, total, read, RV, V_HALVES)
 
 
 # fmt: off
 @triton.jit
 def lifted(
-    z_ptr, up_ptr, mean_ptr, rows, there, K_SLOT: tl.constexpr, UP_ROW: tl.constexpr,
-    RK: tl.constexpr, HALF: tl.constexpr, R_CHUNK: tl.constexpr, D_CHUNKS: tl.constexpr,
-    HELD: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
+    z_ptr, z_scale_ptr, up_ptr, mean_ptr, slot, rows, there,
+    K_SLOT: tl.constexpr, K_STEP: tl.constexpr, UP_ROW: tl.constexpr, KEPT: tl.constexpr,
+    HALF: tl.constexpr, R_CHUNK: tl.constexpr, D_CHUNKS: tl.constexpr, HELD: tl.constexpr,
+    TILE: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr,
 ):
     """Both halves of the keys of a tile, each (TILE, HALF) padded, in fp32.
 
     The compiler moves what does not change out of the loop over tiles. Where that is the lift, it
-    stays in shared memory; HELD says that it fits. Else every tile reads it anew.
+    stays in shared memory; HELD says that it fits. Else every tile reads it anew. KEPT: numbers or
+    bytes of a latent.
     """
     a = tl.zeros([TILE, D_CHUNKS[0]], tl.float32)
     c = tl.zeros([TILE, D_CHUNKS[0]], tl.float32)
+    if HELD:
+        for r in tl.static_range(0, KEPT, R_CHUNK):
+            a, c = lifted_more(
+                a, c, r, z_ptr, up_ptr, rows, there,
+                K_SLOT, UP_ROW, KEPT, HALF, R_CHUNK, D_CHUNKS, TYPE, UPCAST,
+            )
+    else:
+        for r in range(0, KEPT, R_CHUNK):
+            a, c = lifted_more(
+                a, c, r, z_ptr, up_ptr, rows, there,
+                K_SLOT, UP_ROW, KEPT, HALF, R_CHUNK, D_CHUNKS, TYPE, UPCAST,
+            )
+    if z_scale_ptr is not None:
+        scale = tl.load(z_scale_ptr + slot * K_STEP, mask=there, other=0.0).to(tl.float32)
+        a, c = a * scale[:, None], c * scale[:, None]
     if mean_ptr is not None:
         d = tl.arange(0, D_CHUNKS[0])
         a += tl.load(mean_ptr + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
         c += tl.load(mean_ptr + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
-    if HELD:
-        for r in tl.static_range(0, RK, R_CHUNK):
-            a, c = lifted_more(
-                a, c, r, z_ptr, up_ptr, rows, there,
-                K_SLOT, UP_ROW, RK, HALF, R_CHUNK, D_CHUNKS, UPCAST,
-            )
-    else:
-        for r in range(0, RK, R_CHUNK):
-            a, c = lifted_more(
-                a, c, r, z_ptr, up_ptr, rows, there,
-                K_SLOT, UP_ROW, RK, HALF, R_CHUNK, D_CHUNKS, UPCAST,
-            )
     return a, c
 
 
 @triton.jit
 def lifted_more(
     a, c, r, z_ptr, up_ptr, rows, there, K_SLOT: tl.constexpr, UP_ROW: tl.constexpr,
-    RK: tl.constexpr, HALF: tl.constexpr, R_CHUNK: tl.constexpr, D_CHUNKS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    KEPT: tl.constexpr, HALF: tl.constexpr, R_CHUNK: tl.constexpr, D_CHUNKS: tl.constexpr,
+    TYPE: tl.constexpr, UPCAST: tl.constexpr,
 ):
     # fmt: on
-    """Halves a and c of the keys, and what R_CHUNK numbers of the latents from r on add."""
-    z = load(z_ptr + r, rows, there, K_SLOT, RK - r, (R_CHUNK,))[0]
+    """Halves a and c of the keys, and what R_CHUNK of what is kept of latents add, from r on."""
+    z = cached(z_ptr + r, rows, there, K_SLOT, KEPT - r, (R_CHUNK,), TYPE)
     at = r + tl.arange(0, R_CHUNK)
-    a = product(z, load(up_ptr, at, at < RK, UP_ROW, HALF, D_CHUNKS)[0], a, UPCAST)
-    c = product(z, load(up_ptr + HALF, at, at < RK, UP_ROW, HALF, D_CHUNKS)[0], c, UPCAST)
+    known = at < KEPT
+    for half in tl.static_range(len(z)):
+        row = half * KEPT + at
+        a = product(z[half], load(up_ptr, row, known, UP_ROW, HALF, D_CHUNKS)[0], a, UPCAST)
+        c = product(z[half], load(up_ptr + HALF, row, known, UP_ROW, HALF, D_CHUNKS)[0], c, UPCAST)
     return a, c
 
 
@@ -137,31 +156,35 @@ def launch(
     z_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """`zoo.attention.rotary_decode`, which says what the arguments are.
-
-    Packed numbers, of which the scales are given, are unpacked before the kernel reads them.
-    """
+    """`zoo.attention.rotary_decode`, which says what the arguments are."""
     batch, heads, tokens, d = q.shape
-    z, v = split.numbers(z, z_scale, q), split.numbers(v, v_scale, q)
+    z, v = split.adjacent(z), split.adjacent(v)
+    z_halves, v_halves = split.halves(z), split.halves(v)
+    rk, rv = z.size(3) * z_halves, v.size(3) * v_halves
     lifted = up.size(2) // d  # kv heads of a latent
     shared = gcd(heads // (z.size(1) * lifted), heads // v.size(1))  # query heads of one group
     groups = heads // shared
     shape = constants(
-        *(shared, tokens, z.size(3), v.size(3), d, z.element_size()), amd=bool(torch.version.hip)
+        *(shared, tokens, rk, rv, d, q.element_size(), bool(torch.version.hip)),
+        *(z_halves, v_halves),
     )
     splits = split.splits_of(batch * groups, z.size(2), shape["TILE"])
-    parts = split.Parts(q, splits, v.size(3))
+    parts = split.Parts(q, splits, rv)
     mean = None if mean is None else mean.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     kernel[(groups, splits, batch)](
-        *(q.contiguous(), z, v, span.contiguous(), bias, cos, sin, up.contiguous(), mean),
-        *(parts.part, parts.weight, scale, *z.stride()[:2], *v.stride()[:2]),
+        *(q.contiguous(), z, v, z_scale, v_scale, span.contiguous(), bias, cos, sin),
+        *(up.contiguous(), mean, parts.part, parts.weight, scale),
+        *(*z.stride()[:2], *v.stride()[:2]),
+        *(*split.strides(z_scale)[:2], *split.strides(v_scale)[:2]),
         *(split.per_sequence(span), split.per_sequence(bias), split.per_sequence(cos)),
         K_SHARE=groups // (z.size(1) * lifted),
         V_SHARE=groups // v.size(1),
         LIFTED=lifted,
         K_SLOT=z.stride(2),
         V_SLOT=v.stride(2),
+        K_STEP=split.strides(z_scale)[2],
+        V_STEP=split.strides(v_scale)[2],
         UPCAST=not q.is_cuda,
         **shape,
     )
@@ -169,21 +192,31 @@ def launch(
 
 
 def constants(
-    shared: int, tokens: int, rk: int, rv: int, head_dim: int, itemsize: int, amd: bool
+    shared: int,
+    tokens: int,
+    rk: int,
+    rv: int,
+    head_dim: int,
+    itemsize: int,
+    amd: bool,
+    z_halves: int = 1,
+    v_halves: int = 1,
 ) -> dict:
     """What the shapes alone say; also for `aot.py`. amd: hold no lift, it would be in registers."""
     queries, half = shared * tokens, max(split.LEAST_ROWS, triton.next_power_of_2(head_dim // 2))
-    padded = triton.cdiv(rk, split.LEAST_ROWS) * split.LEAST_ROWS
+    padded = triton.cdiv(rk // z_halves, split.LEAST_ROWS) * split.LEAST_ROWS
     return {
         "QUERIES": queries,
         "TOKENS": tokens,
         "RK": rk,
         "RV": rv,
         "HALF": head_dim // 2,
+        "K_HALVES": z_halves,
+        "V_HALVES": v_halves,
         "R_CHUNK": max(32, gcd(padded, 64)),
-        "V_CHUNKS": split.chunks(rv, least=32),
+        "V_CHUNKS": split.chunks(rv // v_halves, least=32),
         "D_CHUNKS": (half,),
-        "HELD": padded * 2 * half * itemsize <= MOST_HELD and not amd,
+        "HELD": z_halves * padded * 2 * half * itemsize <= MOST_HELD and not amd,
         "ROWS": max(split.LEAST_ROWS, triton.next_power_of_2(queries)),
         "TILE": split.tile_of(rk + rv, itemsize, most=32),
         "num_warps": 4,

@@ -5,6 +5,8 @@ https://pytorch.org/blog/flash-decoding). Every split keeps a softmax of its own
 in base 2; the merge weighs the splits by their sums.
 
 A width that is no power of two is read in chunks that are: `tl.arange` knows no other lengths.
+A byte of two numbers of 4 bits has one of each half of a row (`zoo.cache.Packed`): the chunks of
+the first half come before those of the second, for queries and outputs too.
 """
 
 import torch
@@ -12,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..zoo.cache import Packed
+from ..zoo.cache import LEVELS
 
 LOG2E = 1.4426950408889634
+MIDDLE = tl.constexpr(LEVELS[4])  # what 4 bits count from
 LEAST_ROWS = 16  # a matrix instruction takes no fewer
 PROGRAMS = 512  # about four for each multiprocessor of an A100 (108), H100 (132) or B200 (148)
 TILE_BYTES = 32 << 10  # of keys and values together; a loop holds more than one tile at a time
@@ -30,16 +33,53 @@ def extent(span_ptr, TILE: tl.constexpr):
     return first, end, start, tl.minimum(start + share, end)
 
 
+# fmt: off
 @triton.jit
-def load(ptr, rows, there, STRIDE: tl.constexpr, width, CHUNKS: tl.constexpr):
-    """Rows of `width` numbers, a tuple of chunks; zeros where `there` is false."""
-    parts, at = tl.tuple(()), 0
-    for i in tl.static_range(len(CHUNKS)):
-        column = at + tl.arange(0, CHUNKS[i])
-        mask = there[:, None] & (column < width)[None, :]
-        parts += (tl.load(ptr + (rows * STRIDE)[:, None] + column[None, :], mask=mask, other=0.0),)
-        at += CHUNKS[i]
+def load(
+    ptr, rows, there, STRIDE: tl.constexpr, width, CHUNKS: tl.constexpr, HALVES: tl.constexpr = 1
+):
+    # fmt: on
+    """Rows of HALVES * `width` numbers, a tuple of chunks; zeros where `there` is false."""
+    parts = tl.tuple(())
+    for half in tl.static_range(HALVES):
+        at = 0
+        for i in tl.static_range(len(CHUNKS)):
+            column = at + tl.arange(0, CHUNKS[i])
+            mask = there[:, None] & (column < width)[None, :]
+            row = ptr + half * width + (rows * STRIDE)[:, None]
+            parts += (tl.load(row + column[None, :], mask=mask, other=0),)
+            at += CHUNKS[i]
     return parts
+
+
+# fmt: off
+@triton.jit
+def cached(
+    ptr, rows, there, STRIDE: tl.constexpr, width, CHUNKS: tl.constexpr, TYPE: tl.constexpr
+):
+    # fmt: on
+    """Rows of a cache as numbers of TYPE, before they are scaled; `width` counts what is kept.
+
+    TYPE is fp32 under the interpreter, which makes bits of bf16 out of whole numbers.
+    """
+    kept = load(ptr, rows, there, STRIDE, width, CHUNKS)
+    parts = tl.tuple(())
+    if ptr.dtype.element_ty == tl.uint8:
+        for shift in tl.static_range(0, 8, 4):
+            for i in tl.static_range(len(CHUNKS)):
+                parts += (((kept[i] >> shift) & 15).to(TYPE) - MIDDLE,)
+    else:
+        for i in tl.static_range(len(CHUNKS)):
+            parts += (kept[i].to(TYPE),)
+    return parts
+
+
+@triton.jit
+def scaled(x, scale_ptr, rows, there, STRIDE: tl.constexpr):
+    """x (ROWS, TILE) times the scale of every slot of a tile, where the cache has any."""
+    if scale_ptr is not None:
+        x *= tl.load(scale_ptr + rows * STRIDE, mask=there, other=0.0).to(tl.float32)[None, :]
+    return x
 
 
 @triton.jit
@@ -60,41 +100,53 @@ def scores(q, k, ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def nothing(ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+def nothing(ROWS: tl.constexpr, CHUNKS: tl.constexpr, HALVES: tl.constexpr):
     """State of a softmax that has read nothing: peak and sum (ROWS,), values in chunks.
 
     The peak is finite: a row that sees nothing for some tiles must not subtract infinities.
     """
     read = tl.tuple(())
-    for i in tl.static_range(len(CHUNKS)):
-        read += (tl.zeros([ROWS, CHUNKS[i]], tl.float32),)
+    for i in tl.static_range(HALVES * len(CHUNKS)):
+        read += (tl.zeros([ROWS, CHUNKS[i % len(CHUNKS)]], tl.float32),)
     return tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32), read
 
 
+# fmt: off
 @triton.jit
-def attend(peak, total, read, s, v, UPCAST: tl.constexpr):
+def attend(
+    peak, total, read, s, v, scale_ptr, rows, there, STRIDE: tl.constexpr, UPCAST: tl.constexpr
+):
+    # fmt: on
     """The state after one more tile: scores s (ROWS, TILE) in base 2, values v in chunks."""
     top = tl.maximum(peak, tl.max(s, 1))
     p, decay = tl.exp2(s - top[:, None]), tl.exp2(peak - top)
+    weight = scaled(p, scale_ptr, rows, there, STRIDE)
     more = tl.tuple(())
     for i in tl.static_range(len(v)):
-        more += (product(p, v[i], read[i] * decay[:, None], UPCAST),)
+        more += (product(weight, v[i], read[i] * decay[:, None], UPCAST),)
     return top, total * decay + tl.sum(p, 1), more
 
 
+# fmt: off
 @triton.jit
-def store(part_ptr, weight_ptr, row, valid, peak, total, read, WIDTH: tl.constexpr):
+def store(
+    part_ptr, weight_ptr, row, valid, peak, total, read, WIDTH: tl.constexpr, HALVES: tl.constexpr
+):
+    # fmt: on
     """What this split read for rows `row` of the output, and the logarithm of its sum."""
     at = row * tl.num_programs(1) + tl.program_id(1)
     some = total > 0
     weight = tl.where(some, peak + tl.log2(total), -float("inf"))
     tl.store(weight_ptr + at, weight, mask=valid)
-    column = 0
-    for i in tl.static_range(len(read)):
-        c = column + tl.arange(0, read[i].shape[1])
-        mask = (valid & some)[:, None] & (c < WIDTH)[None, :]
-        tl.store(part_ptr + (at * WIDTH)[:, None] + c[None, :], read[i] / total[:, None], mask=mask)
-        column += read[i].shape[1]
+    for half in tl.static_range(HALVES):
+        column = 0
+        for i in tl.static_range(len(read) // HALVES):
+            part = read[half * (len(read) // HALVES) + i]
+            c = column + tl.arange(0, part.shape[1])
+            mask = (valid & some)[:, None] & (c < WIDTH // HALVES)[None, :]
+            to = part_ptr + half * (WIDTH // HALVES) + (at * WIDTH)[:, None]
+            tl.store(to + c[None, :], part / total[:, None], mask=mask)
+            column += part.shape[1]
 
 
 # fmt: off
@@ -172,14 +224,19 @@ class Parts:
         return self.out
 
 
-def numbers(x: Tensor, scale: Tensor | None, q: Tensor) -> Tensor:
-    """Keys or values as a kernel reads them: the numbers of a latent one behind another.
-
-    Those of a cache lie so; packed ones, with a scale, are unpacked to the dtype of q.
-    """
-    if scale is not None:
-        return Packed(x, scale).unpack(q.dtype)
+def adjacent(x: Tensor) -> Tensor:
+    """Keys or values with the numbers of a latent one behind another, as those of a cache lie."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def halves(x: Tensor) -> int:
+    """How many numbers a byte or a number of a cache holds."""
+    return 2 if x.dtype == torch.uint8 else 1
+
+
+def strides(scale: Tensor | None) -> tuple[int, ...]:
+    """Of scales (B, heads, S, 1): from one sequence, head and slot to the next."""
+    return (0, 0, 1) if scale is None else scale.stride()[:3]
 
 
 def per_sequence(x: Tensor | None) -> int:

@@ -13,7 +13,7 @@ import torch
 from eigenzoo.kernels import anchored_decode, latent_decode, rotary_decode, split
 from eigenzoo.kernels.install import FUSED
 from eigenzoo.zoo import attention
-from eigenzoo.zoo.cache import pack
+from eigenzoo.zoo.cache import Packed, pack
 from eigenzoo.zoo.compress import Settings, compress
 from eigenzoo.zoo.generate import Generator
 
@@ -56,16 +56,22 @@ def cache(heads: int, slots: int, width: int, dtype=torch.float32) -> torch.Tens
     return x[:, :, :slots]
 
 
-def check(definition, q, k, v, span, *rest):
+def check(definition, q, k, v, span, *rest, bits=(16, 16)):
     """The launcher agrees with the definition, and reads no slot outside of the span."""
     dtype = v.dtype
     wide = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rest]
-    want = definition(q.float(), k.float(), v.float(), span, *wide)
-    slot = torch.arange(k.size(2))
+    k, v = (x if n == 16 else pack(x, n) for x, n in zip((k, v), bits, strict=True))
+    known = [x if isinstance(x, Packed) else x.float() for x in (k, v)]
+    want = definition(q.float(), *known, span, *wide)
+    slot = torch.arange(k.size(2) if isinstance(k, torch.Tensor) else k.codes.size(2))
     outside = ((slot < span[:, :1]) | (slot >= span[:, 1:])).expand(2, -1)
-    for x in (k, v):
-        x.transpose(1, 2)[outside] = torch.nan
-    got = LAUNCH[definition](q, k, v, span, *rest)
+    scales = {}
+    for name, x in (("k" if definition is attention.latent_decode else "z", k), ("v", v)):
+        numbers = scales[f"{name}_scale"] = x.scale if isinstance(x, Packed) else x
+        numbers.transpose(1, 2)[outside] = torch.nan
+    scales = {n: s for n, s in scales.items() if s is not k and s is not v}
+    codes = [x.codes if isinstance(x, Packed) else x for x in (k, v)]
+    got = LAUNCH[definition](q, *codes, span, *rest, **scales)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), want, atol=TOLERANCE[dtype], rtol=0)
 
@@ -128,26 +134,6 @@ def test_caches_of_any_layout_are_read():
         q.mT.contiguous().mT, stretched[..., :16].transpose(1, 2), v.mT.contiguous().mT, span, scale
     )
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_packed_numbers_are_read_as_what_they_stand_for(bits):
-    for definition, arguments in (
-        (attention.latent_decode, latent(70, {"spans"})),
-        (attention.anchored_decode, anchored(70, {"spans", "mean"}, 16)),
-        (attention.rotary_decode, rotary(40, {"spans", "mean"})),
-    ):
-        q, k, v, *rest = arguments
-        k, v = pack(k, bits), pack(v, bits)
-        got = LAUNCH[definition](q, k.codes, v.codes, *rest, **scales(definition, k, v))
-        bound = TOLERANCE[torch.float32]
-        torch.testing.assert_close(got, definition(q, k, v, *rest), atol=bound, rtol=0)
-
-
-def scales(definition, k, v) -> dict[str, torch.Tensor]:
-    """The last arguments of a launcher."""
-    name = "k" if definition is attention.latent_decode else "z"
-    return {f"{name}_scale": k.scale, "v_scale": v.scale}
 
 
 def anchored(slots, given, block, rank=16, dtype=torch.float32, heads=4, kv=2, k_heads=2):
@@ -230,6 +216,45 @@ def test_rotary_decode_shares_latents_among_any_number_of_heads(heads, kv, k_hea
 def test_a_lift_that_is_not_held_is_read_for_every_tile(monkeypatch):
     monkeypatch.setattr(rotary_decode, "MOST_HELD", 0)
     check(attention.rotary_decode, *rotary(70, {"spans", "mean"}, 70))
+
+
+MIXED = [(8, 8), (4, 4), (8, 4), (4, 16), (16, 8)]
+bits = pytest.mark.parametrize("bits", MIXED, ids=lambda b: f"{b[0]},{b[1]}")
+
+
+@bits
+@pytest.mark.parametrize("made", [latent, anchored, rotary], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_packed_numbers_are_read_as_what_they_stand_for(made, bits, dtype):
+    """No smaller tolerance than elsewhere: the scales are factors of sums in fp32."""
+    block = {"block": 32} if made is anchored else {}
+    arguments = made(90, {"spans", "mean", "bias"}, dtype=dtype, **block)
+    check(getattr(attention, f"{made.__name__}_decode"), *arguments, bits=bits)
+
+
+@bits
+@pytest.mark.parametrize(("rk", "rv"), [(80, 48), (96, 160), (2, 320), (514, 8), (70, 38)])
+def test_packed_numbers_have_any_rank(rk, rv, bits):
+    check(attention.latent_decode, *latent(40, {"uneven"}, rk, rv), bits=bits)
+
+
+@pytest.mark.parametrize("held", [0, 1 << 20])
+@pytest.mark.parametrize("rank", [6, 80, 134])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_latents_of_any_rank_are_lifted(rank, bits, held, monkeypatch):
+    monkeypatch.setattr(rotary_decode, "MOST_HELD", held)
+    check(attention.rotary_decode, *rotary(40, {"mean", "tokens"}, rank), bits=(bits, bits))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_numbers_may_lie_beside_their_scales(bits):
+    q, k, v, *rest = latent(40, {"spans"})
+    k, v = pack(k, bits), pack(v, bits)
+    rows = [torch.cat([part.view(torch.uint8) for part in x], dim=-1) for x in (k, v)]
+    codes = [x[..., :-2].view(p.codes.dtype) for x, p in zip(rows, (k, v), strict=True)]
+    scales = [x[..., -2:].view(torch.bfloat16) for x in rows]
+    got = latent_decode.launch(q, *codes, *rest, *scales)
+    torch.testing.assert_close(got, attention.latent_decode(q, k, v, *rest), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
