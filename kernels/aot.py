@@ -115,7 +115,7 @@ def _halves(bits: int) -> tuple[int, int]:
 def _case(name: str, kernel: Any, shape: dict[str, Any], bits: int) -> Case:
     if bits == 16:
         return Case(name, kernel, shape | dict.fromkeys(SCALES & {*kernel.arg_names}))
-    return Case(f"{name}, {bits} bits", kernel, shape, bits=bits)
+    return Case(f"{bits}-bit {name}", kernel, shape, bits=bits)
 
 
 def merge(splits: int, width: int) -> Case:
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
     given = parser.parse_args()
     if not given.json:
-        print("target  case                            regs spills shared blocks loop ratio loads")
+        print("target  case                          regs spills shared blocks loop ratio loads")
     for target in given.targets.split(","):
         for case in (c for c in CASES if c.name.startswith(tuple(given.only))):
             r = read(case, target)
@@ -271,7 +271,7 @@ def main() -> None:
                 continue
             loads = " ".join(f"{k} {n}" for k, n in r.loop.items() if k.startswith(LOADS))
             print(
-                f"{target:7} {case.name:31} {r.registers:4} {r.spills:6} {r.shared:6} "
+                f"{target:7} {case.name:29} {r.registers:4} {r.spills:6} {r.shared:6} "
                 f"{r.blocks:6} {sum(r.loop.values()):4} {r.ratio:5.2f} {loads}",
                 flush=True,
             )

@@ -12,9 +12,9 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from ..zoo.cache import BITS, Buffer, Latent, pack
 from . import ops
 from .install import register
 
@@ -49,14 +49,18 @@ def copy_bandwidth(size: int = 1 << 30) -> float:
     return 2 * size / seconds([lambda: y.copy_(x)])
 
 
-def caches(batch: int, heads: int, slots: int, rk: int, rv: int) -> list[tuple[Tensor, Tensor]]:
-    """Random keys and values in bf16, of ROTATION bytes together, two pairs at least."""
-    size = 2 * batch * heads * slots * (rk + rv)
+def caches(
+    batch: int, heads: int, slots: int, rk: int, rv: int, bits: int
+) -> tuple[list[tuple[Buffer, Buffer]], int]:
+    """Random keys and values, of ROTATION bytes together, two pairs at least; bytes of a pair."""
+    latents = Latent(heads, rk, bits), Latent(heads, rv, bits)
+    size = batch * slots * sum(x.nbytes(torch.bfloat16) for x in latents)
 
-    def one(width: int) -> Tensor:
-        return torch.randn(batch, heads, slots, width, dtype=torch.bfloat16, device="cuda")
+    def one(width: int) -> Buffer:
+        x = torch.randn(batch, heads, slots, width, dtype=torch.bfloat16, device="cuda")
+        return x if bits == 16 else pack(x, bits)
 
-    return [(one(rk), one(rv)) for _ in range(max(2, ROTATION // size))]
+    return [(one(rk), one(rv)) for _ in range(max(2, ROTATION // size))], size
 
 
 def main() -> None:
@@ -74,21 +78,25 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e9:.0f} GB/s")
     full = 0.0
 
-    def report(name: str, rk: int, rv: int, call: Callable[..., object]) -> None:
+    def report(name: str, rk: int, rv: int, call: Callable[..., object], bits: int = 16) -> None:
         nonlocal full
         q = torch.randn(b, h, 1, rk, dtype=torch.bfloat16, device="cuda")
-        pairs = caches(b, g, s, rk, rv)
+        pairs, size = caches(b, g, s, rk, rv, bits)
         time = seconds([partial(call, q, k, v) for k, v in pairs])
         full = full or time
-        share = 2 * b * g * s * (rk + rv) / time / bandwidth
-        print(f"{name:14} {rk:3}/{rv:3} {1e6 * time:8.1f} us {full / time:5.2f}x {share:5.0%}")
+        share = size / time / bandwidth
+        print(
+            f"{name:14} {rk:3}/{rv:3} {bits:2} bits {1e6 * time:8.1f} us {full / time:5.2f}x "
+            f"{share:5.0%}"
+        )
 
     with torch.inference_mode():
         report("SDPA", 128, 128, partial(F.scaled_dot_product_attention, enable_gqa=h > g))
         report("flex_attention", 128, 128, partial(flex, enable_gqa=h > g))
         fused = partial(ops.latent_decode, span=span, scale=128**-0.5)
-        for rk, rv in ((128, 128), *RANKS):
-            report("latent_decode", rk, rv, fused)
+        for bits in BITS:
+            for rk, rv in ((128, 128), *RANKS):
+                report("latent_decode", rk, rv, fused, bits)
 
 
 if __name__ == "__main__":

@@ -224,15 +224,14 @@ bits = pytest.mark.parametrize("bits", MIXED, ids=lambda b: f"{b[0]},{b[1]}")
 
 @bits
 @pytest.mark.parametrize("made", [latent, anchored, rotary], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_numbers_are_read_as_what_they_stand_for(made, bits, dtype):
-    """No smaller tolerance than elsewhere: the scales are factors of sums in fp32."""
     block = {"block": 32} if made is anchored else {}
     arguments = made(90, {"spans", "mean", "bias"}, dtype=dtype, **block)
     check(getattr(attention, f"{made.__name__}_decode"), *arguments, bits=bits)
 
 
-@bits
+@pytest.mark.parametrize("bits", [(8, 4), (4, 8)], ids=str)
 @pytest.mark.parametrize(("rk", "rv"), [(80, 48), (96, 160), (2, 320), (514, 8), (70, 38)])
 def test_packed_numbers_have_any_rank(rk, rv, bits):
     check(attention.latent_decode, *latent(40, {"uneven"}, rk, rv), bits=bits)
