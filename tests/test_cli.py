@@ -285,6 +285,19 @@ def test_decoding_is_in_what_the_processor_is_fast_in(run, low, monkeypatch):
     assert size[False] == 2 * size[True]
 
 
+def test_bench_lets_every_model_decode_with_fewer_bits_too(run, dense_folder):
+    words = ["bench", dense_folder, "--kv-bits", "8", "--kv-bits", "4", "--context", "64", "--json"]
+    words += ["--steps", "3", "--rounds", "1", "--no-compile", "--ops", "fused"]
+    rows = json.loads(run(*words, "--dtype", "float32")[1])
+    name = Path(dense_folder).name
+    assert [x["model"] for x in rows] == [name, f"{name}, 8 bits", f"{name}, 4 bits"]
+    read = [x["kv_bytes_read"] for x in rows]
+    numbers = read[0] // 4
+    scales = [size - numbers * bits // 8 for size, bits in zip(read[1:], (8, 4), strict=True)]
+    assert scales[0] == scales[1] > 0
+    assert all("speedup" in x for x in rows)
+
+
 def test_weights_become_int8_where_asked_for(run, dense_folder):
     words = ["-p", "the cat", "--no-compile", "--max-new-tokens", "3", "--weights", "int8"]
     assert run("generate", dense_folder, *words)[0] == 0
@@ -360,6 +373,7 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
         ("bench", "--shape", "opt-125m", "--keys", "pairs"): "nothing rotates",
         ("bench",): "given 0 checkpoints",
         ("bench", dense_folder, "--context", "8"): "expected at least 1",
+        ("bench", dense_folder, "--kv-bits", "3"): "bits is 3: expected one of 16, 8, 4",
         ("bench", "--shape", "opt-1"): "shape 'opt-1' is unknown",
         ("bench", "--shape", "opt-125m", "--layers", "13"): "layers is 13",
         ("generate", low, "-p", "x", "--temperature", "-1"): "expected temperature",

@@ -64,13 +64,17 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Native:
-    """A model of this package: a checkpoint, or random weights of a config's shape."""
+    """A model of this package: a checkpoint, or random weights of a config's shape.
+
+    kv_bits: of the numbers in its cache; None leaves it to the model.
+    """
 
     name: str
     source: str | Config
     prepare: Callable[[Model], Model]  # installs ops, for one
     revision: str | None = None
     trust_remote_code: bool = False
+    kv_bits: int | None = None
 
     def start(self, cell: Cell) -> Run:
         """See `Contestant`. A round takes tokens as `Generator.stream` does."""
@@ -79,7 +83,9 @@ class Native:
             model = load(self.source, cell.dtype, cell.device, *trust).model
         else:
             model = random_model(self.source, cell.dtype, cell.device)
-        generator = Generator(self.prepare(model), cell.batch, cell.slots, cell.compile, False)
+        generator = Generator(
+            self.prepare(model), cell.batch, cell.slots, cell.compile, False, self.kv_bits
+        )
         weights = weight_bytes(model, model.head)
 
         def round() -> list[float]:

@@ -1,6 +1,7 @@
 """eigenzoo bench."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,13 @@ def bench(
     latent: Annotated[str, typer.Option(help="With --shape: separate or joint-kv.")] = "separate",
     keys: Keys = "auto",
     anchor_block: AnchorBlock = None,
+    kv_bits: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Every model once more with numbers of so many bits in its cache, 8 or 4; repeat "
+            "for more."
+        ),
+    ] = None,
     transformers: Annotated[
         bool,
         typer.Option(
@@ -96,6 +104,7 @@ def bench(
 
     from .. import report
     from ..bench import bench as measure
+    from ..cache import check_bits
     from ..checkpoint import inspect, locate, native_config, read_config
     from ..compress import Settings
     from ..contestants import Cell, Contestant, Native, Transformers
@@ -116,7 +125,7 @@ def bench(
         )
     place, kind = torch_device(device), torch_dtype(decoding_dtype(dtype, device))
     prepare = preparation(weights, ops, compile)
-    models: list[Contestant] = []
+    models: list[Native] = []
     first: Any
     if shape is not None:
         first = shaped(shape, layers, buffer * max(contexts))
@@ -147,11 +156,22 @@ def bench(
         title = names[0]
     for config in configs.values():
         config.check_length(buffer * max(contexts))
-    if transformers:
-        models += [
-            Transformers(f"transformers {name}", first, name == "static", revision)
-            for name in ("dynamic", "static")
-        ]
+    latents = [
+        x for c in configs.values() for i in range(c.num_hidden_layers) for x in c.latents(i)
+    ]
+    for bits in kv_bits or []:
+        for width in {x.width for x in latents}:
+            check_bits(bits, width)
+    models += [
+        replace(m, name=f"{m.name}, {bits} bits", kv_bits=bits)
+        for bits in kv_bits or []
+        for m in models
+    ]
+    others = ("dynamic", "static") if transformers else ()
+    contestants: list[Contestant] = [
+        *models,
+        *(Transformers(f"transformers {x}", first, x == "static", revision) for x in others),
+    ]
     if out is not None:
         try:
             from ..plots import decoding
@@ -171,7 +191,7 @@ def bench(
             cell = Cell(
                 *(length, count, buffer * length, steps, kind or torch.float32, place, compile)
             )
-            for row in measure(models, cell, rounds):
+            for row in measure(contestants, cell, rounds):
                 rows.append(row | how)
                 if file:
                     append(file, rows[-1])
