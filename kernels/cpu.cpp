@@ -10,6 +10,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -32,6 +33,7 @@ using Maybe = std::optional<Tensor>;
 using V = at::vec::Vectorized<float>;
 constexpr int64_t W = V::size();
 constexpr int64_t TILE = 128;  // slots whose scores are held at once
+constexpr int64_t LIFTED = 32;  // slots whose keys are held at once
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 inline int64_t whole(int64_t width) { return (width + W - 1) / W * W; }  // of vectors
@@ -90,6 +92,13 @@ V load(const T* p, int64_t count) {  // the first numbers, zeros behind them
     std::copy_n(p, count, all);
     return load(all);
   }
+}
+
+inline void store(V x, float* p, int64_t count) { x.store(p, count); }
+inline void store(V x, at::BFloat16* p, int64_t count) {
+  float near[W];
+  x.store(near);
+  at::vec::convert(near, p, count);
 }
 
 // Asks memory for what is read soon, behind what the processor fetches by itself while it reads in
@@ -627,59 +636,113 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
   });
 }
 
+// Whether a processor multiplies matrices of bf16 (AMX), of which the second has pairs of rows side by
+// side
+template <class A>
+bool pairs(int64_t size) {
+  return std::is_same_v<A, at::BFloat16> && size % 2 == 0 &&
+         at::native::cpublas::could_pack(at::kBFloat16);
+}
+
+// out (rows, width) = a (rows, size) b, in the kernels that libraries have for one core
+template <class A>
+void lift(const A* a, int64_t rows, int64_t lda, const A* b, int64_t size, int64_t width, float* out,
+          int64_t ldo) {
+  if constexpr (std::is_same_v<A, float>) {
+    at::native::cpublas::brgemm(rows, width, size, lda, width, ldo, false, a, b, out, false);
+  } else if (pairs<A>(size)) {
+    at::native::cpublas::brgemm(rows, width, size, lda, width, ldo, false, a, b, out, true);
+  } else {
+    const std::vector<float> keep(rows);
+    mix(a, rows, lda, b, size, width, width, keep.data(), out, ldo);
+  }
+}
+
+// out[r][j] = q[r] · what key j (n, D) becomes by mean, cosines and sines, for `rows` of q, of which
+// the halves are filled up to whole vectors
+void compare(const float* q, int64_t rows, const float* keys, int64_t room, const float* mean,
+             const float* c, const float* s, int64_t half, int64_t n, float* out) {
+  const int64_t side = whole(half);
+  std::vector<float> key(2 * side);
+  std::vector<V> sums(rows * W);
+  for (int64_t first = 0; first < n; first += W) {
+    const int64_t some = std::min(W, n - first);
+    for (int64_t j = 0; j < some; ++j) {
+      const float *k = keys + (first + j) * room, *cj = c + (first + j) * half,
+                  *sj = s + (first + j) * half;
+      for (int64_t d = 0; d < half; d += W) {
+        const int64_t count = std::min(W, half - d);
+        V a = load(k + d, count), b = load(k + half + d, count);
+        if (mean) a = a + load(mean + d, count), b = b + load(mean + half + d, count);
+        const V x = load(cj + d, count), y = load(sj + d, count);
+        (a * x - b * y).store(&key[d]);
+        (b * x + a * y).store(&key[side + d]);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        V sum(0.f);
+        for (int64_t d = 0; d < 2 * side; d += W)
+          sum = at::vec::fmadd(load(q + r * 2 * side + d), load(&key[d]), sum);
+        sums[r * W + j] = sum;
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) totals(&sums[r * W]).store(out + r * TILE + first, some);
+  }
+}
+
 Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Tensor& span,
                      double scale, const Tensor& cos, const Tensor& sin, const Tensor& up,
                      const Maybe& mean, const Maybe& bias, const Maybe& z_scale,
                      const Maybe& v_scale) {
   const Kept latent{z, z_scale}, values{v, v_scale};
-  const Tensor x = q.to(at::kFloat).contiguous();
   const int64_t H = q.size(1), D = q.size(3), K = z.size(1), rank = latent.width(), G = up.size(2) / D * K;
   const int64_t latents = K / std::gcd(K, v.size(1)), rows = H / G * q.size(2), half = D / 2;
-  const int64_t room = whole(D);
-  const Tensor base = (mean ? mean->to(at::kFloat) : at::zeros({G, D}, x.options())).contiguous();
+  const int64_t room = whole(D), side = whole(half);
+  const Tensor x = at::constant_pad_nd(q.to(at::kFloat).unflatten(3, {2, half}), {0, side - half}).contiguous();
+  const Tensor base = mean ? mean->to(at::kFloat).contiguous() : Tensor();
   return DISPATCH(q, "rotary_decode", [&] {
+    using A = Factor<scalar_t>;
+    Tensor maps = up.to(c10::CppTypeToScalarType<A>::value).unflatten(2, {G / K, D}).transpose(1, 2);
+    if (pairs<A>(rank)) maps = maps.unflatten(2, {rank / 2, 2}).transpose(3, 4);
+    maps = maps.contiguous();  // one a kv head
     auto scores = [&](const Task& task, int64_t t, int64_t n, float* out) {
-      using A = Factor<scalar_t>;
-      std::vector<A> tile(n * rank);
-      std::vector<float> keys(n * room), ones(n, 1.f);
+      std::vector<A> tile;
+      std::vector<float> keys(LIFTED * room);
       const int64_t angles = ((cos.size(0) == 1 ? 0 : task.b) * cos.size(2) + t) * half;
-      const float *c = cos.const_data_ptr<float>() + angles, *s = sin.const_data_ptr<float>() + angles;
       for (int64_t i = 0; i < latents; ++i) {
         const int64_t l = task.unit * latents + i;
-        std::vector<float> factor(n, 1.f);  // scales, rounded in as the definition does
-        latent.weigh(factor.data(), 1, n, task.b, l, t, n);
+        const A* latents_of = nullptr;  // LIFTED slots at a time: kernels are made for a shape
+        int64_t step = z.stride(2);
         with_rows<scalar_t>(latent, task.b, l, t, [&](const auto* x) {
-          with_halves(x, z.size(3), [&](const auto* half, int64_t first) {
+          if constexpr (std::is_same_v<decltype(x), const A*>) {
+            if (n % LIFTED == 0) return void(latents_of = x);
+          }
+          std::vector<float> factor(n, 1.f);  // scales, rounded in as the definition does
+          latent.weigh(factor.data(), 1, n, task.b, l, t, n);
+          tile.resize(TILE * rank);
+          with_halves(x, z.size(3), [&](const auto* numbers, int64_t first) {
             for (int64_t j = 0; j < n; ++j)
-              for (int64_t d = 0; d < z.size(3); ++d) {
-                const auto& number = half[j * z.stride(2) + d];
-                A& to = tile[j * rank + first + d];
-                if constexpr (std::is_same_v<decltype(number), const scalar_t&>)
-                  to = number;
-                else
-                  to = A(float(number) * factor[j]);
+              for (int64_t d = 0; d < z.size(3); d += W) {
+                const int64_t count = std::min(W, z.size(3) - d);
+                const V number = load(numbers + j * z.stride(2) + d, count);
+                store(number * V(factor[j]), &tile[j * rank + first + d], count);
               }
           });
+          latents_of = tile.data(), step = rank;
         });
         for (int64_t g = 0; g < G / K; ++g) {  // lifted, rotated and compared, never written back
           const int64_t kv = l * (G / K) + g;
-          for (int64_t j = 0; j < n; ++j)
-            std::copy_n(base.const_data_ptr<float>() + kv * D, D, &keys[j * room]);
-          mix(tile.data(), n, rank, up.const_data_ptr<scalar_t>() + l * up.stride(0) + g * D, rank,
-              up.stride(1), D, ones.data(), keys.data(), room);
-          for (int64_t j = 0; j < n; ++j)
-            for (int64_t d = 0; d < half; d += W) {
-              const int64_t count = std::min(W, half - d);
-              float *to = &keys[j * room + d], *low = to + half;
-              const V a = load(to, count), b = load(low, count), cj = load(c + j * half + d, count),
-                      sj = load(s + j * half + d, count);
-              (a * cj - b * sj).store(to, count);
-              (b * cj + a * sj).store(low, count);
-            }
-          multiply(x.const_data_ptr<float>() + (task.b * G + kv) * rows * D, rows, D, keys.data(), n,
-                   room, D, out + (i * (G / K) + g) * rows * TILE, TILE);
+          for (int64_t j = 0; j < n; j += LIFTED) {
+            lift(latents_of + j * step, LIFTED, step, maps.const_data_ptr<A>() + kv * rank * D, rank,
+                 D, keys.data(), room);
+            compare(x.const_data_ptr<float>() + (task.b * G + kv) * rows * 2 * side, rows, keys.data(),
+                    room, mean ? base.const_data_ptr<float>() + kv * D : nullptr,
+                    cos.const_data_ptr<float>() + angles + j * half,
+                    sin.const_data_ptr<float>() + angles + j * half, half, std::min(LIFTED, n - j),
+                    out + (i * (G / K) + g) * rows * TILE + j);
+          }
         }
       }
+      at::native::cpublas::brgemm_release();
     };
     return attend<scalar_t>(q, K, values, span, scale, bias, std::nullopt, scores);
   });
