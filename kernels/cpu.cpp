@@ -658,35 +658,46 @@ void lift(const A* a, int64_t rows, int64_t lda, const A* b, int64_t size, int64
   }
 }
 
-// out[r][j] = q[r] · what key j (n, D) becomes by mean, cosines and sines, for `rows` of q, of which
-// the halves are filled up to whole vectors
-void compare(const float* q, int64_t rows, const float* keys, int64_t room, const float* mean,
-             const float* c, const float* s, int64_t half, int64_t n, float* out) {
-  const int64_t side = whole(half);
-  std::vector<float> key(2 * side);
-  std::vector<V> sums(rows * W);
+// out[r][j] = q[r] · what key j (n, D) becomes by mean, cosines and sines, for M rows of q
+template <int M>
+void compare_rows(const float* q, const float* keys, int64_t room, const float* mean, const float* c,
+                  const float* s, int64_t half, int64_t n, float* out) {
+  V sums[M * W];
   for (int64_t first = 0; first < n; first += W) {
     const int64_t some = std::min(W, n - first);
     for (int64_t j = 0; j < some; ++j) {
       const float *k = keys + (first + j) * room, *cj = c + (first + j) * half,
                   *sj = s + (first + j) * half;
+      V sum[M];
+      for (int r = 0; r < M; ++r) sum[r] = V(0.f);
       for (int64_t d = 0; d < half; d += W) {
         const int64_t count = std::min(W, half - d);
         V a = load(k + d, count), b = load(k + half + d, count);
         if (mean) a = a + load(mean + d, count), b = b + load(mean + half + d, count);
         const V x = load(cj + d, count), y = load(sj + d, count);
-        (a * x - b * y).store(&key[d]);
-        (b * x + a * y).store(&key[side + d]);
+        const V turned = a * x - b * y, other = b * x + a * y;
+        for (int r = 0; r < M; ++r) {
+          const float* to = q + r * 2 * half + d;
+          sum[r] = at::vec::fmadd(load(to, count), turned, sum[r]);
+          sum[r] = at::vec::fmadd(load(to + half, count), other, sum[r]);
+        }
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        V sum(0.f);
-        for (int64_t d = 0; d < 2 * side; d += W)
-          sum = at::vec::fmadd(load(q + r * 2 * side + d), load(&key[d]), sum);
-        sums[r * W + j] = sum;
-      }
+      for (int r = 0; r < M; ++r) sums[r * W + j] = sum[r];
     }
-    for (int64_t r = 0; r < rows; ++r) totals(&sums[r * W]).store(out + r * TILE + first, some);
+    for (int r = 0; r < M; ++r) totals(sums + r * W).store(out + r * TILE + first, some);
   }
+}
+
+void compare(const float* q, int64_t rows, const float* keys, int64_t room, const float* mean,
+             const float* c, const float* s, int64_t half, int64_t n, float* out) {
+  int64_t r = 0;
+  auto next = [&](auto count) {
+    constexpr int M = decltype(count)::value;
+    for (; r + M <= rows; r += M)
+      compare_rows<M>(q + r * 2 * half, keys, room, mean, c, s, half, n, out + r * TILE);
+  };
+  next(std::integral_constant<int, 4>());
+  next(std::integral_constant<int, 1>());
 }
 
 Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Tensor& span,
@@ -696,8 +707,8 @@ Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Te
   const Kept latent{z, z_scale}, values{v, v_scale};
   const int64_t H = q.size(1), D = q.size(3), K = z.size(1), rank = latent.width(), G = up.size(2) / D * K;
   const int64_t latents = K / std::gcd(K, v.size(1)), rows = H / G * q.size(2), half = D / 2;
-  const int64_t room = whole(D), side = whole(half);
-  const Tensor x = at::constant_pad_nd(q.to(at::kFloat).unflatten(3, {2, half}), {0, side - half}).contiguous();
+  const int64_t room = whole(D);
+  const Tensor x = q.to(at::kFloat).contiguous();
   const Tensor base = mean ? mean->to(at::kFloat).contiguous() : Tensor();
   return DISPATCH(q, "rotary_decode", [&] {
     using A = Factor<scalar_t>;
@@ -734,7 +745,7 @@ Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Te
           for (int64_t j = 0; j < n; j += LIFTED) {
             lift(latents_of + j * step, LIFTED, step, maps.const_data_ptr<A>() + kv * rank * D, rank,
                  D, keys.data(), room);
-            compare(x.const_data_ptr<float>() + (task.b * G + kv) * rows * 2 * side, rows, keys.data(),
+            compare(x.const_data_ptr<float>() + (task.b * G + kv) * rows * D, rows, keys.data(),
                     room, mean ? base.const_data_ptr<float>() + kv * D : nullptr,
                     cos.const_data_ptr<float>() + angles + j * half,
                     sin.const_data_ptr<float>() + angles + j * half, half, std::min(LIFTED, n - j),
