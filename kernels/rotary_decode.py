@@ -100,8 +100,8 @@ def lifted(
     stays in shared memory; HELD says that it fits. Else every tile reads it anew. KEPT: numbers or
     bytes of a latent.
     """
-    a = tl.zeros([TILE, D_CHUNKS[0]], tl.float32)
-    c = tl.zeros([TILE, D_CHUNKS[0]], tl.float32)
+    a = tl.full([TILE, D_CHUNKS[0]], 0, tl.float32)
+    c = tl.full([TILE, D_CHUNKS[0]], 0, tl.float32)
     if HELD:
         for r in tl.static_range(0, KEPT, R_CHUNK):
             a, c = lifted_more(

@@ -107,7 +107,7 @@ def nothing(ROWS: tl.constexpr, CHUNKS: tl.constexpr, HALVES: tl.constexpr):
     """
     read = tl.tuple(())
     for i in tl.static_range(HALVES * len(CHUNKS)):
-        read += (tl.zeros([ROWS, CHUNKS[i % len(CHUNKS)]], tl.float32),)
+        read += (tl.full([ROWS, CHUNKS[i % len(CHUNKS)]], 0, tl.float32),)
     return tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32), read
 
 

