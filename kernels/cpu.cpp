@@ -423,10 +423,11 @@ void with_halves(const T* rows, int64_t size, const Use& use) {
   }
 }
 
-// Everything but the scores. `scores(task, first, n, out)` fills out (rows, TILE) for n slots.
-template <class T, class Scores>
+// Everything but the scores. What `scorer()` returns is a thread's own: called with a task, the first
+// of n slots, n and out, it fills out (rows, TILE).
+template <class T, class Scorer>
 Tensor attend(const Tensor& q, int64_t keys, const Kept& v, const Tensor& span, double scale,
-              const Maybe& bias, const Maybe& slopes, const Scores& scores) {
+              const Maybe& bias, const Maybe& slopes, const Scorer& scorer) {
   const int64_t B = q.size(0), H = q.size(1), news = q.size(2);
   const int64_t L = v.x.size(1), width = v.width(), side = v.x.size(3);
   const int64_t room = v.nibbles() ? 2 * whole(side) : whole(width);  // halves lie apart
@@ -442,6 +443,7 @@ Tensor attend(const Tensor& q, int64_t keys, const Kept& v, const Tensor& span, 
   std::vector<float> parts(B * units * splits * part);
 
   at::parallel_for(0, B * units * splits, 1, [&](int64_t begin, int64_t end) {
+    auto scores = scorer();
     std::vector<float> s(rows * TILE), keep(rows);
     std::vector<Factor<T>> narrow;  // of s, where that is not what values are multiplied with
     for (int64_t item = begin; item < end; ++item) {
@@ -545,7 +547,7 @@ Tensor latent_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Te
         keys.weigh(found, rows, TILE, task.b, l, t, n);
       }
     };
-    return attend<scalar_t>(q, K, values, span, scale, bias, slopes, scores);
+    return attend<scalar_t>(q, K, values, span, scale, bias, slopes, [&] { return scores; });
   });
 }
 
@@ -632,30 +634,33 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
         });
       }
     };
-    return attend<scalar_t>(q, K, values, span, scale, bias, std::nullopt, scores);
+    return attend<scalar_t>(q, K, values, span, scale, bias, std::nullopt, [&] { return scores; });
   });
 }
 
-// Whether a processor multiplies matrices of bf16 (AMX), of which the second has pairs of rows side by
-// side
-template <class A>
-bool pairs(int64_t size) {
-  return std::is_same_v<A, at::BFloat16> && size % 2 == 0 &&
-         at::native::cpublas::could_pack(at::kBFloat16);
+// use(L()) for the numbers in which a library multiplies matrices of T fastest on one core: bf16 where
+// a processor has tiles of it (AMX). `size` is what is summed over.
+template <class T, class Use>
+Tensor with_lift(int64_t size, const Use& use) {
+  if constexpr (std::is_same_v<T, at::BFloat16>)
+    if (size % 2 == 0 && at::native::cpublas::could_pack(at::kBFloat16)) return use(at::BFloat16());
+  return use(float());
 }
 
-// out (rows, width) = a (rows, size) b, in the kernels that libraries have for one core
-template <class A>
-void lift(const A* a, int64_t rows, int64_t lda, const A* b, int64_t size, int64_t width, float* out,
+// Matrices (n, size, width) for `lift`, which takes two rows of bf16 side by side
+template <class L>
+Tensor lifting(const Tensor& maps) {
+  Tensor x = maps.to(c10::CppTypeToScalarType<L>::value);
+  if (std::is_same_v<L, at::BFloat16>) x = x.unflatten(1, {-1, 2}).transpose(2, 3);
+  return x.contiguous();
+}
+
+// out (rows, width) = a (rows, size) times one of those matrices
+template <class L>
+void lift(const L* a, int64_t rows, int64_t lda, const L* map, int64_t size, int64_t width, float* out,
           int64_t ldo) {
-  if constexpr (std::is_same_v<A, float>) {
-    at::native::cpublas::brgemm(rows, width, size, lda, width, ldo, false, a, b, out, false);
-  } else if (pairs<A>(size)) {
-    at::native::cpublas::brgemm(rows, width, size, lda, width, ldo, false, a, b, out, true);
-  } else {
-    const std::vector<float> keep(rows);
-    mix(a, rows, lda, b, size, width, width, keep.data(), out, ldo);
-  }
+  at::native::cpublas::brgemm(rows, width, size, lda, width, ldo, false, a, map, out,
+                              std::is_same_v<L, at::BFloat16>);
 }
 
 // out[r][j] = q[r] · what key j (n, D) becomes by mean, cosines and sines, for M rows of q
@@ -710,52 +715,55 @@ Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Te
   const int64_t room = whole(D);
   const Tensor x = q.to(at::kFloat).contiguous();
   const Tensor base = mean ? mean->to(at::kFloat).contiguous() : Tensor();
+  const Tensor c = cos.contiguous(), s = sin.contiguous();
   return DISPATCH(q, "rotary_decode", [&] {
-    using A = Factor<scalar_t>;
-    Tensor maps = up.to(c10::CppTypeToScalarType<A>::value).unflatten(2, {G / K, D}).transpose(1, 2);
-    if (pairs<A>(rank)) maps = maps.unflatten(2, {rank / 2, 2}).transpose(3, 4);
-    maps = maps.contiguous();  // one a kv head
-    auto scores = [&](const Task& task, int64_t t, int64_t n, float* out) {
-      std::vector<A> tile;
-      std::vector<float> keys(LIFTED * room);
-      const int64_t angles = ((cos.size(0) == 1 ? 0 : task.b) * cos.size(2) + t) * half;
-      for (int64_t i = 0; i < latents; ++i) {
-        const int64_t l = task.unit * latents + i;
-        const A* latents_of = nullptr;  // LIFTED slots at a time: kernels are made for a shape
-        int64_t step = z.stride(2);
-        with_rows<scalar_t>(latent, task.b, l, t, [&](const auto* x) {
-          if constexpr (std::is_same_v<decltype(x), const A*>) {
-            if (n % LIFTED == 0) return void(latents_of = x);
-          }
-          std::vector<float> factor(n, 1.f);  // scales, rounded in as the definition does
-          latent.weigh(factor.data(), 1, n, task.b, l, t, n);
-          tile.resize(TILE * rank);
-          with_halves(x, z.size(3), [&](const auto* numbers, int64_t first) {
-            for (int64_t j = 0; j < n; ++j)
-              for (int64_t d = 0; d < z.size(3); d += W) {
-                const int64_t count = std::min(W, z.size(3) - d);
-                const V number = load(numbers + j * z.stride(2) + d, count);
-                store(number * V(factor[j]), &tile[j * rank + first + d], count);
+    return with_lift<scalar_t>(rank, [&](auto number) {
+      using L = decltype(number);
+      const Tensor maps = lifting<L>(up.unflatten(2, {G / K, D}).transpose(1, 2).flatten(0, 1));
+      auto scorer = [&] {
+        return [&, tile = std::vector<L>(), factor = std::vector<float>(),
+                keys = std::vector<float>(LIFTED * room)](const Task& task, int64_t t, int64_t n,
+                                                          float* out) mutable {
+          const int64_t angles = ((cos.size(0) == 1 ? 0 : task.b) * cos.size(2) + t) * half;
+          for (int64_t i = 0; i < latents; ++i) {
+            const int64_t l = task.unit * latents + i;
+            const L* rows_of = nullptr;  // LIFTED at a time: kernels are made for a shape
+            int64_t step = z.stride(2);
+            with_rows<scalar_t>(latent, task.b, l, t, [&](const auto* kept) {
+              if constexpr (std::is_same_v<decltype(kept), const L*>) {
+                if (n % LIFTED == 0) return void(rows_of = kept);
               }
-          });
-          latents_of = tile.data(), step = rank;
-        });
-        for (int64_t g = 0; g < G / K; ++g) {  // lifted, rotated and compared, never written back
-          const int64_t kv = l * (G / K) + g;
-          for (int64_t j = 0; j < n; j += LIFTED) {
-            lift(latents_of + j * step, LIFTED, step, maps.const_data_ptr<A>() + kv * rank * D, rank,
-                 D, keys.data(), room);
-            compare(x.const_data_ptr<float>() + (task.b * G + kv) * rows * D, rows, keys.data(),
-                    room, mean ? base.const_data_ptr<float>() + kv * D : nullptr,
-                    cos.const_data_ptr<float>() + angles + j * half,
-                    sin.const_data_ptr<float>() + angles + j * half, half, std::min(LIFTED, n - j),
-                    out + (i * (G / K) + g) * rows * TILE + j);
+              factor.assign(n, 1.f);  // scales, rounded in as the definition does
+              latent.weigh(factor.data(), 1, n, task.b, l, t, n);
+              tile.resize(TILE * rank);
+              with_halves(kept, z.size(3), [&](const auto* numbers, int64_t first) {
+                for (int64_t j = 0; j < n; ++j)
+                  for (int64_t d = 0; d < z.size(3); d += W) {
+                    const int64_t count = std::min(W, z.size(3) - d);
+                    const V number = load(numbers + j * z.stride(2) + d, count);
+                    store(number * V(factor[j]), &tile[j * rank + first + d], count);
+                  }
+              });
+              rows_of = tile.data(), step = rank;
+            });
+            for (int64_t g = 0; g < G / K; ++g) {  // lifted, rotated and compared, never written back
+              const int64_t kv = l * (G / K) + g;
+              for (int64_t j = 0; j < n; j += LIFTED) {
+                lift(rows_of + j * step, LIFTED, step, maps.const_data_ptr<L>() + kv * rank * D, rank,
+                     D, keys.data(), room);
+                compare(x.const_data_ptr<float>() + (task.b * G + kv) * rows * D, rows, keys.data(),
+                        room, mean ? base.const_data_ptr<float>() + kv * D : nullptr,
+                        c.const_data_ptr<float>() + angles + j * half,
+                        s.const_data_ptr<float>() + angles + j * half, half,
+                        std::min(LIFTED, n - j), out + (i * (G / K) + g) * rows * TILE + j);
+              }
+            }
           }
-        }
-      }
-      at::native::cpublas::brgemm_release();
-    };
-    return attend<scalar_t>(q, K, values, span, scale, bias, std::nullopt, scores);
+          at::native::cpublas::brgemm_release();
+        };
+      };
+      return attend<scalar_t>(q, K, values, span, scale, bias, std::nullopt, scorer);
+    });
   });
 }
 
