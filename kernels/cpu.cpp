@@ -3,6 +3,7 @@
 // rows) and `mix` (weights by rows), on ATen's portable vectors. Memory is read once, in the dtype it
 // is kept in; sums are fp32. What is packed in 8 or 4 bits is unpacked in registers, to fp32, which is
 // faster than to bf16; a slot's scale then goes to its scores, and to the weights of its values.
+// Keys are lifted by PyTorch's own product for one core, which knows AMX.
 //
 // B sequences, T new tokens, H query heads, K latents of keys, L of values, S slots. A unit is the
 // least set of heads that shares its latents with no other: gcd(K, L) of them.

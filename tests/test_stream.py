@@ -82,6 +82,9 @@ def content(folder: Path) -> dict[str, bytes]:
         ("opt", {"word_embed_proj_dim": 32}, ["--method", "attention", "--refit", "output"]),
         ("mpt", {}, ["--heads-per-latent", "2,1"]),
         ("mpt", {}, ["--method", "kv-heads", "--keep", "0.5"]),
+        ("llama", {}, ["--kv-bits", "auto", "--keep", "0.3"]),
+        ("opt", {}, ["--kv-bits", "4", "--keep", "0.2", "--latent", "joint-kv"]),
+        ("mpt", {}, ["--kv-bits", "8,4", "--keep", "0.3", "--refit", "none"]),
     ],
 )
 def test_a_model_that_was_streamed_is_the_one_that_was_compressed_in_memory(
@@ -257,7 +260,6 @@ def test_unfinished_work_is_neither_lost_nor_taken_for_another(tmp_path, text, m
         (["--stream"], "cannot write its own calibration text: give --calibration FILE"),
         (["--method", "eigen"], "eigen finds its ranks by looking at all layers together"),
         (["--method", "palu"], "palu finds its ranks by looking at all layers together"),
-        (["--kv-bits", "8"], "latents of fewer bits are made in memory"),
         (["--plain"], "an ordinary checkpoint is made in memory"),
         (["--resume", "--no-stream"], "only work that was streamed can go on"),
     ],

@@ -225,7 +225,9 @@ def _cuts(
     latents, full = basis.spectrum.shape
     step = multiple if basis.pairs is None else lcm(multiple, 2)
     ranks = [full] if whole else [*range(step, full, step), full]
-    rounded = None if set(bits) == {16} else rounding(basis, config.head_dim)
+    rounded = basis.rounding
+    if rounded is None and set(bits) != {16}:
+        rounded = rounding(basis, config.head_dim)
     errors, cuts = basis.errors(), list[Cut]()
     errors = errors.clamp(min=NOISE * errors[0])  # a joint latent may hold all long before
     for rank in ranks:

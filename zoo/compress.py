@@ -282,7 +282,7 @@ def compress(
     layers = report(bases, ranks)
     layers = [a | b for a, b in zip(layers, found, strict=True)]
     anchor = settings.anchor(model.config)
-    bases = _mixed(bases, ranks)
+    bases = [mixed(basis, ranks, i) for i, basis in enumerate(bases)]
     if settings.refit:
         low = refit(model, tokens, bases, ranks, anchor, settings.refit)
     else:
@@ -312,19 +312,18 @@ def choose_ranks(
     return few_pairs(config, bases, count, keep, multiple, whole, settings.kv_bits)
 
 
-def _mixed(bases: Sequence[LayerBasis], ranks: Ranks) -> list[LayerBasis]:
-    """`spread` wherever fewer bits hold a latent; whole keys and values stay as they are."""
+def mixed(basis: LayerBasis, ranks: Ranks, layer: int) -> LayerBasis:
+    """`spread` where fewer bits hold a latent; whole keys and values stay as they are."""
 
     def side(basis: Basis, rank: int, bits: int) -> Basis:
         return spread(basis, rank) if bits < 16 and rank < basis.spectrum.size(1) else basis
 
-    counts = (of or (16,) * len(bases) for of in (ranks.k_bits, ranks.v_bits))
-    return [
-        LayerBasis(side(k, k_rank, k_bits), None if v is None else side(v, v_rank, v_bits))
-        for (k, v), k_rank, v_rank, k_bits, v_bits in zip(
-            bases, ranks.k, ranks.v, *counts, strict=True
-        )
-    ]
+    if not ranks.k_bits:
+        return basis
+    k = side(basis.k, ranks.k[layer], ranks.k_bits[layer])
+    if basis.v is None:
+        return LayerBasis(k, None)
+    return LayerBasis(k, side(basis.v, ranks.v[layer], ranks.v_bits[layer]))
 
 
 def report(bases: Sequence[LayerBasis], ranks: Ranks) -> list[dict[str, Any]]:

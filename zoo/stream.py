@@ -23,14 +23,16 @@ from tqdm import tqdm
 
 from .allocate import Ranks
 from .basis import METHODS, LayerBasis
+from .cache import LayerCache, StaticCache
 from .calibrate import gather_sums
 from .checkpoint import LayerFiles
-from .compress import Settings, choose_ranks, needs, report
+from .compress import Settings, choose_ranks, mixed, needs, report
 from .evaluate import Perplexity, mean_perplexity, row_losses
 from .families import model_of
 from .fold import compressed_config, fold_attention
 from .model import Model
 from .moments import Statistics
+from .quantise import rounding
 from .refit import refit_layer
 from .resume import check_same
 from .solve import Basis
@@ -40,10 +42,6 @@ PROGRESS = "progress.json"
 
 def check_stream(settings: Settings) -> None:
     """Raise ValueError for what is not made layer by layer."""
-    if settings.rounded:
-        raise ValueError(
-            "latents of fewer bits are made in memory: leave --stream or --kv-bits out"
-        )
     method = METHODS[settings.method]
     if settings.method == "eigen" or method.ranks is not None:
         raise ValueError(
@@ -207,6 +205,8 @@ class Stream:
         basis = self.method.basis(self.model, block.attn, seen, **options)
         tensors = {}
         for side, one in basis._asdict().items():
+            if one and self.settings.rounded:  # ranks and bits are chosen without encoders
+                one = one._replace(rounding=rounding(one, self.model.config.head_dim))
             for name, x in one._asdict().items() if one else ():
                 if x is not None:
                     tensors[f"{side}.{name}"] = x.clone()  # encoder and decoder may be one
@@ -214,7 +214,7 @@ class Stream:
 
     @torch.no_grad()
     def _fold(self, i: int) -> list[str]:
-        low, basis, parts = self.low, self._basis(i), self.settings.refit
+        low, basis, parts = self.low, mixed(self._basis(i), self.ranks, i), self.settings.refit
         if i:
             rows = self._get(f"low-{i}")
         else:
@@ -223,9 +223,9 @@ class Stream:
         low_block = low.layers[i]
         with self.files.layer(self.model, i) as block:
             folded = fold_attention(low.config, block.attn, low_block.attn, basis)
-            kept = {k: x for k, x in block.state_dict().items() if not k.startswith("attn.")}
+            rest = {k: x for k, x in block.state_dict().items() if not k.startswith("attn.")}
             low_block.load_state_dict(
-                kept | {f"attn.{k}": x for k, x in folded.items()}, assign=True
+                rest | {f"attn.{k}": x for k, x in folded.items()}, assign=True
             )
             if parts:
                 dense_at, low_at = (self._at(m, self.tokens.size(1)) for m in (self.model, low))
@@ -233,8 +233,15 @@ class Stream:
                 layer = block, low_block, low.config, basis, parts
                 rows["want"] = torch.cat(refit_layer(*layer, want, have, dense_at, low_at))
         self.write(i, low_block.state_dict())
-        for name in ("have", "test") if parts else ("test",):
-            rows[name] = self._through(low, low_block, rows[name])
+        if parts:
+            rows["have"] = self._through(low, low_block, rows["have"])
+        kept = low.config.latents(i)  # what is measured is rounded, what is learned is not
+        if min(latent.bits for latent in kept) < 16:
+            where = 1, rows["test"].size(1), low.dtype, low.device
+            cache = StaticCache([kept], *where).layer(0)
+        else:
+            cache = None
+        rows["test"] = self._through(low, low_block, rows["test"], cache)
         self._put(f"low-{i + 1}", **rows)
         low_block.to("meta")
         return [f"low-{i}"]
@@ -287,9 +294,11 @@ class Stream:
     def _at(self, model: Model, length: int) -> tuple[Tensor, Any]:
         return model.begin(self.tokens.new_zeros(1, length))[1:]
 
-    def _through(self, model: Model, block: Any, rows: Tensor) -> Tensor:
+    def _through(
+        self, model: Model, block: Any, rows: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
         at = self._at(model, rows.size(1))
-        return torch.cat([block(x[None], *at, None) for x in rows])
+        return torch.cat([block(x[None], *at, cache) for x in rows])
 
     @torch.no_grad()
     def _losses(self, model: Model, rows: Tensor) -> Tensor:
