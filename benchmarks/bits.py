@@ -14,7 +14,6 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, QuantizedCache
+from transformers.utils import is_optimum_quanto_available
 
 from eigenzoo.zoo.allocate import kv_bytes
 from eigenzoo.zoo.checkpoint import Checkpoint, load
@@ -69,7 +69,7 @@ def losses(model: PreTrainedModel, row: Tensor, make: Callable[[], QuantizedCach
 def theirs(model: PreTrainedModel, text: Tensor, windows: int) -> Iterator[dict[str, Any]]:
     """Rows of transformers' caches."""
     rows = text[: len(text) // WINDOW * WINDOW].view(-1, WINDOW)[:windows]
-    if not find_spec("optimum"):
+    if not is_optimum_quanto_available():
         return
     for bits in (4, 2):
         options = {"nbits": bits, "q_group_size": GROUP, "residual_length": PART}
