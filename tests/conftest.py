@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from collections import defaultdict
 from functools import partial
@@ -13,6 +14,9 @@ import torch
 
 from eigenzoo.zoo import cli
 from eigenzoo.zoo.checkpoint import load
+
+# what a shell starts in the background ignores Ctrl-C, and so would the processes of tests
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
