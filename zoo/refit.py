@@ -1,14 +1,14 @@
 """After the solve: projections fitted anew to what compressed layers give them.
 
 The dense and the compressed model read the same tokens side by side, layer by layer. Every fit is
-a ridge regression of what a linear map still misses, so where there is no evidence nothing changes.
+a ridge regression towards the weights that are there: without evidence nothing changes.
 """
 
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from tqdm import tqdm
 from .allocate import Ranks
 from .basis import LayerBasis
 from .fold import fold, fold_attention
-from .model import Config, LatentAttention, Model
-from .solve import damp
+from .model import Config, Model
+from .solve import damp, usual
 
 REFITS = {
     "inputs": "query, key and value projections read compressed hidden states",
@@ -27,6 +27,7 @@ REFITS = {
 }
 RIDGE = 0.1  # in units of the mean diagonal of what is regressed on
 INPUTS = ("q_proj", "k_proj", "v_proj")
+ROWS = 1024  # of a weight in fp64 at a time
 
 
 @torch.no_grad()
@@ -43,8 +44,8 @@ def refit(
     One layer after the other, each behind compressed ones and towards the dense model. `inputs`:
     queries, keys and values are what the dense model's are, before the basis is folded into their
     projections. `heads`, `output`: attention gives what it gives in the dense model. One pass of
-    each model, and of attention alone one for every part. Memory is the hidden states of all
-    tokens, up to seven times.
+    each model, and one of attention alone, two with `inputs`. Memory is the hidden states of all
+    tokens, up to six times.
     """
     low = fold(model, bases, ranks, anchor)
     rows = [model.begin(row[None]) for row in tokens]
@@ -73,118 +74,118 @@ def refit_layer(
     want, have: what the layer reads in the dense model and behind compressed layers, (1, T, width)
     a sequence; dense_at, low_at: slots and what `where` returns, as `Model.begin` gives them.
     """
-    names = (*INPUTS * ("inputs" in parts), "o_proj")
-    dense = [_Seen(block, names, x, dense_at, whole=True) for x in want]
+    device = block.attn.o_proj.weight.device
+    dense = [_read(block, x, dense_at) for x in want]
     if "inputs" in parts:
-        attn = _fit_inputs(block, dense, have, dense_at)
+        attn = deepcopy(block.attn)
+        n = attn.q_proj.in_features
+        moments = _Moments(n, n, device)
+        for x, target in zip(have, dense, strict=True):
+            moments.add(_read(block, x, dense_at, whole=False).inputs, target.inputs)
+        for name in INPUTS:
+            moments.correct(getattr(attn, name), getattr(block.attn, name))
         folded = fold_attention(config, attn, low_block.attn, basis)
         low_block.attn.load_state_dict(folded, assign=True)
-    for part, blocks in (("heads", block.attn.heads), ("output", 1)):
-        if part in parts:
-            fit = _Fit(low_block.attn.o_proj, blocks)
-            for x, target in zip(have, dense, strict=True):
-                seen = _Seen(low_block, ("o_proj",), x, low_at)
-                missing = target.read(block, blocks) - seen.read(low_block, blocks)
-                fit.add(seen.input["o_proj"], missing)
-            fit.correct()
+    blocks = {"heads": block.attn.heads, "output": 1}
+    if not blocks.keys().isdisjoint(parts):
+        low_out, out = low_block.attn.o_proj, block.attn.o_proj
+        moments = _Moments(low_out.in_features, out.in_features, device)
+        for x, target in zip(have, dense, strict=True):
+            moments.add(_read(low_block, x, low_at, whole=False).heads, target.heads)
+        for part, count in blocks.items():
+            if part in parts:
+                moments.correct(low_out, out, count)
     return [seen.y for seen in dense]
-
-
-def _fit_inputs(
-    block: Any, dense: Sequence["_Seen"], have: Sequence[Tensor], at: tuple
-) -> LatentAttention:
-    """The dense attention, its projections fitted to give of `have` what `dense` has seen."""
-    attn = deepcopy(block.attn)
-    fits = {name: _Fit(getattr(attn, name)) for name in INPUTS}
-    for x, target in zip(have, dense, strict=True):
-        seen = _Seen(block, INPUTS, x, at)
-        for name, fit in fits.items():
-            fit.add(seen.input[name], (target.output[name] - seen.output[name])[:, None])
-    for fit in fits.values():
-        fit.correct()
-    return attn
 
 
 class _Enough(Exception):  # noqa: N818
     """Attention is done, and nothing behind it is asked for."""
 
 
-class _Seen:
-    """What projections of a block's attention see of x (1, T, width), and what the block gives.
+class _Read(NamedTuple):
+    """What the projections of an attention read of a sequence, and what its block gives."""
 
-    input, output: by the projection's name, (T, ...). y: only if `whole`.
-    """
+    inputs: Tensor  # (T, width), of queries, keys and values
+    heads: Tensor  # (T, n), of the output
+    y: Any  # (1, T, width), where the whole block was run
 
-    y: Tensor
 
-    def __init__(self, block: Any, names: Sequence[str], x: Tensor, at: tuple, whole: bool = False):
-        self.input: dict[str, Tensor] = {}
-        self.output: dict[str, Tensor] = {}
+def _read(block: Any, x: Tensor, at: tuple, whole: bool = True) -> _Read:
+    """Run the block on x (1, T, width), as a whole or until its heads are known."""
+    seen: dict[str, Tensor] = {}
 
-        def keep(name: str, module: nn.Module, args: tuple, out: Tensor) -> None:
-            self.input[name], self.output[name] = args[0][0], out[0]
-
-        def stop(module: nn.Module, args: tuple, out: Tensor) -> None:
+    def keep(name: str, module: nn.Module, args: tuple) -> None:
+        seen[name] = args[0][0]
+        if name == "o_proj" and not whole:
             raise _Enough
 
-        hooks = [
-            getattr(block.attn, name).register_forward_hook(partial(keep, name)) for name in names
-        ]
-        if not whole:
-            hooks.append(block.attn.register_forward_hook(stop))
-        try:
-            with suppress(_Enough):
-                self.y = block(x, *at, None)
-        finally:  # an interruption must leave no hook on the dense model
-            for hook in hooks:
-                hook.remove()
-
-    def read(self, block: Any, blocks: int) -> Tensor:
-        """The output of attention as a sum over `blocks` groups of heads: (T, blocks, width)."""
-        if blocks == 1:
-            return self.output["o_proj"][:, None]
-        o_proj, x = block.attn.o_proj, self.input["o_proj"].unflatten(1, (blocks, -1))
-        y = torch.einsum("tbn,obn->tbo", x, o_proj.weight.unflatten(1, (blocks, -1)))
-        return y if o_proj.bias is None else y + o_proj.bias / blocks
+    names = "q_proj", "o_proj"
+    hooks = [
+        getattr(block.attn, name).register_forward_pre_hook(partial(keep, name)) for name in names
+    ]
+    try:
+        with suppress(_Enough):
+            seen["y"] = block(x, *at, None)
+    finally:  # an interruption must leave no hook on the dense model
+        for hook in hooks:
+            hook.remove()
+    return _Read(seen["q_proj"], seen["o_proj"], seen.get("y"))
 
 
-class _Fit:
-    """What a linear layer should add to what it gives, regressed on what it is given; streamed.
+class _Moments:
+    """Sums over what linear layers read behind compressed layers, x, and in the dense model, t.
 
-    Its inputs are cut into blocks, each of which answers for a share of its own.
+    What they give of both is linear in these, and never made.
     """
 
-    def __init__(self, linear: nn.Linear, blocks: int = 1):
-        self.linear, self.blocks = linear, blocks
-        width, out = linear.in_features // blocks, linear.out_features
-        zeros = partial(torch.zeros, dtype=torch.float64, device=linear.weight.device)
-        self.count, self.x, self.missing = 0, zeros(blocks, width), zeros(blocks, out)
-        self.gram, self.cross = zeros(blocks, width, width), zeros(blocks, width, out)
+    def __init__(self, n: int, m: int, device: torch.device):
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.count, self.x, self.t = 0, zeros(n), zeros(m)
+        self.xx, self.xt = zeros(n, n), zeros(n, m)
 
-    def add(self, x: Tensor, missing: Tensor) -> None:
-        """x: (T, in), missing: (T, blocks, out)."""
-        x = x.double().unflatten(-1, (self.blocks, -1)).transpose(0, 1)
-        missing = missing.double().transpose(0, 1)
-        self.count += x.size(1)
-        self.x += x.sum(1)
-        self.missing += missing.sum(1)
-        self.gram.baddbmm_(x.mT, x)
-        self.cross.baddbmm_(x.mT, missing)
+    def add(self, x: Tensor, t: Tensor) -> None:
+        """x: (T, n), t: (T, m)."""
+        x, t = x.double(), t.double()
+        self.count += len(x)
+        self.x += x.sum(0)
+        self.t += t.sum(0)
+        self.xx.addmm_(x.mT, x)
+        self.xt.addmm_(x.mT, t)
 
-    def correct(self) -> None:
-        """Add it to the weight, and where there is a bias to that."""
-        x, missing = self.x / self.count, self.missing / self.count
-        if self.linear.bias is None:
-            x, missing = torch.zeros_like(x), torch.zeros_like(missing)
-        # in place: in fp64 each is four times as large as the projection in bf16
-        gram = self.gram.div_(self.count).baddbmm_(x[:, :, None], x[:, None], alpha=-1)
-        cross = self.cross.div_(self.count).baddbmm_(x[:, :, None], missing[:, None], alpha=-1)
-        change = torch.linalg.solve(damp(gram, RIDGE), cross).mT  # (blocks, out, width)
-        self._replace("weight", change.transpose(0, 1).flatten(1))
-        if self.linear.bias is not None:
-            self._replace("bias", (missing - (change @ x[..., None])[..., 0]).sum(0))
+    def correct(self, linear: nn.Linear, towards: nn.Linear, blocks: int = 1) -> None:
+        """Make `linear` give of x what `towards` gives of t, by a ridge regression.
 
-    def _replace(self, name: str, change: Tensor) -> None:
-        old = getattr(self.linear, name)  # may be shared with the dense model
-        new = (old.double() + change).to(old.dtype)
-        setattr(self.linear, name, nn.Parameter(new, requires_grad=False))
+        Inputs are cut into blocks, each of which answers for a share of its own.
+        """
+        x, t = (v.unflatten(0, (blocks, -1))[:, None] / self.count for v in (self.x, self.t))
+        xx, xt = (_diagonal_blocks(m, blocks) for m in (self.xx, self.xt))
+        about = -self.count * x.mT * (linear.bias is not None)  # without one, about no mean
+        gram = xx.baddbmm(about, x)
+        ridge = RIDGE * usual(gram)[:, None, None]
+        root = torch.linalg.cholesky(damp(gram, RIDGE))
+        del gram
+        weights, means = [], []
+        both = (y.weight.split(ROWS) for y in (towards, linear))
+        for wanted, old in zip(*both, strict=True):
+            w, v = (
+                y.double().unflatten(1, (blocks, -1)).permute(1, 2, 0) for y in (wanted, old)
+            )  # (blocks, m or n, rows)
+            mean = t @ w
+            v = torch.cholesky_solve(xt @ w + about @ mean + ridge * v, root)
+            weights.append(v.permute(2, 0, 1).flatten(1).to(old.dtype))
+            means.append((mean - x @ v).sum((0, 1)))
+        _put(linear, "weight", torch.cat(weights))
+        if linear.bias is not None:
+            mean = torch.cat(means)
+            _put(linear, "bias", mean if towards.bias is None else mean + towards.bias)
+
+
+def _diagonal_blocks(matrix: Tensor, blocks: int) -> Tensor:
+    """(b n, b m) -> (b, n, m)."""
+    parts = matrix.unflatten(1, (blocks, -1)).unflatten(0, (blocks, -1))  # (b, n, b, m)
+    return parts.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _put(linear: nn.Linear, name: str, new: Tensor) -> None:
+    """A parameter of its own: the old one may be shared with the dense model."""
+    setattr(linear, name, nn.Parameter(new.to(linear.weight.dtype), requires_grad=False))
