@@ -102,8 +102,6 @@ def test_unknown_bits_are_refused_before_the_long_work(run, dense_folder, tmp_pa
         assert (code, named in said) == (2, True)
     code, _, said = run("evaluate", dense_folder, "--kv-bits", 0)
     assert (code, "bits is 0" in said) == (2, True)
-    code, _, said = run("evaluate", dense_folder, "--tasks", "piqa", "--kv-bits", 8)
-    assert (code, "tasks are run without a cache" in said) == (2, True)
 
 
 def test_compress_calibrates_on_a_file_and_measures_on_another(run, dense_folder, tmp_path):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from eigenzoo.hub_export.stream import partial_folder, stream_checkpoint
 from eigenzoo.zoo import stream
-from eigenzoo.zoo.checkpoint import load, open_layers
+from eigenzoo.zoo.checkpoint import load, open_layers, weight_bytes
 from eigenzoo.zoo.cli import app
 from eigenzoo.zoo.compress import Settings
 
@@ -299,6 +299,15 @@ def test_weights_that_do_not_fit_into_free_memory_are_streamed_unasked(tmp_path,
     found = run("compress", tmp_path / "model", tmp_path / "out", *options(text))
     assert "reading them layer by layer" in found.output
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_what_weights_take_is_known_before_they_are_read(tmp_path):
+    tiny.save(tmp_path)
+    model = load(str(tmp_path)).model
+    numbers = sum(x.numel() for x in model.parameters())
+    place = str(tmp_path)
+    assert weight_bytes(place, torch.bfloat16) == 2 * numbers < weight_bytes(place)
+    assert weight_bytes(place, torch.float32) == 4 * numbers
 
 
 def test_weights_that_are_no_safetensors_cannot_be_streamed(tmp_path, text):

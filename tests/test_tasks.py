@@ -19,6 +19,7 @@ from eigenzoo.zoo import tasks
 from eigenzoo.zoo.checkpoint import load
 from eigenzoo.zoo.cli import app
 from eigenzoo.zoo.compress import Settings
+from eigenzoo.zoo.evaluate import token_losses
 from eigenzoo.zoo.harness import NativeLM
 
 PAIRS = [
@@ -127,6 +128,16 @@ def test_loglikelihoods_are_those_by_hand_and_those_of_hflm(ours, theirs):
         assert float(logs[-len(ours.tokenizer(after)["input_ids"]) :].sum()) == pytest.approx(
             score, abs=1e-3
         )
+
+
+def test_what_is_scored_was_rounded_as_the_cache_rounds(ours):
+    rounded, text = NativeLM(ours.model, ours.tokenizer, bits=4), (tiny.WORDS,)
+    (found,) = rounded.loglikelihood_rolling(asked("loglikelihood_rolling", text))
+    (exact,) = ours.loglikelihood_rolling(asked("loglikelihood_rolling", text))
+    ids = torch.tensor([ours.prefix_token_id, *ours.tok_encode(*text)])
+    losses = [token_losses(ours.model, ids, len(ids), bits=bits).sum().item() for bits in (4, 16)]
+    assert (-found, -exact) == pytest.approx(losses, abs=1e-3)
+    assert abs(found - exact) > 0.01
 
 
 def test_a_greedy_continuation_is_called_so(ours):
@@ -240,6 +251,7 @@ def test_unknown_tasks_and_missing_data_are_refused(place):
 
 def test_the_command_prints_one_json_object_or_a_table(folder, place, capsys):
     words = ["evaluate", str(folder), "--tasks", "pick,say", "--include-path", str(place)]
+    words += ["--kv-bits", "8"]
     app([*words, "--limit", "3", "--batch-size", "2", "--json"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
     assert list(found["tasks"]) == ["pick", "say"]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -409,10 +410,16 @@ class LayerFiles:
         return _weights(expected, parts, tensors(), self.dtype, self.device)
 
 
-def stored_bytes(source: str, revision: str | None = None) -> int:
-    """Bytes of weights that could be read layer by layer; 0 where there are none in safetensors."""
-    path = locate(source, revision)
-    return sum(x.stat().st_size for x in path.glob("*.safetensors"))
+def weight_bytes(source: str, dtype: torch.dtype | None = None, revision: str | None = None) -> int:
+    """Bytes that weights take in a dtype, by default as stored; 0 where none are in safetensors."""
+    paths = list(locate(source, revision).glob("*.safetensors"))
+    if dtype is None:
+        return sum(path.stat().st_size for path in paths)
+    numbers = 0
+    for path in paths:
+        with _opened(path) as file:
+            numbers += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return numbers * dtype.itemsize
 
 
 def _layer_of(name: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .allocate import kv_bytes
+from .cache import StaticCache
 from .generate import Generator, answer
 from .model import Model
 
@@ -58,11 +59,16 @@ def token_losses(
     count = min(count, windows or count)
     rows = tokens[: count * window].view(count, window)
     losses = []
-    packed = (model.config.least_bits if bits is None else bits) < 16
-    cache = model.new_cache(1, window - 1, bits=bits) if packed else None
+    cache = rounding_cache(model, 1, window - 1, bits)
     for row in tqdm(rows, desc="evaluating", unit="window", disable=None, leave=False):
         losses.append(row_losses(model, model.hidden(row[None, :-1], cache=cache)[0], row[1:]))
     return torch.stack(losses).cpu()
+
+
+def rounding_cache(model: Model, batch: int, slots: int, bits: int | None) -> StaticCache | None:
+    """As `model.new_cache`, for what is read at once; None where it would lose nothing."""
+    packed = (model.config.least_bits if bits is None else bits) < 16
+    return model.new_cache(batch, slots, bits=bits) if packed else None
 
 
 def row_losses(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:

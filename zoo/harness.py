@@ -17,12 +17,17 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .evaluate import rounding_cache
 from .generate import Generator, Sampling
 from .model import Model
 
 
 class NativeLM(TemplateLM):
-    """What lm-eval asks of a model. stop: tokens that end a text, beside the tokenizer's own."""
+    """What lm-eval asks of a model.
+
+    stop: tokens that end a text, beside the tokenizer's own. bits: of the cache, by default as the
+    config says.
+    """
 
     def __init__(
         self,
@@ -30,9 +35,10 @@ class NativeLM(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = 1,
         stop: Sequence[int] = (),
+        bits: int | None = None,
     ):
         super().__init__()
-        self.model, self.batch_size = model, batch_size
+        self.model, self.batch_size, self.bits = model, batch_size, bits
         self.tokenizer: Any = tokenizer
         self.stop = [token for token in (*stop, self.eot_token_id) if token is not None]
         self.max_length = model.config.max_position_embeddings
@@ -74,7 +80,8 @@ class NativeLM(TemplateLM):
                 tokens = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)
                 for row, text in zip(tokens, batch, strict=True):
                     row[: len(text)] = torch.tensor(text)  # it does not see the padding behind it
-                hidden = self.model.hidden(tokens.to(self.device))
+                cache = rounding_cache(self.model, len(tokens), tokens.size(1), self.bits)
+                hidden = self.model.hidden(tokens.to(self.device), cache=cache)
                 for x, text in zip(hidden, batch, strict=True):
                     for i in same[text]:
                         found[i] = self._score(x[: len(text)], requests[i][2])
@@ -130,7 +137,7 @@ class NativeLM(TemplateLM):
             for x in contexts
         ]
         slots = max(len(prompt) for prompt in prompts) + new
-        generator = Generator(self.model, len(prompts), slots, compile=False)
+        generator = Generator(self.model, len(prompts), slots, compile=False, bits=self.bits)
         rows: list[list[int]] = [[] for _ in prompts]
         texts, live = [""] * len(prompts), [True] * len(prompts)
         for tokens in generator.stream(prompts, new, sampling, self.stop):

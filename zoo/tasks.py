@@ -58,13 +58,14 @@ def run_tasks(
     batch_size: int = 1,
     stop: Sequence[int] = (),
     trust_remote_code: bool = False,
+    bits: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Metrics of what `load_tasks` gave, by task, named `METRIC,FILTER` as lm-eval does.
 
-    limit: documents to take of each task at most; stop: as in `NativeLM`. Raises ValueError for
-    tasks that would run code which the model writes.
+    limit: documents to take of each task at most; stop, bits: as in `NativeLM`. Raises ValueError
+    for tasks that would run code which the model writes.
     """
-    lm = NativeLM(model, tokenizer, batch_size, stop)
+    lm = NativeLM(model, tokenizer, batch_size, stop, bits)
     with _hub_metrics(trust_remote_code):
         found = evaluate(lm, tasks, limit=limit)
     rows = {}

@@ -113,7 +113,7 @@ def compress(
     from ...hub_export.export import check_free
     from ...hub_export.stream import check_partial, partial_folder, stream_checkpoint
     from .. import report
-    from ..checkpoint import open_layers, stored_bytes
+    from ..checkpoint import open_layers, weight_bytes
     from ..compress import Settings
     from ..data import read_text
     from ..memory import available
@@ -137,10 +137,10 @@ def compress(
         read_text(text)  # a missing file is found before the long work
     place = torch_device(device)
     if stream is None:
-        stored = stored_bytes(source, revision)
-        stream = resume or (stored > available(place) // 2 and not plain)
+        size = weight_bytes(source, torch_dtype(dtype), revision)
+        stream = resume or (size > available(place) // 2 and not plain)
         if stream and not resume:
-            say(f"the weights take {stored / 1e9:.1f} GB: reading them layer by layer (--stream)")
+            say(f"the weights take {size / 1e9:.1f} GB: reading them layer by layer (--stream)")
     if resume and not stream:
         raise ValueError("only work that was streamed can go on: leave --no-stream out")
     if stream and plain:

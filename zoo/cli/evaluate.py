@@ -83,8 +83,6 @@ def evaluate(
         raise ValueError("--length goes with --retrieval, --limit and --include-path with --tasks")
     words = python_docs() if text is None else read_text(text)
     check_bits(kv_bits)
-    if tasks and kv_bits is not None:
-        raise ValueError("tasks are run without a cache: leave --kv-bits out, or --tasks")
     if tasks:  # fails before the model is read
         if find_spec("lm_eval") is None:
             raise ValueError("--tasks needs the package lm-eval: pip install 'eigenzoo[eval]'")
@@ -112,7 +110,7 @@ def evaluate(
     if tasks:
         stop = stop_tokens(checkpoint)
         found["tasks"] = run_tasks(
-            model, tokenizer, chosen, limit, batch_size, stop, trust_remote_code
+            model, tokenizer, chosen, limit, batch_size, stop, trust_remote_code, kv_bits
         )
     if not as_json:
         report.evaluation(found)
