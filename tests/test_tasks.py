@@ -249,7 +249,9 @@ def test_unknown_tasks_and_missing_data_are_refused(place):
         tasks.load_tasks(["pick"], place)
 
 
-def test_the_command_prints_one_json_object_or_a_table(folder, place, capsys):
+def test_the_command_prints_one_json_object_or_a_table(folder, place, capsys, monkeypatch):
+    bits = []
+    monkeypatch.setattr(tasks, "NativeLM", lambda *args: bits.append(args[-1]) or NativeLM(*args))
     words = ["evaluate", str(folder), "--tasks", "pick,say", "--include-path", str(place)]
     words += ["--kv-bits", "8"]
     app([*words, "--limit", "3", "--batch-size", "2", "--json"], standalone_mode=False)
@@ -257,8 +259,9 @@ def test_the_command_prints_one_json_object_or_a_table(folder, place, capsys):
     assert list(found["tasks"]) == ["pick", "say"]
     assert found["tasks"]["pick"]["sample_len"] == 3
     assert "perplexity" not in found
-    app(words, standalone_mode=False)
+    app(words[:-2], standalone_mode=False)
     assert "acc_norm,none" in capsys.readouterr().out
+    assert bits == [8, None]
 
 
 def test_without_lm_eval_the_extra_is_named(folder, monkeypatch):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def refit(
     One layer after the other, each behind compressed ones and towards the dense model. `inputs`:
     queries, keys and values are what the dense model's are, before the basis is folded into their
     projections. `heads`, `output`: attention gives what it gives in the dense model. One pass of
-    each model, and one of attention alone, two with `inputs`. Memory is the hidden states of all
+    each model, and one more of attention. Memory is the hidden states of all
     tokens, up to six times.
     """
     low = fold(model, bases, ranks, anchor)
@@ -75,51 +75,49 @@ def refit_layer(
     a sequence; dense_at, low_at: slots and what `where` returns, as `Model.begin` gives them.
     """
     device = block.attn.o_proj.weight.device
-    dense = [_read(block, x, dense_at) for x in want]
+    names = ["q_proj"] * ("inputs" in parts) + ["o_proj"]
+    dense = [_read(block, names, x, dense_at, whole=True) for x in want]
     if "inputs" in parts:
         attn = deepcopy(block.attn)
         n = attn.q_proj.in_features
-        moments = _Moments(n, n, device)
+        sums = _Sums(n, n, device)
         for x, target in zip(have, dense, strict=True):
-            moments.add(_read(block, x, dense_at, whole=False).inputs, target.inputs)
+            sums.add(_read(block, ["q_proj"], x, dense_at)["q_proj"], target["q_proj"])
         for name in INPUTS:
-            moments.correct(getattr(attn, name), getattr(block.attn, name))
+            sums.correct(getattr(attn, name), getattr(block.attn, name))
         folded = fold_attention(config, attn, low_block.attn, basis)
         low_block.attn.load_state_dict(folded, assign=True)
     blocks = {"heads": block.attn.heads, "output": 1}
     if not blocks.keys().isdisjoint(parts):
         low_out, out = low_block.attn.o_proj, block.attn.o_proj
-        moments = _Moments(low_out.in_features, out.in_features, device)
+        sums = _Sums(low_out.in_features, out.in_features, device)
         for x, target in zip(have, dense, strict=True):
-            moments.add(_read(low_block, x, low_at, whole=False).heads, target.heads)
+            sums.add(_read(low_block, ["o_proj"], x, low_at)["o_proj"], target["o_proj"])
         for part, count in blocks.items():
             if part in parts:
-                moments.correct(low_out, out, count)
-    return [seen.y for seen in dense]
+                sums.correct(low_out, out, count)
+    return [seen["y"] for seen in dense]
 
 
 class _Enough(Exception):  # noqa: N818
-    """Attention is done, and nothing behind it is asked for."""
+    """What was asked for is seen, and nothing behind it is run."""
 
 
-class _Read(NamedTuple):
-    """What the projections of an attention read of a sequence, and what its block gives."""
+def _read(
+    block: Any, names: Sequence[str], x: Tensor, at: tuple, whole: bool = False
+) -> dict[str, Tensor]:
+    """What projections of attention read, (T, ...) by name, where the block reads x (1, T, width).
 
-    inputs: Tensor  # (T, width), of queries, keys and values
-    heads: Tensor  # (T, n), of the output
-    y: Any  # (1, T, width), where the whole block was run
-
-
-def _read(block: Any, x: Tensor, at: tuple, whole: bool = True) -> _Read:
-    """Run the block on x (1, T, width), as a whole or until its heads are known."""
+    names: in the order in which they run. whole: run what is behind the last of them too, and
+    tell what the block gives, as `y`.
+    """
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, args: tuple) -> None:
         seen[name] = args[0][0]
-        if name == "o_proj" and not whole:
+        if name == names[-1] and not whole:
             raise _Enough
 
-    names = "q_proj", "o_proj"
     hooks = [
         getattr(block.attn, name).register_forward_pre_hook(partial(keep, name)) for name in names
     ]
@@ -129,10 +127,10 @@ def _read(block: Any, x: Tensor, at: tuple, whole: bool = True) -> _Read:
     finally:  # an interruption must leave no hook on the dense model
         for hook in hooks:
             hook.remove()
-    return _Read(seen["q_proj"], seen["o_proj"], seen.get("y"))
+    return seen
 
 
-class _Moments:
+class _Sums:
     """Sums over what linear layers read behind compressed layers, x, and in the dense model, t.
 
     What they give of both is linear in these, and never made.
