@@ -21,7 +21,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def place(tmp_path_factory):
     """A folder with the MODEL, OUT and text.txt that the README speaks of."""
     here = tmp_path_factory.mktemp("readme")
-    tiny.save(here / "MODEL", max_position_embeddings=2048)
+    tiny.save(here / "MODEL", num_hidden_layers=1, max_position_embeddings=2048)
     (here / "text.txt").write_text(tiny.WORDS * 1000)
     settings = Settings(keep=0.6)
     compress_checkpoint(load(str(here / "MODEL")), here / "OUT", settings, samples=4, seq_len=32)

