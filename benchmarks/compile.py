@@ -1,6 +1,6 @@
 """How long the first compiled step of decoding takes, and another process's first.
 
-    python benchmarks/compile.py [--layers 24] [--pairs 1] [--pairs 8] [--way nested] [--way whole]
+    python benchmarks/compile.py [--layers 24] [--pairs 1] [--pairs 8]
 
 A small Llama of random weights, with so many distinct pairs of ranks among its layers: compiled
 as it is decoded, layers of equal shapes once (`nested`), and with every layer written out
@@ -71,19 +71,18 @@ def measure(layers: int, pairs: int, way: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure in processes of their own, or, with --here, in this one."""
+    """Measure in processes of their own, or, with --way, in this one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--pairs", type=int, action="append")
-    parser.add_argument("--way", choices=["nested", "whole"], action="append")
-    parser.add_argument("--here", action="store_true", help="one pair, one way, in this process")
+    parser.add_argument("--way", choices=["nested", "whole"], help="measure here and now")
     args = parser.parse_args()
-    if args.here:
-        print(json.dumps(measure(args.layers, args.pairs[0], args.way[0])))
+    if args.way:
+        print(json.dumps(measure(args.layers, args.pairs[0], args.way)))
         return
     for pairs in args.pairs or [1, 8]:
-        for way in args.way or ["nested", "whole"]:
-            words = ["--layers", args.layers, "--pairs", pairs, "--way", way, "--here"]
+        for way in ("nested", "whole"):
+            words = ["--layers", args.layers, "--pairs", pairs, "--way", way]
             with TemporaryDirectory() as folder:
                 for start in ("cold", "warm"):
                     done = subprocess.run(

@@ -80,19 +80,12 @@ def test_prompts_are_timed_with_and_without_a_matrix():
 
 @pytest.mark.slow
 def test_compiling_is_timed_cold_and_warm():
-    words = [
-        sys.executable,
-        FILES / "compile.py",
-        "--layers",
-        "1",
-        "--pairs",
-        "1",
-        "--way",
-        "nested",
-    ]
+    words = [sys.executable, FILES / "compile.py", "--layers", "1", "--pairs", "1"]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(row["way"], row["start"]) for row in found] == [("nested", "cold"), ("nested", "warm")]
+    assert [(row["way"], row["start"]) for row in found] == [
+        (way, start) for way in ("nested", "whole") for start in ("cold", "warm")
+    ]
     assert all(row["first_seconds"] >= row["compile_seconds"] > 0 for row in found)
 
 

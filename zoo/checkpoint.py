@@ -279,7 +279,7 @@ def _open_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read_gguf(path: Path, raw: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """transformers reads and dequantises GGUF. raw: what `read_config` made of it, in seconds."""
+    """transformers reads and dequantises GGUF. raw: its config, slow to parse again."""
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     hf = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, config=config
