@@ -240,7 +240,9 @@ def test_unfinished_work_is_neither_lost_nor_taken_for_another(tmp_path, text, m
     command = "compress", tmp_path / "model", out
 
     def stops(*_):
-        raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("what code in C makes of an interrupt")
 
     monkeypatch.setattr(stream.Stream, "_fold", stops)
     stopped = run(*command, *options(text, "--stream"))

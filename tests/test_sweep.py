@@ -1,4 +1,5 @@
 import json
+import signal
 
 import pytest
 import tiny
@@ -285,7 +286,9 @@ def test_a_half_written_row_is_cut_off_and_made_again(sweep, tmp_path):
 def test_an_interrupt_loses_the_cell_that_runs_and_no_other(sweep, monkeypatch, tmp_path):
     def stopped(model, tokens, settings, *rest):
         if settings.keep == 0.5:
-            raise KeyboardInterrupt
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            raise ValueError("what code in C makes of an interrupt")
         return compress(model, tokens, settings, *rest)
 
     axes = {"keep": [0.8, 0.5, 0.4]}

@@ -19,6 +19,7 @@ from .compress import Settings, compress, error_search, needs
 from .data import encode, python_docs, read_text
 from .evaluate import decode_speed, perplexity
 from .generate import Generator
+from .interrupt import interruptible
 from .model import Config, Model
 from .moments import Needs, Statistics
 from .provenance import device_name, digest, fingerprint, versions
@@ -222,10 +223,11 @@ class Sweep:
         start = time.perf_counter()
         alike = settings._replace(keep=1.0)  # cells that differ in keep alone search together
         try:
-            if settings.method == "eigen" and alike not in searches:
-                searches[alike] = error_search(self.model, source.tokens, settings, gathered)
-            search = searches.get(alike)
-            result = compress(self.model, source.tokens, settings, gathered, search)
+            with interruptible():  # an interrupted cell is not a refused one
+                if settings.method == "eigen" and alike not in searches:
+                    searches[alike] = error_search(self.model, source.tokens, settings, gathered)
+                search = searches.get(alike)
+                result = compress(self.model, source.tokens, settings, gathered, search)
         except ValueError as error:
             return {"refused": str(error)}
         seconds = source.seconds | {"compress": time.perf_counter() - start}

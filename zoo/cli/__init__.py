@@ -2,6 +2,7 @@
 
 import typer
 
+from ..interrupt import interruptible
 from . import (
     bench,
     card,
@@ -45,9 +46,12 @@ def root() -> None:
 
 
 def main() -> None:
-    """Run the command line. Bad input ends in one line and exit code 2."""
+    """Run the command line. Bad input ends in one line and exit code 2, Ctrl-C in 130."""
     try:
-        app()
+        with interruptible():
+            app()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None

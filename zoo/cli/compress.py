@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..interrupt import interruptible
 from .options import (
     AnchorBlock,
     AsJson,
@@ -156,10 +157,11 @@ def compress(
     say_keys(settings)
     texts = calibration, samples, seq_len, text, seed, force
     try:
-        if stream:
-            record = stream_checkpoint(original, files, out, settings, *texts, resume)
-        else:
-            record = compress_checkpoint(original, out, settings, *texts, shard_size, plain)
+        with interruptible():
+            if stream:
+                record = stream_checkpoint(original, files, out, settings, *texts, resume)
+            else:
+                record = compress_checkpoint(original, out, settings, *texts, shard_size, plain)
     except KeyboardInterrupt:
         left = partial_folder(out)
         say(
