@@ -1,8 +1,13 @@
+import os
+import signal
+from dataclasses import dataclass
+
 import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.bench import bench
+from eigenzoo.zoo import report
+from eigenzoo.zoo.bench import _serve, bench
 from eigenzoo.zoo.checkpoint import native_config
 from eigenzoo.zoo.compress import Settings
 from eigenzoo.zoo.contestants import Cell, Native, Transformers, weight_bytes
@@ -34,6 +39,25 @@ def native(name, layers=None, context=0):
 
 def cell(context=64, batch=2, slots=64):
     return Cell(context, batch, slots, 3, torch.float32, CPU, compile=False)
+
+
+@dataclass
+class Killed:
+    """A contestant whose process is killed in a round, as for its memory."""
+
+    last: int
+    name: str = "killed"
+    weight_bytes: int = 1
+    kv_bytes: int = 1
+
+    def start(self, cell):
+        return self
+
+    def round(self):
+        if self.last == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.last -= 1
+        return [1.0]
 
 
 def same(model):
@@ -118,7 +142,7 @@ def test_contestants_take_turns_in_their_own_processes_and_a_broken_one_says_so(
     low = uniform(config, settings.fit(config))
     models = [Native("dense", config, same), Native("low", low, same), Native("gone", "/no", same)]
     dense, small, gone = bench(models, cell(), rounds=2)
-    assert "failed" in gone
+    assert "/no does not exist" in gone["failed"]
     assert "/no does not exist" in capfd.readouterr().err
     assert dense["speedup"] == dense["bound"] == 1
     assert small["speedup"] == pytest.approx(dense["seconds_per_step"] / small["seconds_per_step"])
@@ -128,3 +152,32 @@ def test_contestants_take_turns_in_their_own_processes_and_a_broken_one_says_so(
     assert small["floor_seconds"] == pytest.approx(read / small["bandwidth"])
     assert small["kv_read_share"] == small["kv_bytes_read"] / read
     assert small["peak_memory"] > 2**26
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_contestant_that_is_killed_is_a_row_and_no_more(last):
+    killed, other = bench([Killed(last), Killed(9)], cell())
+    assert killed["failed"] == f"stopped with exit code -{signal.SIGKILL}"
+    assert other["tokens_per_second"] == 2
+
+
+def test_a_table_says_in_one_line_why_one_has_failed(capsys):
+    row = {"model": "gone", "context": 64, "batch": 2, "slots": 64, "failed": "OSError: no\nwhy"}
+    report.bench([row])
+    lines = capsys.readouterr().out.splitlines()
+    assert "gone failed: OSError: no" in lines
+    assert not any("why" in line for line in lines)
+
+
+def test_ctrl_c_in_a_terminal_ends_contestants_without_a_word():
+    class Building:
+        def start(self, cell):  # compilers are told as well, and fail
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            raise ValueError("c++ cannot build it")
+
+    class Pipe:
+        def send(self, answer):
+            pytest.fail(f"nobody listens to {answer}")
+
+    assert _serve(Pipe(), Building(), cell()) is None

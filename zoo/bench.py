@@ -1,10 +1,9 @@
 """Decode speed and memory of several systems side by side, beside what memory allows."""
 
 import multiprocessing
-import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from statistics import median
@@ -14,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from .contestants import Cell, Contestant
+from .interrupt import interruptible
 from .memory import peak, reset_peak
 
 Row = dict[str, Any]
@@ -89,18 +89,22 @@ class _Worker:
     def round(self) -> None:
         """Have a round of steps taken, unless the process is gone."""
         if self.failed is None:
-            self.pipe.send("go on")
+            with suppress(ConnectionError):  # what is gone is found by asking
+                self.pipe.send("go on")
             if answer := self._ask():
                 times, self.memory = answer
                 self.times += times
 
     def _ask(self) -> Any:
         try:
-            return self.pipe.recv()
-        except EOFError:
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionError):  # killed: for its memory, mostly
             self.process.join()
-            self.failed = f"stopped with exit code {self.process.exitcode}"
+            answer = f"stopped with exit code {self.process.exitcode}"
+        if isinstance(answer, str):
+            self.failed = answer
             return None
+        return answer
 
     def row(self, bandwidth: float) -> Row:
         """What was found, with the floor that the bandwidth sets."""
@@ -133,14 +137,20 @@ class _Worker:
 
 def _serve(pipe: Connection, contestant: Contestant, cell: Cell) -> None:
     """The loop of a contestant's process; the end of the pipe ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it says when to stop
-    start = time.perf_counter()
-    run = contestant.start(cell)
-    run.round()
-    pipe.send(Figures(run.weight_bytes, run.kv_bytes, time.perf_counter() - start))
-    reset_peak(cell.device)
-    for _ in _orders(pipe):
-        pipe.send((run.round(), peak(cell.device)))
+    try:
+        with interruptible():
+            start = time.perf_counter()
+            run = contestant.start(cell)
+            run.round()
+            pipe.send(Figures(run.weight_bytes, run.kv_bytes, time.perf_counter() - start))
+            reset_peak(cell.device)
+            for _ in _orders(pipe):
+                pipe.send((run.round(), peak(cell.device)))
+    except KeyboardInterrupt:  # a terminal tells all processes
+        return
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        raise
 
 
 def _orders(pipe: Connection) -> Iterator[Any]:

@@ -56,10 +56,11 @@ def bench(rows: Sequence[Mapping[str, Any]]) -> None:
     heads = "model", "tok/s", "ms/step", "floor", "KV read", "speed", "bound", "peak MiB"
     places = dict.fromkeys((x["context"], x["batch"], x["slots"]) for x in rows)
     for context, batch, slots in places:
-        table = Table(*heads, title=f"context {context}, batch {batch}, {slots} slots")
+        table, reasons = Table(*heads, title=f"context {context}, batch {batch}, {slots} slots"), []
         for x in (x for x in rows if (x["context"], x["batch"]) == (context, batch)):
             if "failed" in x:
-                table.add_row(x["model"], x["failed"])
+                table.add_row(x["model"], "failed")
+                reasons.append(f"{x['model']} failed: {x['failed'].splitlines()[0]}")
                 continue
             table.add_row(
                 x["model"],
@@ -72,6 +73,8 @@ def bench(rows: Sequence[Mapping[str, Any]]) -> None:
                 f"{x['peak_memory'] / 2**20:.0f}",
             )
         Console().print(table)
+        for reason in reasons:
+            print(reason)
     print(
         "speed: over the first model, in turns. bound: the most that its smaller cache can give.\n"
         "KV read: share of the cache in all bytes that a step reads. floor: milliseconds for\n"
