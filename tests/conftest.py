@@ -42,6 +42,18 @@ def dense(dense_folder):
 
 
 @pytest.fixture
+def ctrl_c():
+    """Ctrl-C while code in C runs, which makes another error of it."""
+
+    def press(*_):
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("what code in C makes of an interrupt")
+
+    return press
+
+
+@pytest.fixture
 def backend(request, monkeypatch):
     """What compiles graphs. `aot_eager` builds no C++: the same graphs and guards, in seconds."""
     torch._dynamo.reset()

@@ -234,17 +234,12 @@ def test_a_layer_is_in_memory_only_while_it_is_used(tmp_path):
     assert all(p.is_meta for p in model.layers.parameters())
 
 
-def test_unfinished_work_is_neither_lost_nor_taken_for_another(tmp_path, text, monkeypatch):
+def test_unfinished_work_is_neither_lost_nor_taken_for_another(tmp_path, text, monkeypatch, ctrl_c):
     tiny.save(tmp_path / "model")
     out = tmp_path / "out"
     command = "compress", tmp_path / "model", out
 
-    def stops(*_):
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        raise ValueError("what code in C makes of an interrupt")
-
-    monkeypatch.setattr(stream.Stream, "_fold", stops)
+    monkeypatch.setattr(stream.Stream, "_fold", ctrl_c)
     stopped = run(*command, *options(text, "--stream"))
     assert stopped.exit_code != 0
     assert f"--resume goes on from {out}.partial" in stopped.output
