@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, QuantizedCache
 from transformers.utils import is_optimum_quanto_available
 
-from eigenzoo.zoo.allocate import kv_bytes
-from eigenzoo.zoo.checkpoint import Checkpoint, load
-from eigenzoo.zoo.compress import Settings, compress, gather
-from eigenzoo.zoo.data import calibration_tokens, encode, read_text
-from eigenzoo.zoo.evaluate import mean_perplexity, perplexity
+from eigenzoo.zoo.compression.allocate import kv_bytes
+from eigenzoo.zoo.compression.compress import Settings, compress, gather
+from eigenzoo.zoo.inference.checkpoint import Checkpoint, load
+from eigenzoo.zoo.inference.data import calibration_tokens, encode, read_text
+from eigenzoo.zoo.measure.evaluate import mean_perplexity, perplexity
 
 WINDOW, PART, GROUP = 2048, 32, 64
 CACHES = {  # shares of the bytes by name and bits

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from eigenzoo.zoo.checkpoint import load
-from eigenzoo.zoo.compress import Settings, gather
-from eigenzoo.zoo.data import encode, python_docs
-from eigenzoo.zoo.model import Model
+from eigenzoo.zoo.compression.compress import Settings, gather
+from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo.inference.data import encode, python_docs
+from eigenzoo.zoo.models.model import Model
 
 
 def passes(model: Model, tokens: torch.Tensor) -> None:

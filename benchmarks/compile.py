@@ -21,10 +21,10 @@ from tempfile import TemporaryDirectory
 import torch
 
 from eigenzoo.kernels.install import install
-from eigenzoo.zoo.generate import Generator, _step, compile_seconds
-from eigenzoo.zoo.llama import LlamaConfig
-from eigenzoo.zoo.model import Model
-from eigenzoo.zoo.shapes import random_model
+from eigenzoo.zoo.inference.generate import Generator, _step, compile_seconds
+from eigenzoo.zoo.measure.shapes import random_model
+from eigenzoo.zoo.models.llama import LlamaConfig
+from eigenzoo.zoo.models.model import Model
 
 STEPS = 64
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from eigenzoo.kernels import ops
 from eigenzoo.kernels.install import register
-from eigenzoo.zoo.cache import Buffer, Packed, pack
+from eigenzoo.zoo.models.cache import Buffer, Packed, pack
 
 D = 128
 SHAPES = {  # query heads, kv heads

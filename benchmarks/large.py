@@ -21,13 +21,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from eigenzoo.hub_export import stream as hub
-from eigenzoo.zoo.checkpoint import open_layers
-from eigenzoo.zoo.compress import Settings
-from eigenzoo.zoo.data import python_docs
-from eigenzoo.zoo.memory import peak, reset_peak
-from eigenzoo.zoo.provenance import device_name, versions
-from eigenzoo.zoo.shapes import SHAPES, shaped
-from eigenzoo.zoo.stream import Stream
+from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.compression.stream import Stream
+from eigenzoo.zoo.inference.checkpoint import open_layers
+from eigenzoo.zoo.inference.data import python_docs
+from eigenzoo.zoo.measure.shapes import SHAPES, shaped
+from eigenzoo.zoo.utils.memory import peak, reset_peak
+from eigenzoo.zoo.utils.provenance import device_name, versions
 
 CPU = torch.device("cpu")
 

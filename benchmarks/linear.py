@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eigenzoo.kernels import cpu, ops
-from eigenzoo.zoo.bench import read_bandwidth
-from eigenzoo.zoo.linear import linear_decode
+from eigenzoo.zoo.measure.bench import read_bandwidth
+from eigenzoo.zoo.models.linear import linear_decode
 
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192))  # (out, in)
 AUTOTUNE = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}

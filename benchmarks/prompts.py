@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from eigenzoo.zoo.attention import Causal, Mask, alibi_slopes, causal_mask, latent_attention
+from eigenzoo.zoo.models.attention import Causal, Mask, alibi_slopes, causal_mask, latent_attention
 
 WIDTHS = ((80, 80), (64, 96))
 

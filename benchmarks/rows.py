@@ -12,16 +12,16 @@ import json
 from pathlib import Path
 
 from eigenzoo.kernels.install import install
-from eigenzoo.zoo.allocate import Ranks
-from eigenzoo.zoo.checkpoint import load
-from eigenzoo.zoo.compress import Settings
-from eigenzoo.zoo.evaluate import decode_speed
-from eigenzoo.zoo.fold import low_config
-from eigenzoo.zoo.generate import Generator
-from eigenzoo.zoo.model import Config
-from eigenzoo.zoo.rows import Row, read_rows
-from eigenzoo.zoo.shapes import random_model
-from eigenzoo.zoo.summary import label
+from eigenzoo.zoo.compression.allocate import Ranks
+from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.compression.fold import low_config
+from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo.inference.generate import Generator
+from eigenzoo.zoo.measure.evaluate import decode_speed
+from eigenzoo.zoo.measure.shapes import random_model
+from eigenzoo.zoo.measure.summary import label
+from eigenzoo.zoo.models.model import Config
+from eigenzoo.zoo.utils.jsonl import Row, read_rows
 
 
 def shape(config: Config, row: Row) -> Config:

@@ -11,8 +11,8 @@ import torch
 from transformers import TextStreamer
 
 from eigenzoo.kernels.install import install
-from eigenzoo.zoo.checkpoint import load, stop_tokens
-from eigenzoo.zoo.generate import Generator, fastest_dtype
+from eigenzoo.zoo.inference.checkpoint import load, stop_tokens
+from eigenzoo.zoo.inference.generate import Generator, fastest_dtype
 
 
 def main() -> None:

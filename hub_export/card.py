@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..zoo.allocate import kv_bytes
-from ..zoo.basis import METHODS
-from ..zoo.checkpoint import MODEL_TYPE, native_config, read_config
-from ..zoo.model import Config
+from ..zoo.compression.allocate import kv_bytes
+from ..zoo.compression.basis import METHODS
+from ..zoo.inference.checkpoint import MODEL_TYPE, native_config, read_config
+from ..zoo.models.model import Config
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 FIGURES = "figures"  # folder of plots, in the checkpoint

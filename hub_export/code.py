@@ -6,7 +6,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
-from ..zoo import attention, cache, families, linear, llama, model, mpt, opt, qwen2, rope
+from ..zoo.models import attention, cache, families, linear, llama, model, mpt, opt, qwen2, rope
 from .remote import configuration_eigen, modeling_eigen
 
 NATIVE = (attention, cache, families, linear, llama, model, mpt, opt, qwen2, rope)
@@ -17,7 +17,7 @@ RELEASES = Path(__file__).with_name("releases.json")  # hashes by version: see C
 def files() -> dict[str, str]:
     """Their text by name. A Hub folder is flat: what comes from the zoo lies beside it there."""
     paths = [Path(inspect.getfile(module)) for module in TRAVELS]
-    return {path.name: path.read_text().replace("from ...zoo.", "from .") for path in paths}
+    return {path.name: path.read_text().replace("from ...zoo.models.", "from .") for path in paths}
 
 
 def hashes() -> dict[str, str]:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..zoo.allocate import kv_bytes
-from ..zoo.basis import METHODS
-from ..zoo.checkpoint import Checkpoint
-from ..zoo.compress import Settings, compress
-from ..zoo.data import calibration_tokens, encode, hold_out, read_text
-from ..zoo.evaluate import Perplexity, perplexity
-from ..zoo.model import Config, Model
+from ..zoo.compression.allocate import kv_bytes
+from ..zoo.compression.basis import METHODS
+from ..zoo.compression.compress import Settings, compress
+from ..zoo.inference.checkpoint import Checkpoint
+from ..zoo.inference.data import calibration_tokens, encode, hold_out, read_text
+from ..zoo.measure.evaluate import Perplexity, perplexity
+from ..zoo.models.model import Config, Model
 from .export import export
 from .plain import check_plain, export_plain
 

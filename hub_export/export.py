@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from ..zoo.checkpoint import FORMAT, Checkpoint
-from ..zoo.model import Model
+from ..zoo.inference.checkpoint import FORMAT, Checkpoint
+from ..zoo.models.model import Model
 from . import card, code
 from .remote.configuration_eigen import EigenConfig
 

@@ -14,8 +14,8 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from ..zoo.checkpoint import native_config, read_config
-from ..zoo.hub import FAILURES, reason, split
+from ..zoo.inference.checkpoint import native_config, read_config
+from ..zoo.inference.hub import FAILURES, reason, split
 from .export import check_free, put
 
 STALE = ["*.safetensors", "*.safetensors.index.json", "*.py"]  # go when the folder has none such

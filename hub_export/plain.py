@@ -12,9 +12,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from ..zoo.checkpoint import Checkpoint
-from ..zoo.model import Config, Model
-from ..zoo.mpt import NAMES, MPTConfig
+from ..zoo.inference.checkpoint import Checkpoint
+from ..zoo.models.model import Config, Model
+from ..zoo.models.mpt import NAMES, MPTConfig
 from .export import new_folder
 
 FOUNDRY = {ours: theirs for theirs, ours in NAMES.items()}

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from ..zoo.checkpoint import MODEL_TYPE, Checkpoint
-from ..zoo.data import calibration_tokens, hold_out
-from ..zoo.model import Model
-from ..zoo.refine import RefineSettings, check_pair, refine
+from ..zoo.compression.refine import RefineSettings, check_pair, refine
+from ..zoo.inference.checkpoint import MODEL_TYPE, Checkpoint
+from ..zoo.inference.data import calibration_tokens, hold_out
+from ..zoo.models.model import Model
 from .compress import calibrated_on, evaluation
 from .export import export
 

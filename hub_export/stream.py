@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..zoo.checkpoint import Checkpoint, LayerFiles
-from ..zoo.compress import Settings
-from ..zoo.resume import fingerprint
-from ..zoo.stream import Stream, check_stream
+from ..zoo.compression.compress import Settings
+from ..zoo.compression.stream import Stream, check_stream
+from ..zoo.inference.checkpoint import Checkpoint, LayerFiles
+from ..zoo.utils.resume import fingerprint
 from .compress import about, measured, texts, windows
 from .export import check_free, put, weights_of, write_about
 

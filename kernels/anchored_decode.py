@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..zoo.attention import absorb
-from ..zoo.rope import rotate
+from ..zoo.models.attention import absorb
+from ..zoo.models.rope import rotate
 from . import split
 from .split import attend, cached, extent, load, nothing, scaled, scores, store
 

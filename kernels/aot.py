@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..zoo.cache import SCALE
+from ..zoo.models.cache import SCALE
 from . import anchored_decode, latent_decode, rotary_decode, split
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"

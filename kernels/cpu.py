@@ -1,6 +1,6 @@
 """The decode ops for CPUs: cpu.cpp, built once on the machine that runs it, and kept.
 
-Without a C++ compiler, which torch.compile wants as well, zoo/attention.py does their work.
+Without a C++ compiler, which torch.compile wants as well, zoo/models/attention.py does their work.
 """
 
 import functools

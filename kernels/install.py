@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..zoo import attention
-from ..zoo.linear import linear_decode
+from ..zoo.models import attention
+from ..zoo.models.linear import linear_decode
 from . import cpu, ops
 
 FUSED = {  # what defines an op, and the op

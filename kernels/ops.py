@@ -7,7 +7,7 @@ shapes of what they return, and needs torch only; `install.py` says what runs on
 import torch
 from torch import Tensor
 
-from ..zoo.cache import Buffer
+from ..zoo.models.cache import Buffer
 
 SCHEMAS = {
     "latent_decode": (

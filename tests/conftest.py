@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from eigenzoo.zoo import cli
-from eigenzoo.zoo.checkpoint import load
+from eigenzoo.zoo.inference.checkpoint import load
 
 # what a shell starts in the background ignores Ctrl-C, and so would the processes of tests
 signal.signal(signal.SIGINT, signal.default_int_handler)

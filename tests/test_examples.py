@@ -12,8 +12,8 @@ import torch
 
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
-from eigenzoo.zoo.checkpoint import load
-from eigenzoo.zoo.compress import Settings
+from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.inference.checkpoint import load
 
 peft = pytest.importorskip("peft")
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from eigenzoo.hub_export.compress import compress_checkpoint
-from eigenzoo.zoo.checkpoint import load
-from eigenzoo.zoo.compress import Settings
+from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.inference.checkpoint import load
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eigenzoo.zoo.allocate import kv_bytes
-from eigenzoo.zoo.checkpoint import load
 from eigenzoo.zoo.cli.demo import demo_model
-from eigenzoo.zoo.compress import Settings, compress, gather
-from eigenzoo.zoo.data import calibration_tokens, encode, python_docs
-from eigenzoo.zoo.evaluate import perplexity
+from eigenzoo.zoo.compression.allocate import kv_bytes
+from eigenzoo.zoo.compression.compress import Settings, compress, gather
+from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo.inference.data import calibration_tokens, encode, python_docs
+from eigenzoo.zoo.measure.evaluate import perplexity
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2-valid.txt"
 pytestmark = [

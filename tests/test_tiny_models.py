@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eigenzoo.zoo.basis import METHODS
-from eigenzoo.zoo.checkpoint import load
-from eigenzoo.zoo.compress import Settings, compress
-from eigenzoo.zoo.data import encode, read_text
-from eigenzoo.zoo.evaluate import perplexity
-from eigenzoo.zoo.refine import RefineSettings, refine
+from eigenzoo.zoo.compression.basis import METHODS
+from eigenzoo.zoo.compression.compress import Settings, compress
+from eigenzoo.zoo.compression.refine import RefineSettings, refine
+from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo.inference.data import encode, read_text
+from eigenzoo.zoo.measure.evaluate import perplexity
 
 SHARED = Path(__file__).parents[2] / "shared"
 WORDS = SHARED / "data" / "wikitext-2-valid.txt"

@@ -16,9 +16,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from ...zoo.cache import SCALE, Buffer, Latent, Packed, pack
-from ...zoo.families import FAMILIES
-from ...zoo.model import Config, Model
+from ...zoo.models.cache import SCALE, Buffer, Latent, Packed, pack
+from ...zoo.models.families import FAMILIES
+from ...zoo.models.model import Config, Model
 from .configuration_eigen import EigenConfig
 
 try:

@@ -2,7 +2,7 @@
 
 import typer
 
-from ..interrupt import interruptible
+from ..utils.interrupt import interruptible
 from . import (
     bench,
     card,

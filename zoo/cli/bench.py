@@ -102,15 +102,15 @@ def bench(
     """
     import torch
 
-    from .. import report
-    from ..bench import bench as measure
-    from ..cache import check_bits
-    from ..checkpoint import inspect, locate, native_config, read_config
-    from ..compress import Settings
-    from ..contestants import Cell, Contestant, Native, Transformers
-    from ..provenance import device_name, versions
-    from ..rows import append
-    from ..shapes import shaped, uniform
+    from ..compression.compress import Settings
+    from ..inference.checkpoint import inspect, locate, native_config, read_config
+    from ..measure import tables as report
+    from ..measure.bench import bench as measure
+    from ..measure.contestants import Cell, Contestant, Native, Transformers
+    from ..measure.shapes import shaped, uniform
+    from ..models.cache import check_bits
+    from ..utils.jsonl import append
+    from ..utils.provenance import device_name, versions
 
     contexts, batches, sources = context or [2048], batch or [1], sources or []
     if min(contexts) < steps + 2 or min(*contexts, *batches, buffer, steps, rounds) < 1:
@@ -174,7 +174,7 @@ def bench(
     ]
     if out is not None:
         try:
-            from ..plots import decoding
+            from ..measure.plots import decoding
         except ModuleNotFoundError:
             raise ValueError("plots need matplotlib: pip install 'eigenzoo[plot]'") from None
         out.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..interrupt import interruptible
+from ..utils.interrupt import interruptible
 from .options import (
     AnchorBlock,
     AsJson,
@@ -113,11 +113,11 @@ def compress(
     from ...hub_export.compress import compress_checkpoint
     from ...hub_export.export import check_free
     from ...hub_export.stream import check_partial, partial_folder, stream_checkpoint
-    from .. import report
-    from ..checkpoint import open_layers, weight_bytes
-    from ..compress import Settings
-    from ..data import read_text
-    from ..memory import available
+    from ..compression.compress import Settings
+    from ..inference.checkpoint import open_layers, weight_bytes
+    from ..inference.data import read_text
+    from ..measure import tables as report
+    from ..utils.memory import available
 
     settings = Settings(
         method,

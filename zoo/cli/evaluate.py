@@ -71,13 +71,14 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity of SOURCE, dense or compressed, on a text, and what perplexity alone hides."""
-    from .. import probe, report
-    from ..allocate import kv_bytes
-    from ..cache import check_bits
-    from ..checkpoint import stop_tokens
-    from ..data import encode, python_docs, read_text
-    from ..evaluate import mean_perplexity, token_losses
-    from ..provenance import device_name, versions
+    from ..compression.allocate import kv_bytes
+    from ..inference.checkpoint import stop_tokens
+    from ..inference.data import encode, python_docs, read_text
+    from ..measure import probe
+    from ..measure import tables as report
+    from ..measure.evaluate import mean_perplexity, token_losses
+    from ..models.cache import check_bits
+    from ..utils.provenance import device_name, versions
 
     if (length and not retrieval) or ((limit or include_path) and not tasks):
         raise ValueError("--length goes with --retrieval, --limit and --include-path with --tasks")
@@ -86,7 +87,7 @@ def evaluate(
     if tasks:  # fails before the model is read
         if find_spec("lm_eval") is None:
             raise ValueError("--tasks needs the package lm-eval: pip install 'eigenzoo[eval]'")
-        from ..tasks import load_tasks, run_tasks
+        from ..measure.lm_eval_tasks import load_tasks, run_tasks
 
         names = [name.strip() for name in tasks.split(",")]
         chosen = load_tasks(names, include_path, trust_remote_code)

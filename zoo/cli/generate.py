@@ -55,12 +55,12 @@ def generate(
     """Answer or continue prompts with SOURCE, dense or compressed, over a static cache."""
     from transformers import TextStreamer
 
-    from ..allocate import kv_bytes
-    from ..cache import check_bits
-    from ..checkpoint import stop_tokens
-    from ..data import encode_prompt
-    from ..generate import Generator, Sampling, answer
-    from ..memory import peak, reset_peak
+    from ..compression.allocate import kv_bytes
+    from ..inference.checkpoint import stop_tokens
+    from ..inference.data import encode_prompt
+    from ..inference.generate import Generator, Sampling, answer
+    from ..models.cache import check_bits
+    from ..utils.memory import peak, reset_peak
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()

@@ -7,9 +7,9 @@ from .options import AsJson, Revision, Source
 
 def inspect(source: Source, as_json: AsJson = False, revision: Revision = None) -> None:
     """What is in a checkpoint: ranks of every layer, bytes, where it comes from, whose code."""
-    from .. import report
-    from ..checkpoint import inspect as look
-    from ..checkpoint import locate
+    from ..inference.checkpoint import inspect as look
+    from ..inference.checkpoint import locate
+    from ..measure import tables as report
 
     found = look(source, revision)
     if found["format_version"] is not None:

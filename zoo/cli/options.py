@@ -110,7 +110,7 @@ def load(
     """The checkpoint, with no progress bar where nobody watches."""
     from transformers.utils import logging
 
-    from .. import checkpoint
+    from ..inference import checkpoint
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -133,7 +133,7 @@ def torch_dtype(name: str) -> Any:
 
 def decoding_dtype(name: str, device: str) -> str:
     """The name of a dtype; auto becomes what the device decodes fastest in."""
-    from ..generate import fastest_dtype
+    from ..inference.generate import fastest_dtype
 
     fastest = fastest_dtype(torch_device(device)) if name == "auto" else None
     return name if fastest is None else str(fastest).removeprefix("torch.")
@@ -175,7 +175,7 @@ def preparation(weights: str, ops: str, compile: bool) -> Callable[[Any], Any]:
 
 
 def _prepare(model: Any, weights: str, ops: str, compile: bool) -> Any:
-    from ..int8 import quantize
+    from ..inference.int8 import quantize
 
     return fuse(quantize(model) if weights == "int8" else model, ops, compile)
 
@@ -210,7 +210,7 @@ def parse_refit(text: str) -> tuple[str, ...] | None:
 
 def parse_bits(text: str) -> tuple[int, ...]:
     """Bits that numbers may have, from what the user wrote."""
-    from ..cache import BITS
+    from ..models.cache import BITS
 
     if text == "auto":
         return BITS

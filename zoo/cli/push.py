@@ -38,8 +38,8 @@ def push(
     command; of what has not changed nothing is sent.
     """
     from ...hub_export import hub
-    from .. import report
-    from ..hub import split
+    from ..inference.hub import split
+    from ..measure import tables as report
 
     split(repo_id)
     if dry_run:

@@ -18,13 +18,13 @@ def report(
 ) -> None:
     """Turn the rows of sweeps into a table and plots."""
     from ...hub_export.export import check_free, new_folder
-    from .. import report as terminal
-    from ..rows import read_rows
-    from ..summary import as_json as table
-    from ..summary import markdown, sections
+    from ..measure import tables as terminal
+    from ..measure.summary import as_json as table
+    from ..measure.summary import markdown, sections
+    from ..utils.jsonl import read_rows
 
     try:
-        from ..plots import figures
+        from ..measure.plots import figures
     except ModuleNotFoundError:
         raise ValueError("plots need matplotlib: pip install 'eigenzoo[plot]'") from None
     check_free(out, force)

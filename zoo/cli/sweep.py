@@ -117,12 +117,12 @@ def sweep(
     """
     from tqdm import tqdm
 
-    from .. import report
-    from ..data import read_text
-    from ..rows import read_rows
-    from ..statistics import Calibration
-    from ..summary import line, sections
-    from ..sweep import Evaluation, Sweep, grid
+    from ..inference.data import read_text
+    from ..measure import tables as report
+    from ..measure.calibrator import Calibration
+    from ..measure.summary import line, sections
+    from ..measure.sweep import Evaluation, Sweep, grid
+    from ..utils.jsonl import read_rows
 
     if out.exists() and not force:
         read_rows(out)  # a file of something else is found before the model is loaded

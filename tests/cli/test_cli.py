@@ -1,0 +1,402 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from eigenzoo.zoo.compression.basis import METHODS
+
+COMMAND = [sys.executable, "-c", "from eigenzoo.zoo.cli import main; main()"]
+QUICK = ["--samples", "8", "--seq-len", "64"]
+
+
+@pytest.fixture(scope="module")
+def low(dense_folder, tmp_path_factory):
+    """A folder that the command line has written."""
+    out = tmp_path_factory.mktemp("cli") / "low"
+    words = ["compress", dense_folder, out, "--keep", "0.5", "--heads-per-latent", "all,2", *QUICK]
+    subprocess.run([*COMMAND, *map(str, words)], check=True, capture_output=True)
+    return out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "compress",
+        "refine",
+        "evaluate",
+        "generate",
+        "inspect",
+        "bench",
+        "demo",
+        "sweep",
+        "report",
+    ],
+)
+def test_help_is_there(run, command):
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "kv-heads"])
+def test_compress_prints_one_json_object(run, dense_folder, tmp_path, method):
+    out = tmp_path / "low"
+    code, text, _ = run("compress", dense_folder, out, "--method", method, "--json", *QUICK)
+    found = json.loads(text)
+    assert code == 0
+    assert found["share"] <= 0.6
+    assert found["evaluation"]["compressed"] > 1
+    assert (out / "config.json").exists()
+
+
+def test_compress_refits_what_it_is_told(run, dense_folder, tmp_path):
+    for asked, want in {
+        "inputs,output": ["inputs", "output"],
+        "none": [],
+        "auto": ["output"],
+    }.items():
+        out = tmp_path / asked
+        code, text, _ = run("compress", dense_folder, out, "--refit", asked, "--json", *QUICK)
+        assert (code, json.loads(text)["refit"]) == (0, want)
+        said = (
+            "Refitted to them after the solve: inputs, output." in (out / "README.md").read_text()
+        )
+        assert said == (len(want) == 2)
+
+
+def test_bits_go_from_compress_to_inspect_and_generate(run, dense_folder, tmp_path):
+    out = tmp_path / "low"
+    asked = ["--kv-bits", 8, "--keep", 0.5, "--heads-per-latent", "all"]
+    code, text, _ = run("compress", dense_folder, out, *asked, "--json", *QUICK)
+    assert (code, json.loads(text)["kv_bits"]) == (0, [8])
+    assert 0.4 < json.loads(text)["share"] <= 0.5  # of bytes: more numbers than 16 bits would leave
+    found = json.loads(run("inspect", out, "--json")[1])
+    assert found["k_bits"] == found["v_bits"] == [8] * found["num_hidden_layers"]
+    words = ["generate", out, "-p", "the cat", "--no-compile", "--max-new-tokens", 3, "--json"]
+    eight, four = (json.loads(run(*words, *more)[1]) for more in ([], ["--kv-bits", 4]))
+    for row in (eight, four):
+        assert row["cache_bytes"] == row["cache_slots"] * row["kv_bytes_per_token"]
+    assert eight["kv_bytes_per_token"] == found["kv_bytes_per_token"] > four["kv_bytes_per_token"]
+
+
+def test_unknown_bits_are_refused_before_the_long_work(run, dense_folder, tmp_path):
+    words = ["compress", dense_folder, tmp_path / "low", "--kv-bits", 5]
+    generate = ["generate", dense_folder, "-p", "a", "--kv-bits", 5]
+    for asked in (words, generate, ["evaluate", dense_folder, "--kv-bits", 5]):
+        code, _, said = run(*asked)
+        assert code != 0
+        assert "bits is 5: expected one of 16, 8, 4" in said
+    for more, named in (
+        (["--kv-bits", "few"], "kv bits is 'few': expected auto, 16, 8 or 4"),
+        (["--kv-bits", "auto", "--method", "eigen"], "those have a rule of their own"),
+    ):
+        code, _, said = run("compress", dense_folder, tmp_path / "low", *more)
+        assert (code, named in said) == (2, True)
+    code, _, said = run("evaluate", dense_folder, "--kv-bits", 0)
+    assert (code, "bits is 0" in said) == (2, True)
+
+
+def test_compress_calibrates_on_a_file_and_measures_on_another(run, dense_folder, tmp_path):
+    (tmp_path / "a.txt").write_text(tiny.WORDS * 30)
+    (tmp_path / "b.txt").write_text(tiny.WORDS[::-1] * 10)
+    words = ["--calibration", tmp_path / "a.txt", "--text", tmp_path / "b.txt", *QUICK]
+    code, text, _ = run("compress", dense_folder, tmp_path / "low", "--json", *words)
+    found = json.loads(text)
+    assert code == 0
+    assert found["calibration"]["source"] == "a.txt"
+    assert found["calibration"]["sequences"] == 8
+    assert found["evaluation"]["text"] == "b.txt"
+
+
+def test_without_data_only_what_is_measured_on_is_read(run, dense_folder, tmp_path):
+    (tmp_path / "short.txt").write_text("the cat")
+    (tmp_path / "b.txt").write_text(tiny.WORDS[::-1] * 10)
+    words = ["--method", "lorc", "--calibration", tmp_path / "short.txt", *QUICK]
+    low = tmp_path / "low"
+    code, text, _ = run(
+        "compress", dense_folder, low, "--json", *words, "--text", tmp_path / "b.txt"
+    )
+    found = json.loads(text)
+    assert code == 0
+    assert found["calibration"] is None
+    assert "from the weights alone" in (low / "README.md").read_text()
+    words = ["--method", "lorc", "--samples", "24", "--seq-len", "32", "--json", "--force"]
+    found = json.loads(run("compress", dense_folder, low, *words)[1])
+    assert found["evaluation"]["tokens"] == 3 * 31
+
+
+def test_compress_writes_a_plain_checkpoint_and_says_who_reads_it(run, tmp_path):
+    tiny.save(tmp_path / "mpt", "mpt")
+    words = [tmp_path / "mpt", tmp_path / "low", "--plain", *QUICK]
+    code, text, _ = run("compress", *words, "--method", "kv-heads", "--keep", "0.5")
+    assert code == 0
+    assert "transformers' own MPT knows no kv_n_heads" in " ".join(text.split())
+    found = json.loads(run("inspect", tmp_path / "low", "--json")[1])
+    assert (found["num_key_value_heads"], found["kv_share"]) == (4, 1)
+    assert found["compression"]["method"] == "kv-heads"
+    code, _, error = run("compress", *words, "--force")
+    assert code == 2
+    assert "no plain checkpoint: fisher keeps latents" in error
+
+
+def test_evaluate_takes_dense_and_compressed(run, dense_folder, low):
+    options = ["--window", "64", "--windows", "2", "--json"]
+    dense, small = (json.loads(run("evaluate", m, *options)[1]) for m in (dense_folder, low))
+    assert dense["tokens"] == small["tokens"] == 126
+    assert dense["kv_share"] == 1
+    assert small["kv_share"] <= 0.5
+    assert dense["kv_bytes_per_token"] == small["kv_bytes_per_token_dense"] == 3 * 2 * 4 * 16 * 4
+
+
+def test_evaluate_shows_perplexity_by_position(run, low, tmp_path):
+    (tmp_path / "a.txt").write_text(tiny.WORDS * 20)
+    words = [
+        "evaluate",
+        low,
+        "--text",
+        tmp_path / "a.txt",
+        "--by-position",
+        "--window",
+        "200",
+        "--windows",
+        "2",
+    ]
+    found = json.loads(run(*words, "--json")[1])
+    rows = found["by_position"]
+    assert [(x["start"], x["stop"]) for x in rows] == [(1, 64), (64, 128), (128, 200)]
+    mean = sum(x["tokens"] * x["loss"] for x in rows) / found["tokens"]
+    assert math.exp(mean) == pytest.approx(found["perplexity"])
+    assert "64 to 127" in run(*words)[1]
+
+
+def test_evaluate_asks_for_planted_facts(run, low, tmp_path):
+    (tmp_path / "a.txt").write_text(tiny.WORDS * 20)
+    words = [
+        "evaluate",
+        low,
+        "--text",
+        tmp_path / "a.txt",
+        "--retrieval",
+        "--length",
+        "150",
+        "--length",
+        "200",
+        "--facts",
+        "1",
+    ]
+    found = json.loads(run(*words, "--json")[1])
+    assert {x["length"] for x in found["retrieval"]} == {150, 200}
+    assert {x["right"] for x in found["retrieval"]} == {0.0}
+    assert "perplexity" not in found
+    text = run(*words)[1]
+    assert "depth 75%" in text
+    assert "0% -" in text
+
+
+def test_bench_sets_checkpoints_side_by_side_and_goes_on_where_it_stopped(
+    run, dense_folder, low, tmp_path
+):
+    words = ["bench", dense_folder, low, "--context", "64", "--batch", "1", "--buffer", "2"]
+    words += ["--steps", "3", "--rounds", "1", "--no-compile", "--out", tmp_path / "out", "--json"]
+    code, text, _ = run(*words)
+    rows = json.loads(text)
+    assert code == 0
+    assert [(x["context"], x["slots"], x["model"]) for x in rows] == [
+        (64, 128, Path(name).name) for name in (dense_folder, low)
+    ]
+    assert rows[1]["kv_bytes_read"] <= 0.5 * rows[0]["kv_bytes_read"]
+    names = {"bench.jsonl", "speed.png", "memory.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    file = tmp_path / "out" / "bench.jsonl"
+    file.write_text(file.read_text() + '{"half')
+    assert json.loads(run(*words)[1]) == rows  # nothing was measured anew
+    text = run(*words[:-1])[1]
+    assert "context 64, batch 1, 128 slots" in text
+
+
+def test_compress_takes_joint_latents_where_nothing_rotates(run, tmp_path):
+    tiny.save(tmp_path / "opt", "opt")
+    words = [tmp_path / "opt", tmp_path / "low", "--latent", "joint-kv", "--keep", "0.4", *QUICK]
+    code, text, _ = run("compress", *words)
+    assert code == 0
+    assert "keys and values" in text
+    found = json.loads(run("inspect", tmp_path / "low", "--json")[1])
+    assert (found["family"], found["joint_kv"]) == ("opt", True)
+    assert found["kv_share"] <= 0.4
+    code, text, _ = run("evaluate", tmp_path / "low", "--windows", "1", "--json")
+    assert json.loads(text)["window"] == 256  # what it can read
+
+
+def test_auto_keys_say_what_they_are_and_why(run, dense_folder, tmp_path):
+    code, text, error = run(
+        "compress", dense_folder, tmp_path / "low", "--keys", "auto", "--json", *QUICK
+    )
+    found = json.loads(text)
+    assert code == 0
+    assert (found["keys"], found["anchor_block"]) == ("anchored", 16)
+    assert f"keys: anchored in blocks of 16, since {found['keys_reason']}" in error
+    raw = json.loads((tmp_path / "low" / "config.json").read_text())
+    assert raw["compression"]["keys_reason"] == found["keys_reason"]
+    assert found["keys_reason"] in " ".join(run("inspect", tmp_path / "low", "--json")[1].split())
+
+
+def test_generate_answers_a_batch(run, low):
+    words = ["-p", "the cat", "-p", "a mat and saw", "--no-compile", "--max-new-tokens", "6"]
+    code, text, _ = run("generate", low, *words, "--json")
+    found = json.loads(text)
+    assert code == 0
+    assert len(found["outputs"]) == 2
+    assert found["cache_bytes"] == 2 * found["cache_slots"] * found["kv_bytes_per_token"]
+    assert found["first_token_seconds"] > 0 == found["compile_seconds"]
+    assert found["peak_memory"] > found["cache_bytes"]
+    code, text, error = run("generate", low, *words)
+    assert text.startswith("--- 1\n")
+    assert "of the uncompressed" in error
+    assert "the first after" in error
+
+
+@pytest.mark.slow
+def test_generate_says_the_same_with_fused_ops(run, low):
+    words = ["-p", "the cat", "-p", "a mat and saw", "--no-compile", "--max-new-tokens", "9"]
+    words += ["--dtype", "float32"]
+    found = [
+        json.loads(run("generate", low, *words, "--ops", ops, "--json")[1])["outputs"]
+        for ops in ("reference", "fused", "auto")
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_decoding_is_in_what_the_processor_is_fast_in(run, low, monkeypatch):
+    words = ["-p", "the cat", "--no-compile", "--max-new-tokens", "3", "--json"]
+    size = {}
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
+        size[has_it] = json.loads(run("generate", low, *words)[1])["kv_bytes_per_token"]
+    assert size[False] == 2 * size[True]
+
+
+def test_bench_lets_every_model_decode_with_fewer_bits_too(run, dense_folder):
+    words = ["bench", dense_folder, "--kv-bits", "8", "--kv-bits", "4", "--context", "64", "--json"]
+    words += ["--steps", "3", "--rounds", "1", "--no-compile", "--ops", "fused"]
+    rows = json.loads(run(*words, "--dtype", "float32")[1])
+    name = Path(dense_folder).name
+    assert [x["model"] for x in rows] == [name, f"{name}, 8 bits", f"{name}, 4 bits"]
+    read = [x["kv_bytes_read"] for x in rows]
+    numbers = read[0] // 4
+    scales = [size - numbers * bits // 8 for size, bits in zip(read[1:], (8, 4), strict=True)]
+    assert scales[0] == scales[1] > 0
+    assert all("speedup" in x for x in rows)
+
+
+def test_weights_become_int8_where_asked_for(run, dense_folder):
+    words = ["-p", "the cat", "--no-compile", "--max-new-tokens", "3", "--weights", "int8"]
+    assert run("generate", dense_folder, *words)[0] == 0
+    words = ["--context", "64", "--steps", "3", "--rounds", "1", "--no-compile", "--json"]
+    words += ["--dtype", "float32"]
+    (plain,) = json.loads(run("bench", dense_folder, *words)[1])
+    (light,) = json.loads(run("bench", dense_folder, *words, "--weights", "int8")[1])
+    assert light["weight_bytes_read"] < 0.3 * plain["weight_bytes_read"]
+    assert (plain["weights"], light["weights"]) == ("plain", "int8")
+
+
+def test_generate_streams_one_answer_and_reads_standard_input(low):
+    words = ["generate", str(low), "--no-compile", "--max-new-tokens", "6", "--temperature", "1"]
+    found = [
+        subprocess.run([*COMMAND, *words, "--seed", seed], input=b"the cat", capture_output=True)
+        for seed in ("1", "1", "2")
+    ]
+    assert all(done.returncode == 0 for done in found)
+    assert found[0].stdout == found[1].stdout != found[2].stdout
+
+
+def test_inspect_shows_ranks_and_where_it_comes_from(run, low):
+    code, text, _ = run("inspect", low)
+    assert code == 0
+    assert "█" in text
+    assert "fisher" in text
+    found = json.loads(run("inspect", low, "--json")[1])
+    assert found["k_heads_per_latent"] == 4
+    assert found["v_heads_per_latent"] == 2
+    assert found["compression"]["base_model"] == "dense"
+
+
+def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("the cat")
+    new = tmp_path / "new"
+    cases = {
+        ("evaluate", tmp_path / "none"): "does not exist",
+        ("evaluate", dense_folder, "--text", tmp_path / "none.txt"): "none.txt does not exist",
+        ("evaluate", dense_folder, "--text", tmp_path / "short.txt"): "less than one window",
+        ("evaluate", dense_folder, "--length", "64"): "goes with --retrieval",
+        ("evaluate", dense_folder, "--limit", "3"): "goes with --retrieval",
+        ("evaluate", dense_folder, "--retrieval", "--length", "20"): "length is 20",
+        ("evaluate", dense_folder, "--dtype", "int8"): "dtype 'int8' is unknown",
+        ("evaluate", dense_folder, "--device", "tpu"): "device 'tpu' cannot be used",
+        ("compress", dense_folder, new, "--keep", "0"): "keep is 0.0",
+        ("compress", dense_folder, new, "--keep", "1.2"): "keep is 1.2",
+        ("compress", dense_folder, new, "--keep", "0.01", *QUICK): "expected at least",
+        ("compress", dense_folder, new, "--method", "svd"): "method 'svd' is unknown",
+        ("compress", dense_folder, new, "--error-budget", "0.1"): "goes with eigen",
+        ("compress", dense_folder, new, "--heads-per-latent", "3"): "expected divisors of 4",
+        ("compress", dense_folder, new, "--heads-per-latent", "x"): "expected auto",
+        ("compress", dense_folder, new, "--rank-multiple", "0"): "rank multiple is 0",
+        ("compress", dense_folder, new, "--refit", "keys"): "refit 'keys' is unknown",
+        ("compress", dense_folder, new, "--rank-pairs", "0"): "rank pairs is 0",
+        ("compress", dense_folder, new, "--calibration", tmp_path / "empty.txt"): "is empty",
+        (
+            "compress",
+            dense_folder,
+            new,
+            "--calibration",
+            tmp_path / "short.txt",
+        ): "expected at least",
+        ("compress", dense_folder, new, "--samples", "1"): "at least 2 samples",
+        ("compress", dense_folder, low): "--force",
+        ("compress", dense_folder, tmp_path / "no" / "folder"): "does not exist: make it",
+        ("compress", low, new, *QUICK): "compressed already",
+        ("compress", dense_folder, new, "--latent", "both"): "latent 'both' is unknown",
+        ("compress", dense_folder, new, "--latent", "joint-kv", *QUICK): "rotates",
+        ("compress", dense_folder, new, "--method", "eigen", "--latent", "joint-kv"): "no joint",
+        ("compress", dense_folder, new, "--keys", "turned"): "expected one of rebuild, anchored",
+        ("compress", dense_folder, new, "--keys", "full", "--keep", "0.5"): "beside whole keys",
+        ("bench", "--shape", "opt-125m", "--keys", "pairs"): "nothing rotates",
+        ("bench",): "given 0 checkpoints",
+        ("bench", dense_folder, "--context", "8"): "expected at least 1",
+        ("bench", dense_folder, "--kv-bits", "3"): "bits is 3: expected one of 16, 8, 4",
+        ("bench", "--shape", "opt-1"): "shape 'opt-1' is unknown",
+        ("bench", "--shape", "opt-125m", "--layers", "13"): "layers is 13",
+        ("generate", low, "-p", "x", "--temperature", "-1"): "expected temperature",
+        ("generate", low, "-p", "x", "--max-new-tokens", "0", "--no-compile"): "do not fit",
+        ("generate", low, "-p", "x", "--ops", "fast"): "ops 'fast' are unknown",
+        ("generate", low, "-p", "x", "--weights", "int4"): "weights 'int4' are unknown",
+        ("bench", dense_folder, "--weights", "int4"): "weights 'int4' are unknown",
+    }
+    for words, named in cases.items():
+        code, text, error = run(*words)
+        assert code == 2, words
+        assert text == "", words
+        assert error.splitlines()[-1].startswith("error: "), error
+        assert named in error
+        assert not new.exists()
+
+
+def test_ctrl_c_leaves_nothing_behind(dense_folder, tmp_path):
+    words = ["compress", str(dense_folder), str(tmp_path / "out"), "--samples", "4000"]
+    with subprocess.Popen([*COMMAND, *words], stderr=subprocess.PIPE, text=True) as process:
+        assert any("keys: " in line for line in process.stderr)  # said when the work begins
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert "what is compressed with --stream can go on" in error
+    assert list(tmp_path.iterdir()) == []

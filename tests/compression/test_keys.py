@@ -1,0 +1,416 @@
+"""Every way to hold the keys that a rotation turns: each decodes exactly what it defines."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from observe import made
+from ropes import rope_parameters
+
+from eigenzoo.hub_export.compress import compress_checkpoint
+from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
+from eigenzoo.zoo.compression.allocate import Ranks
+from eigenzoo.zoo.compression.basis import METHODS
+from eigenzoo.zoo.compression.calibrate import calibrate
+from eigenzoo.zoo.compression.compress import Settings, compress, gather
+from eigenzoo.zoo.compression.fold import fold
+from eigenzoo.zoo.compression.keys import KEYS, choose_keys
+from eigenzoo.zoo.compression.solve import solve_pairs
+from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo.inference.generate import Generator
+from eigenzoo.zoo.models.attention import anchored_decode, latent_decode, lift
+from eigenzoo.zoo.models.model import Model
+from eigenzoo.zoo.models.rope import rotate
+
+CONTEXT = 32  # of all models here: texts are longer, so that rotated keys need more than one block
+MODELS = {
+    "llama": lambda: tiny.native(max_position_embeddings=CONTEXT),
+    "biases": lambda: tiny.native(max_position_embeddings=CONTEXT, attention_bias=True),
+    "yarn": lambda: tiny.native(
+        max_position_embeddings=CONTEXT, rope_parameters=rope_parameters("yarn-mscale"), head_dim=16
+    ),
+    "windows": lambda: tiny.native(
+        "qwen2",
+        max_position_embeddings=CONTEXT,
+        use_sliding_window=True,
+        sliding_window=7,
+        max_window_layers=1,
+    ),
+}
+SCHEMES = {
+    "rebuild": Settings(keys="rebuild"),
+    "anchored 3": Settings(keys="anchored", anchor_block=3),
+    "anchored 16": Settings(keys="anchored", anchor_block=16),
+    "rotated": Settings(keys="rotated"),
+    "pairs": Settings(keys="pairs"),
+    "full": Settings(keys="full"),
+}
+
+
+CARDS = {
+    "rebuild": "lifted and rotated when they are read",
+    "anchored 3": "one query reads each block of 3",
+    "anchored 16": "one query reads each block of 16",
+    "rotated": f"one query reads each block of {CONTEXT}",
+    "pairs": "cached rotated",
+    "full": "Keys are whole",
+}
+
+
+@functools.cache
+def held(name: str, scheme: str, shared: tuple[int, int] = (4, 2), method: str = "fisher") -> Model:
+    """A model with about 0.6 of its ranks, keys held so."""
+    model = MODELS[name]()
+    settings = SCHEMES[scheme]._replace(method=method, heads_per_latent=shared).fit(model.config)
+    bases = solved(model, settings)
+    k, v = (int(0.6 * s * model.config.head_dim) // 2 * 2 for s in settings.heads_per_latent)
+    k = model.config.head_dim if scheme == "full" else k
+    return fold(model, bases, Ranks((k, max(2, k - 2), k), (v,) * 3), settings.anchor(model.config))
+
+
+def solved(model: Model, settings: Settings):
+    """Bases of the model for settings that were fitted to it."""
+    options = {"pairs": True} if settings.keys == "pairs" else {}
+    found = gather(model, tiny.tokens(8, 64), settings)
+    return METHODS[settings.method].bases(model, found, **options)
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shared", [(1, 1), (4, 2), (2, 4)])
+def test_decoding_equals_recomputing_far_beyond_a_block(name, scheme, shared):
+    low, x = held(name, scheme, shared), tiny.tokens(2, 70)
+    assert any(any(low.config.compressed(i)) for i in range(3))
+    cache = low.new_cache(2, 77)  # no multiple of a block
+    parts = torch.arange(70).split([9, 3, *[1] * 20, 30, *[1] * 8])
+    close(torch.cat([low(x[:, p], p, cache) for p in parts], 1), low(x))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(scheme, side):
+    low, x = held("biases", scheme), tiny.tokens(1, 33)
+    pad = torch.full((1, 8), 5)
+    # what follows right padding is decoded behind it
+    whole = torch.cat((pad, x) if side == "left" else (x[:, :20], pad, x[:, 20:]), 1)
+    valid = torch.ones(1, 41, dtype=torch.bool)
+    valid[:, :8] = side != "left"
+    valid[:, 20:28] &= side != "right"
+    cache = low.new_cache(1, 41)
+    first = low(whole[:, :28], torch.arange(28), cache, valid)
+    steps = [low(whole[:, [t]], torch.tensor([t]), cache, valid) for t in range(28, 41)]
+    got = torch.cat([first, *steps], 1)[valid][None]
+    close(got, low(whole, valid=valid)[valid][None])
+    if low.config.anchor == 1:
+        close(got, low(x))
+    else:  # blocks fall elsewhere without the padding, so only the share that is lost may differ
+        dense = MODELS["biases"]()(x)
+        assert (got - dense).std() < 1.5 * (low(x) - dense).std()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("method", ["fisher", "attention"])
+def test_full_rank_is_the_dense_model(name, scheme, method):
+    model, x = MODELS[name](), tiny.tokens(2, 60)
+    settings = SCHEMES[scheme]._replace(method=method, heads_per_latent=(4, 4)).fit(model.config)
+    full = tuple(s * model.config.head_dim for s in settings.heads_per_latent)
+    ranks = Ranks((full[0],) * 3, (full[1],) * 3)
+    low = fold(model, solved(model, settings), ranks, settings.anchor(model.config))
+    close(low(x), model(x))
+    assert low.new_cache(1, 9).nbytes == model.new_cache(1, 9).nbytes
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s not in ("full", "pairs")])
+def test_nearly_full_rank_is_nearly_the_dense_model(name, scheme):
+    model, x = MODELS[name](), tiny.tokens(2, 60)
+    settings = SCHEMES[scheme]._replace(heads_per_latent=(4, 4)).fit(model.config)
+    wide = 4 * model.config.head_dim
+    ranks = Ranks((wide - 1,) * 3, (wide,) * 3)
+    low = fold(model, solved(model, settings), ranks, settings.anchor(model.config))
+    assert all(layer.attn.k_up is not None for layer in low.layers)
+    want = model(x)
+    assert (low(x) - want).std() < 0.03 * want.std()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", ["fisher", "attention"])
+def test_pairs_lose_nothing_where_heads_are_turned_and_scaled_copies(name, method):
+    """Head 1 a turned and scaled head 0, head 3 of head 2: half of the complex numbers say all."""
+    model, x = MODELS[name](), tiny.tokens(2, 60)
+    d = model.config.head_dim
+    angle = torch.linspace(0.3, 2.9, d // 2)
+    for layer in model.layers:
+        for p in layer.attn.k_proj.parameters():  # weight and bias
+            heads = p.unflatten(0, (4, d))
+            turned = rotate(heads[::2].transpose(1, -1), angle.cos(), angle.sin()).transpose(1, -1)
+            heads[1::2] = 1.7 * turned
+    settings = Settings(method, keys="pairs", heads_per_latent=(4, 4)).fit(model.config)
+    low = fold(model, solved(model, settings), Ranks((2 * d,) * 3, (4 * d,) * 3))
+    close(low(x), model(x))
+    assert 4 * low.config.kv_width == 3 * model.config.kv_width
+    less = fold(model, solved(model, settings), Ranks((2 * d - 2,) * 3, (4 * d,) * 3))
+    assert (less(x) - model(x)).abs().max() > 1e-3
+
+
+def gram(latents: int, n: int, seed: int) -> torch.Tensor:
+    x = torch.randn(latents, 3 * n, n, generator=torch.Generator().manual_seed(seed)).double()
+    return x.mT @ x / (3 * n)
+
+
+def turn(angle: torch.Tensor, heads: int) -> torch.Tensor:
+    """The matrix that turns `heads` heads, one angle a frequency: (n, n)."""
+    one = torch.block_diag(*[torch.eye(2 * len(angle), dtype=torch.float64)] * heads)
+    return rotate(one.unflatten(1, (heads, -1)), angle.cos(), angle.sin()).flatten(1).mT
+
+
+def test_pairs_let_the_rotation_pass_at_every_rank():
+    b = solve_pairs(gram(2, 24, 0), gram(2, 24, 1), head_dim=8, damping=0.1)
+    r = turn(torch.tensor([0.3, 1.1, 2.0, 4.0], dtype=torch.float64), heads=3)
+    for rank in range(0, 25, 2):
+        p = b.decoder[..., :rank] @ b.encoder[..., :rank].mT
+        torch.testing.assert_close(p @ r, r @ p)
+    torch.testing.assert_close(p, torch.eye(24, dtype=torch.float64).expand(2, 24, 24))
+
+
+def test_the_spectrum_of_pairs_is_the_error_averaged_over_phases_at_every_rank():
+    c, f = gram(2, 24, 0), gram(2, 24, 1)
+    b = solve_pairs(c, f, head_dim=8, damping=0)
+    quarters = torch.arange(4, dtype=torch.float64) * torch.pi / 2
+    turns = torch.stack([turn(a, heads=3) for a in torch.cartesian_prod(*[quarters] * 4)])
+    c, f = (torch.einsum("nij,ljk,nmk->lim", turns, x, turns) / len(turns) for x in (c, f))
+    assert (b.spectrum.diff() <= 0).all()
+    for rank in range(0, 25, 4):
+        lost = torch.eye(24) - b.decoder[..., :rank] @ b.encoder[..., :rank].mT
+        error = (f @ lost @ c @ lost.mT).diagonal(dim1=1, dim2=2).sum()
+        torch.testing.assert_close(error, b.errors()[rank])
+
+
+def test_columns_of_pairs_belong_to_the_frequencies_that_are_named():
+    b = solve_pairs(gram(2, 24, 0), gram(2, 24, 1), head_dim=8, damping=0.1)
+    assert b.pairs.shape == (2, 12)
+    touched = b.encoder.unflatten(1, (3, 2, 4)).abs().sum((1, 2))  # (L, D / 2, n)
+    named = torch.nn.functional.one_hot(b.pairs.repeat_interleave(2, 1), 4).mT
+    assert torch.equal(touched > 0, named > 0)
+    assert [sorted(row.tolist()) for row in b.pairs] == [[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]] * 2
+    assert not torch.equal(b.pairs[0], b.pairs[1])
+
+
+def test_pairs_are_read_as_they_are_cached():
+    longest = {
+        scheme: max(shape.numel() for shape in made(held("llama", scheme), 37) if 37 in shape)
+        for scheme in ("pairs", "rebuild")
+    }
+    assert longest["pairs"] == 37 * 8 < longest["rebuild"]  # scores of 8 heads
+
+
+def test_pairs_are_cached_as_turned_as_keys_are():
+    low, x = held("biases", "pairs"), tiny.tokens(1, 50)
+    attn, cache = low.layers[0].attn, low.new_cache(1, 50)
+    low(x, torch.arange(50), cache)
+    k = attn.k_proj(low.layers[0].attn_norm(low.embed(x)))[:, None]  # not yet turned
+    a, b = k.chunk(2, dim=-1)
+    angle = torch.arange(50)[:, None] * low.inv_freq[0][attn.k_pairs[0]]
+    want = torch.polar(torch.ones(()), angle) * torch.complex(a, b)
+    close(cache.keys[0], torch.cat((want.real, want.imag), -1))
+
+
+def test_rotated_is_anchored_in_one_block():
+    model, x = MODELS["llama"](), tiny.tokens(8, 64)
+    one = compress(model, x, Settings(keys="rotated", rank_multiple=2)).model
+    two = compress(model, x, Settings(keys="anchored", anchor_block=CONTEXT, rank_multiple=2)).model
+    assert one.config == two.config
+    weights = two.state_dict()
+    assert all(torch.equal(w, weights[name]) for name, w in one.state_dict().items())
+
+
+def test_a_block_far_longer_than_the_cache_costs_no_more_than_the_cache():
+    low = compress(
+        tiny.native(max_position_embeddings=4096),
+        tiny.tokens(8, 64),
+        Settings(keys="rotated", rank_multiple=2, keep=0.4),
+    ).model
+    assert low.layers[0].attn.k_down is not None
+    assert max(max(shape, default=0) for shape in made(low, 37)) < 4096
+
+
+def test_anchored_with_blocks_of_one_is_rebuild():
+    low, slots = held("biases", "rebuild", (2, 2)), 20
+    attn, position = low.layers[0].attn, torch.arange(slots)[None]
+    torch.manual_seed(0)
+    q, z, v = torch.randn(1, 8, 1, 8), torch.randn(1, 2, slots, 8), torch.randn(1, 4, slots, 8)
+    newest = torch.tensor([[slots - 1]])
+    k = rotate(lift(z, attn.k_up, 8) + attn.k_mean, *low.rope(position, newest))
+    span = torch.tensor([[0, slots]])
+    want = latent_decode(rotate(q, *low.rope(newest, newest)), k, v, span, 0.3)
+    ahead = low.rope(newest - position, newest)
+    close(anchored_decode(q, z, v, span, 0.3, *ahead, attn.k_up, attn.k_mean, block=1), want)
+
+
+def test_statistics_are_of_keys_turned_within_their_blocks():
+    model, x = tiny.native(), tiny.tokens(2, 12)
+    plain, turned = (calibrate(model, x, (1, 1), anchor=a)[0].k for a in (1, 4))
+    traces = [m.second.diagonal(dim1=1, dim2=2).sum(1) for m in (plain, turned)]
+    torch.testing.assert_close(*traces)  # a rotation keeps lengths
+    assert not torch.allclose(plain.second, turned.second, rtol=1e-2)
+    one = calibrate(model, x[:1, :1], (1, 1), anchor=4)[0].k.second[0]
+    key = model.layers[0].attn.k_proj(model.layers[0].attn_norm(model.embed(x[0, 0])))[:8]
+    angle = -2 * model.inv_freq[0]  # the first slot of four lies two before the centre
+    a, b = key.chunk(2)
+    phi = torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()))
+    torch.testing.assert_close(one.float(), phi[:, None] * phi, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("method", ["fisher", "attention"])
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_the_bytes_asked_for_are_met_whatever_the_keys(keys, method, multiple):
+    dense, x = tiny.native(head_dim=16), tiny.tokens(4, 64)
+    settings = Settings(method, 0.7, keys=keys, rank_multiple=multiple)
+    done = compress(dense, x, settings)
+    kept = done.model.new_cache(1, 7).nbytes / dense.new_cache(1, 7).nbytes
+    assert 0.6 < kept <= 0.7
+    assert kept == done.model.config.kv_width / dense.config.kv_width
+    if keys == "full":
+        assert all(k.shape == (1, 4, 7, 16) for k in done.model.new_cache(1, 7).keys)
+        assert all(layer["k_error"] == 0 < layer["v_error"] for layer in done.layers)
+
+
+@pytest.mark.parametrize("family", ["opt", "mpt"])
+def test_full_keys_and_auto_need_no_rotation(family):
+    dense, x = tiny.native(family), tiny.tokens(8, 64)
+    low = compress(dense, x, Settings(keep=0.8, keys="full", rank_multiple=2)).model
+    assert low.config.k_ranks == (8, 8, 8)
+    assert low.config.kv_width <= 0.8 * dense.config.kv_width
+    y, cache = tiny.tokens(2, 30), low.new_cache(2, 33)
+    steps = [low(y[:, p], p, cache) for p in torch.arange(30).split([11, *[1] * 19])]
+    close(torch.cat(steps, 1), low(y))
+    auto, plain = (compress(dense, x, Settings(keys=k)).model for k in ("auto", "rebuild"))
+    assert torch.equal(auto(y), plain(y))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_checkpoint_runs_in_transformers_with_every_cache(tmp_path, scheme):
+    tiny.save(tmp_path / "dense", attention_bias=True, max_position_embeddings=CONTEXT)
+    settings = SCHEMES[scheme]._replace(keep=0.55, rank_multiple=1)
+    original = load(str(tmp_path / "dense"))
+    compress_checkpoint(original, tmp_path / "low", settings, samples=4, seq_len=CONTEXT)
+    assert CARDS[scheme] in (tmp_path / "low" / "README.md").read_text()
+    native = load(str(tmp_path / "low")).model
+    theirs = EigenForCausalLM.from_pretrained(tmp_path / "low")
+    x = tiny.tokens(1, 20)
+    close(theirs(x).logits, native(x))
+    want = list(Generator(native, 1, 40, compile=False).stream(x.tolist(), 20))
+    for kind in ({}, {"cache_implementation": "static"}):
+        got = theirs.generate(x, max_new_tokens=20, do_sample=False, eos_token_id=None, **kind)
+        assert got[0, 20:].tolist() == torch.cat(want).tolist()
+
+
+def test_frequencies_of_pairs_survive_every_way_of_casting_and_saving(tmp_path, dense):
+    settings = Settings(keep=0.3, keys="pairs", rank_multiple=2)
+    compress_checkpoint(dense, tmp_path / "low", settings, samples=4, seq_len=64)
+    native = load(str(tmp_path / "low")).model
+    theirs = EigenForCausalLM.from_pretrained(tmp_path / "low")
+    theirs.save_pretrained(tmp_path / "again")
+    half = EigenForCausalLM.from_pretrained(tmp_path / "low", dtype=torch.bfloat16)
+    copies = [
+        theirs.model,
+        EigenForCausalLM.from_pretrained(tmp_path / "again").model,
+        half.model,
+        load(str(tmp_path / "low"), torch.bfloat16).model,
+        load(str(tmp_path / "low")).model.to(torch.bfloat16),
+    ]
+    want = [layer.attn.k_pairs for layer in native.layers]
+    assert len({tuple(p.flatten().tolist()) for p in want}) > 1
+    for model in copies:
+        got = [layer.attn.k_pairs for layer in model.layers]
+        assert all(
+            g.dtype == torch.long and torch.equal(g, w) for g, w in zip(got, want, strict=True)
+        )
+        assert model.layers[0].attn.k_up.dtype == model.dtype
+    x = tiny.tokens(2, 25)
+    close(copies[1](x), native(x))
+    for model in copies[2:]:
+        assert (model(x).float() - native(x)).std() < 0.05 * native(x).std()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scheme", "backend"),
+    [("anchored 3", "inductor"), ("rotated", "aot_eager"), ("pairs", "aot_eager")],
+    indirect=["backend"],
+)
+def test_one_graph_serves_every_length(scheme, backend):
+    dense = tiny.native(num_hidden_layers=2, max_position_embeddings=CONTEXT)
+    settings = SCHEMES[scheme]._replace(rank_multiple=2)
+    low = compress(dense, tiny.tokens(8, 64), settings).model
+    assert all(layer.attn.k_up is not None for layer in low.layers)
+    prompts = [[5, 9, 33, 7, 120], [99, 3, 17, 200, 12, 77, 64, 5, 31]]
+    plain = Generator(low, 1, 45, compile=False)
+    compiled = Generator(low, 1, 45)
+    assert list(compiled.stream(prompts[:1], 20)) == list(plain.stream(prompts[:1], 20))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert list(compiled.stream(prompts[1:], 30)) == list(plain.stream(prompts[1:], 30))
+
+
+def test_auto_says_what_it_chose_and_why():
+    fitted = Settings(keys="auto").fit(tiny.native().config)
+    assert (fitted.keys, fitted.anchor_block) == ("anchored", 16)
+    assert "lifting every key" in fitted.keys_reason
+    assert fitted.fit(tiny.native().config) == fitted
+    assert Settings(keys="auto", anchor_block=64).fit(tiny.native().config).anchor_block == 64
+    for settings, model, named in (
+        (Settings(keys="auto"), tiny.native("opt"), "nothing rotates"),
+        (Settings("eigen", keys="auto"), tiny.native(), "defined with keys that are rebuilt"),
+        (Settings(keys="auto"), longrope(), "longrope"),
+    ):
+        fitted = settings.fit(model.config)
+        assert fitted.keys == "rebuild"
+        assert named in fitted.keys_reason
+    assert Settings(keys="pairs").fit(tiny.native().config).keys_reason is None
+    assert choose_keys(tiny.native().config, "cuda").keys in KEYS
+
+
+def longrope() -> Model:
+    return tiny.native(rope_parameters=rope_parameters("longrope"), head_dim=16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (Settings(keys="turned"), "keys 'turned' is unknown"),
+        (Settings(keys="anchored", anchor_block=1), "anchor block is 1"),
+        (Settings("eigen", keys="anchored"), "eigen rebuilds"),
+        (Settings("eigen", keys="full"), "eigen rebuilds"),
+        (Settings("kv-heads", 0.5, keys="pairs"), "kv-heads cannot make pairs"),
+        (Settings(keys="full", latent="joint-kv"), "keys cannot stay full"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, named):
+    with pytest.raises(ValueError, match=named):
+        settings.check()
+
+
+@pytest.mark.parametrize("keys", ["anchored", "pairs", "rotated"])
+def test_what_cannot_be_cached_turned_is_refused_before_the_work(keys):
+    with pytest.raises(ValueError, match=f"nothing rotates .* none can be {keys}"):
+        Settings(keys=keys).fit(tiny.native("opt").config)
+    with pytest.raises(ValueError, match="longrope"):
+        Settings(keys=keys).fit(longrope().config)
+
+
+def test_full_keys_leave_too_little_for_values():
+    with pytest.raises(ValueError, match=r"beside whole keys: expected at least 0\.6"):
+        compress(tiny.native(), tiny.tokens(4, 32), Settings(keep=0.5, keys="full"))
+
+
+def test_pairs_of_odd_rank_are_refused():
+    with pytest.raises(ValueError, match="even ranks"):
+        replace(tiny.native().config, pairs=True, k_ranks=(4, 3, 4))

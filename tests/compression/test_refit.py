@@ -1,0 +1,107 @@
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from eigenzoo.zoo.compression.compress import Settings, compress
+from eigenzoo.zoo.compression.refit import REFITS, RIDGE
+
+
+def outputs(model, x, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the output projection of a layer is given for tokens x, and what it gives, in fp64."""
+    seen = []
+    o_proj = model.layers[layer].attn.o_proj
+    hook = o_proj.register_forward_hook(lambda module, args, out: seen.extend((*args, out)))
+    model(x)
+    hook.remove()
+    given, out = (s.flatten(0, 1).double() for s in seen)
+    return given, out
+
+
+def lost(dense, low, x) -> float:
+    """KL(dense || low) in nats per token."""
+    want, got = (m(x).log_softmax(-1).flatten(0, 1) for m in (dense, low))
+    return F.kl_div(got, want, reduction="batchmean", log_target=True).item()
+
+
+def compressed(dense, x, *refit: str, **changes):
+    settings = Settings(keep=0.5, rank_multiple=4, refit=refit, **changes)
+    return compress(dense, x, settings).model
+
+
+@pytest.mark.parametrize("part", REFITS)
+@pytest.mark.parametrize("family", tiny.SIZES)
+def test_every_refit_brings_the_model_nearer_to_the_original(family, part):
+    dense, x = tiny.native(family).double(), tiny.tokens(16, 64)  # OPT loses less than fp32 tells
+    plain, fitted = (
+        compress(dense, x, Settings(keep=0.15, rank_multiple=1, refit=parts)).model
+        for parts in ((), (part,))
+    )
+    assert lost(dense, fitted, x) < lost(dense, plain, x)
+
+
+@pytest.mark.parametrize("part", REFITS)
+def test_what_loses_nothing_is_not_changed(part):
+    dense, x = tiny.native(attention_bias=True), tiny.tokens(4, 64)
+    plain, fitted = (
+        compress(dense, x, Settings(keep=1.0, refit=parts)).model for parts in ((), (part,))
+    )
+    want = plain.state_dict()
+    for name, got in fitted.state_dict().items():
+        torch.testing.assert_close(got, want[name], atol=1e-5, rtol=0)
+
+
+def test_the_output_projection_is_the_ridge_regression_with_intercept():
+    dense, x = tiny.native(), tiny.tokens(6, 48)
+    plain, fitted = compressed(dense, x), compressed(dense, x, "output")
+    given, got = outputs(plain, x, 0)
+    missing = outputs(dense, x, 0)[1] - got
+    x_mean, mean = given.mean(0), missing.mean(0)
+    given, missing = given - x_mean, missing - mean
+    gram = given.T @ given
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    change = torch.linalg.solve(gram, given.T @ missing).T
+    old, new = (m.layers[0].attn.o_proj for m in (plain, fitted))
+    torch.testing.assert_close((new.weight - old.weight).double(), change, atol=1e-5, rtol=1e-4)
+    shift = mean - change @ x_mean
+    torch.testing.assert_close((new.bias - old.bias).double(), shift, atol=1e-5, rtol=1e-4)
+
+
+def test_every_head_reads_by_a_decoder_of_its_own():
+    dense, x, head = tiny.native(), tiny.tokens(6, 48), 5
+    plain, fitted = compressed(dense, x), compressed(dense, x, "heads")
+
+    def share(model) -> tuple[torch.Tensor, torch.Tensor]:
+        given = outputs(model, x, 0)[0].unflatten(1, (8, -1))[:, head]
+        weight = model.layers[0].attn.o_proj.weight.double().unflatten(1, (8, -1))[:, head]
+        return weight, given - given.mean(0)
+
+    (old, given), (new, _), (weight, whole) = map(share, (plain, fitted, dense))
+    gram = given.T @ given
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    missing = whole @ weight.T - given @ old.T  # what the other heads miss is nothing to it
+    change = torch.linalg.solve(gram, given.T @ missing).T
+    torch.testing.assert_close(new - old, change, atol=1e-5, rtol=1e-4)
+
+
+def test_inputs_give_queries_keys_and_values_of_the_original():
+    dense, x = tiny.native(), tiny.tokens(16, 64)
+    plain, fitted = compressed(dense, x), compressed(dense, x, "inputs")
+    last = len(dense.layers) - 1
+    want = outputs(dense, x, last)[1]
+    before, after = ((outputs(m, x, last)[1] - want).norm() for m in (plain, fitted))
+    assert after < before
+
+
+def test_fisher_is_refitted_unless_told():
+    config = tiny.native().config
+    assert Settings().fit(config).refit == ("output",)
+    assert Settings(refit=()).fit(config).refit == ()
+    assert Settings("eigen").fit(config).refit == ()
+
+
+def test_unknown_refits_are_refused():
+    with pytest.raises(ValueError, match="expected some of inputs, heads, output"):
+        Settings(refit=("everything",)).check()
+    with pytest.raises(ValueError, match="lorc reads no text"):
+        Settings("lorc", refit=("output",)).check()

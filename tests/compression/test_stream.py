@@ -1,0 +1,314 @@
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from eigenzoo.hub_export.stream import partial_folder, stream_checkpoint
+from eigenzoo.zoo.cli import app
+from eigenzoo.zoo.compression import stream
+from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.inference.checkpoint import load, open_layers, weight_bytes
+
+WORDS = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ,.", k=1500)  # no two lines alike
+ENTRY = """
+import time
+from eigenzoo.zoo.cli import main
+from eigenzoo.zoo.compression.stream import Stream
+
+put = Stream._put
+
+def slowly(*args, **tensors):  # else the steps of so small a model are over before a signal comes
+    time.sleep(0.2)
+    put(*args, **tensors)
+
+Stream._put = slowly
+main()
+"""
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("".join(WORDS))
+    return file
+
+
+def run(*words: object):
+    return CliRunner().invoke(app, [str(w) for w in words])
+
+
+def options(text: Path, *more: str) -> list[object]:
+    small = ["--samples", "5", "--seq-len", "48", "--rank-multiple", "2"]
+    return ["--calibration", text, *small, *more]
+
+
+def compressed(model: Path, out: Path, text: Path, *more: str):
+    found = run("compress", model, out, *options(text, *more))
+    assert found.exit_code == 0, found.output
+    assert not partial_folder(out).exists()
+    return load(str(out))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("llama", {}, []),
+        (
+            "llama",
+            {"attention_bias": True},
+            ["--keys", "rebuild", "--refit", "inputs,heads,output"],
+        ),
+        ("llama", {"tie_word_embeddings": True}, ["--keys", "pairs", "--refit", "none"]),
+        ("llama", {}, ["--method", "fisher-plain"]),
+        ("llama", {}, ["--method", "attention", "--keys", "full"]),
+        ("llama", {}, ["--method", "kq-svd", "--rank-pairs", "1"]),
+        ("qwen2", {}, ["--method", "pca"]),
+        ("opt", {}, ["--latent", "joint-kv"]),
+        ("opt", {"word_embed_proj_dim": 32}, ["--method", "attention", "--refit", "output"]),
+        ("mpt", {}, ["--heads-per-latent", "2,1"]),
+        ("mpt", {}, ["--method", "kv-heads", "--keep", "0.5"]),
+        ("llama", {}, ["--kv-bits", "auto", "--keep", "0.3"]),
+        ("opt", {}, ["--kv-bits", "4", "--keep", "0.2", "--latent", "joint-kv"]),
+        ("mpt", {}, ["--kv-bits", "8,4", "--keep", "0.3", "--refit", "none"]),
+    ],
+)
+def test_a_model_that_was_streamed_is_the_one_that_was_compressed_in_memory(
+    tmp_path, text, family, changes, words
+):
+    tiny.save(tmp_path / "model", family, **changes)
+    whole = compressed(tmp_path / "model", tmp_path / "a", text, "--no-stream", *words)
+    parts = compressed(tmp_path / "model", tmp_path / "b", text, "--stream", *words)
+    assert parts.model.config == whole.model.config
+    x = tiny.tokens(2, 40)
+    # gradients and hidden states are the same up to rounding: they come from shorter passes
+    torch.testing.assert_close(parts.model(x), whole.model(x), atol=2e-4, rtol=1e-4)
+    a, b = (c.config["compression"] for c in (whole, parts))
+    assert b["evaluation"]["compressed"] == pytest.approx(a["evaluation"]["compressed"], rel=1e-4)
+    assert b["evaluation"]["dense"] == pytest.approx(a["evaluation"]["dense"], rel=1e-6)
+    assert b["calibration"] == a["calibration"]
+    for old, new in zip(a["layers"], b["layers"], strict=True):
+        assert new == pytest.approx(old, abs=1e-5)
+
+
+def test_transformers_loads_what_was_streamed(tmp_path, text):
+    from transformers import AutoModelForCausalLM
+
+    tiny.save(tmp_path / "model")
+    native = compressed(tmp_path / "model", tmp_path / "out", text, "--stream").model
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    x = tiny.tokens(2, 20)
+    torch.testing.assert_close(theirs(x).logits, native(x))
+
+
+class KilledError(Exception):
+    """As a signal would."""
+
+
+@pytest.mark.parametrize("method", ["fisher", "attention"])
+def test_work_that_dies_at_any_write_goes_on_to_the_same_bytes(tmp_path, text, monkeypatch, method):
+    tiny.save(tmp_path / "model")
+    words = "--stream", "--method", method
+    compressed(tmp_path / "model", tmp_path / "want", text, *words)
+    out, deaths = tmp_path / "out", 0
+    for death in range(1, 100, 3):
+        left = [death]
+
+        def dies(tensors, path, *rest, left=left):
+            left[0] -= 1
+            if left[0] == 0:
+                Path(path).write_bytes(b"half of a file")
+                raise KilledError
+            save_file(tensors, path, *rest)
+
+        monkeypatch.setattr(stream, "save_file", dies)
+        monkeypatch.setattr("eigenzoo.hub_export.stream.save_file", dies)
+        first = run("compress", tmp_path / "model", out, *options(text, *words))
+        if first.exit_code == 0:
+            break
+        assert isinstance(first.exception, KilledError)
+        assert not out.exists()
+        monkeypatch.undo()
+        again = run("compress", tmp_path / "model", out, *options(text, *words, "--resume"))
+        assert again.exit_code == 0, again.output
+        assert content(out) == content(tmp_path / "want")
+        shutil.rmtree(out)
+        deaths += 1
+    assert deaths > 5
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_at_random_goes_on_to_the_same_bytes(tmp_path, text):
+    tiny.save(tmp_path / "model")
+    compressed(tmp_path / "model", tmp_path / "want", text, "--stream")
+    out, chance = tmp_path / "out", random.Random(0)
+    words = [str(w) for w in ("compress", tmp_path / "model", out, *options(text, "--stream"))]
+    progress = partial_folder(out) / stream.PROGRESS
+    for stop in (signal.SIGINT, signal.SIGKILL):
+        before = done(progress)
+        process = subprocess.Popen(
+            [sys.executable, "-c", ENTRY, *words, "--resume"], stderr=subprocess.PIPE, text=True
+        )
+        while done(progress) <= before + chance.randrange(3):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.002)
+        process.send_signal(stop)
+        _, said = process.communicate()
+        assert process.returncode != 0
+        assert not out.exists()
+        if stop == signal.SIGINT:
+            assert "the same command with --resume goes on" in said
+            assert "Traceback" not in said
+    subprocess.run([sys.executable, "-c", ENTRY, *words, "--resume"], check=True)
+    assert content(out) == content(tmp_path / "want")
+
+
+def done(progress: Path) -> int:
+    try:
+        return json.loads(progress.read_text())["done"]
+    except FileNotFoundError:
+        return 0
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from eigenzoo.hub_export.stream import stream_checkpoint
+from eigenzoo.zoo.inference.checkpoint import open_layers
+from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.utils.memory import peak, reset_peak
+
+model, out, text = sys.argv[1:]
+cpu = torch.device("cpu")
+torch.set_num_threads(1)
+reset_peak(cpu)
+before = peak(cpu)
+stream_checkpoint(*open_layers(model), Path(out), Settings(), text, 5, 48)
+print(peak(cpu) - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, text):
+    used, weights = [], []
+    for layers in (2, 8):
+        model, out = tmp_path / f"{layers}", tmp_path / f"{layers}-low"
+        tiny.save(model, hidden_size=512, intermediate_size=2048, num_hidden_layers=layers)
+        weights.append((model / "model.safetensors").stat().st_size)
+        found = subprocess.run(
+            [sys.executable, "-c", PEAK, model, out, text],
+            # what is freed goes back at once: the heap would keep holes of a layer's size
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        used.append(int(found.stdout))
+    layer = (weights[1] - weights[0]) / 6
+    assert used[1] - used[0] < layer, f"{used} of {weights}"
+
+
+def test_a_layer_is_in_memory_only_while_it_is_used(tmp_path):
+    theirs = tiny.save(tmp_path / "model", num_hidden_layers=2)
+    (model, *_), files = open_layers(str(tmp_path / "model"))
+    assert all(p.is_meta for p in model.layers.parameters())
+    with files.layer(model, 1) as block:
+        want = theirs.model.layers[1].self_attn.k_proj.weight
+        torch.testing.assert_close(block.attn.k_proj.weight, want)
+        assert all(p.is_meta for p in model.layers[0].parameters())
+    assert all(p.is_meta for p in model.layers.parameters())
+
+
+def test_unfinished_work_is_neither_lost_nor_taken_for_another(tmp_path, text, monkeypatch, ctrl_c):
+    tiny.save(tmp_path / "model")
+    out = tmp_path / "out"
+    command = "compress", tmp_path / "model", out
+
+    monkeypatch.setattr(stream.Stream, "_fold", ctrl_c)
+    stopped = run(*command, *options(text, "--stream"))
+    assert stopped.exit_code != 0
+    assert f"--resume goes on from {out}.partial" in stopped.output
+    monkeypatch.undo()
+    again = run(*command, *options(text, "--stream"))
+    assert "pass --resume to go on, or --force to begin anew" in str(again.exception)
+    other = run(*command, *options(text, "--resume", "--keep", "0.5"))
+    assert "was left by other work (settings" in str(other.exception)
+    assert run(*command, *options(text, "--stream", "--force")).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--stream"], "cannot write its own calibration text: give --calibration FILE"),
+        (["--method", "eigen"], "eigen finds its ranks by looking at all layers together"),
+        (["--method", "palu"], "palu finds its ranks by looking at all layers together"),
+        (["--plain"], "an ordinary checkpoint is made in memory"),
+        (["--resume", "--no-stream"], "only work that was streamed can go on"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused_before_anything_is_written(tmp_path, text, words, says):
+    tiny.save(tmp_path / "model")
+    source = [] if words == ["--stream"] else ["--stream", *options(text)]
+    found = run("compress", tmp_path / "model", tmp_path / "out", *source, *words)
+    assert says in str(found.exception)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_a_finished_folder_is_not_replaced_unless_forced(tmp_path, text):
+    tiny.save(tmp_path / "model")
+    compressed(tmp_path / "model", tmp_path / "out", text, "--stream")
+    before = content(tmp_path / "out")
+    with pytest.raises(ValueError, match="pass --force to replace it"):
+        stream_checkpoint(
+            *open_layers(str(tmp_path / "model")), tmp_path / "out", Settings(), str(text), 5, 48
+        )
+    assert content(tmp_path / "out") == before
+
+
+def test_a_disk_that_is_too_small_is_noticed_first(tmp_path, text, monkeypatch):
+    tiny.save(tmp_path / "model")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ValueError, match="fewer --samples, or --method attention"):
+        stream_checkpoint(
+            *open_layers(str(tmp_path / "model")), tmp_path / "out", Settings(), str(text), 5, 48
+        )
+
+
+def test_weights_that_do_not_fit_into_free_memory_are_streamed_unasked(tmp_path, text, monkeypatch):
+    tiny.save(tmp_path / "model")
+    monkeypatch.setattr("eigenzoo.zoo.utils.memory.available", lambda device: 1000)
+    found = run("compress", tmp_path / "model", tmp_path / "out", *options(text))
+    assert "reading them layer by layer" in found.output
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_what_weights_take_is_known_before_they_are_read(tmp_path):
+    tiny.save(tmp_path)
+    model = load(str(tmp_path)).model
+    numbers = sum(x.numel() for x in model.parameters())
+    place = str(tmp_path)
+    assert weight_bytes(place, torch.bfloat16) == 2 * numbers < weight_bytes(place)
+    assert weight_bytes(place, torch.float32) == 4 * numbers
+
+
+def test_weights_that_are_no_safetensors_cannot_be_streamed(tmp_path, text):
+    tiny.hf().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    found = run("compress", tmp_path / "model", tmp_path / "out", *options(text, "--stream"))
+    assert "holds no safetensors" in str(found.exception)

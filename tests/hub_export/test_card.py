@@ -1,0 +1,217 @@
+"""Cards are made of what was measured, their snippet runs, and code that is not ours is told."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from eigenzoo.hub_export import code as travelling
+from eigenzoo.hub_export.compress import compress_checkpoint
+from eigenzoo.zoo.compression.allocate import kv_bytes
+from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.inference.checkpoint import load
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A checkpoint that says its licence."""
+    folder = tmp_path_factory.mktemp("cards") / "dense"
+    tiny.save(folder, max_position_embeddings=2048)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# A model\n")
+    return folder
+
+
+@pytest.fixture
+def low(dense, tmp_path):
+    """It, compressed."""
+    out = tmp_path / "low"
+    compress_checkpoint(load(str(dense)), out, Settings(rank_multiple=2), samples=4, seq_len=32)
+    return out
+
+
+def text(folder) -> str:
+    return (folder / "README.md").read_text()
+
+
+def test_a_card_says_licence_and_bytes(low):
+    config = load(str(low)).model.config
+    data = ModelCard.load(low / "README.md").data
+    assert (data.license, data.library_name) == ("mit", "transformers")
+    assert data.pipeline_tag == "text-generation"
+    assert "base_model" not in data.to_dict()  # a folder here is no Hub id
+    before, after = 4 * config.dense_kv_width, 4 * config.kv_width
+    assert f"| KV bytes per token, float32 | {before} | {after} |" in text(low)
+    assert f"| cache of 2048 tokens | {2048 * before / 2**20:.1f} MiB |" in text(low)
+    assert "cache of 8192" not in text(low)  # more than it can read
+
+
+def test_a_card_and_inspect_say_bits_and_bytes_with_scales(run, dense, tmp_path):
+    out, settings = tmp_path / "few", Settings(keep=0.3, rank_multiple=2, kv_bits=(8, 4))
+    compress_checkpoint(load(str(dense)), out, settings, samples=4, seq_len=32)
+    config = load(str(out)).model.config
+    size = kv_bytes(config, torch.float32)["kv_bytes_per_token"]
+    assert size == load(str(out)).model.new_cache(1, 1).nbytes
+    assert f"| KV bytes per token, float32 | {4 * config.dense_kv_width} | {size} |" in text(out)
+    assert f"| cache of 2048 tokens | 1.5 MiB | {2048 * size / 2**20:.1f} MiB |" in text(out)
+    last = (2, config.k_ranks[2], config.v_ranks[2], config.k_bits[2], config.v_bits[2])
+    assert "| layer | key rank | value rank | key bits | value bits |" in text(out)
+    assert "| " + " | ".join(map(str, last)) + " |" in text(out)
+    code, shown, _ = run("inspect", out)
+    assert (code, "k_bits" in shown, str(size) in shown) == (0, True, True)
+
+
+def test_a_card_of_a_model_from_the_hub_names_it(low):
+    raw = json.loads((low / "config.json").read_text())
+    raw["compression"]["base_model"] = "org/model"
+    (low / "config.json").write_text(json.dumps(raw))
+    from eigenzoo.hub_export.card import add
+
+    add(low, [])
+    data = ModelCard.load(low / "README.md").data
+    assert (data.base_model, data.base_model_relation) == ("org/model", "finetune")
+    assert data.eval_results[0].metric_type == "perplexity"
+
+
+def test_measurements_go_into_the_card_with_their_commands(run, dense, low, tmp_path):
+    (tmp_path / "text.txt").write_text(tiny.WORDS * 20)
+    files = []
+    for folder in (low, dense):
+        words = ["--text", tmp_path / "text.txt", "--window", 64, "--windows", 2, "--json"]
+        code, output, error = run("evaluate", folder, *words)
+        assert code == 0, error
+        files.append(tmp_path / f"{folder.name}.json")
+        files[-1].write_text(output)
+    words = ["--context", 20, "--steps", 2, "--rounds", 1, "--no-compile", "--out", tmp_path / "b"]
+    code, _, error = run("bench", dense, low, *words)
+    assert code == 0, error
+    code, output, error = run("card", low, *files, tmp_path / "b" / "bench.jsonl")
+    assert code == 0, error
+    assert output.strip() == text(low).strip()
+    found = [json.loads(file.read_text()) for file in files]
+    names = f"{found[0]['kv_share']:.2f} of the KV bytes", "original"
+    for x, name in zip(found, names, strict=True):
+        row = f"| {name} | {x['tokens']} tokens of text.txt | perplexity | {x['perplexity']:.4f} |"
+        assert row in output
+        assert x["command"] in output
+    assert (
+        "eigenzoo evaluate low --text text.txt --window 64" in output
+    )  # no folder of this machine
+    assert str(tmp_path) not in output
+    assert (low / "figures" / "speed.png").stat().st_size > 1000
+    assert "![speed](figures/speed.png)" in output
+    speeds = [json.loads(line) for line in (tmp_path / "b" / "bench.jsonl").open()]
+    for x in speeds:
+        assert f"| {x['model']} | 20 | 1 | 20 | {x['tokens_per_second']:.2f} |" in output
+        assert x["processor"] in output
+    raw = json.loads((low / "config.json").read_text())
+    assert raw["compression"]["measured"]["evaluations"] == found
+    load(str(low))
+    code, output, error = run("card", low, "--json")
+    assert code == 0, error
+    shown = json.loads(output)
+    assert shown["card"] == text(low)
+    assert shown["metadata"]["model-index"][0]["results"][0]["metrics"][0]["type"] == "perplexity"
+    code, _, error = run("card", low, files[0])  # of this kind the old ones go, speeds stay
+    assert code == 0, error
+    assert "| original |" not in text(low).split("## Measured")[1]
+    assert "| low | 20 |" in text(low)
+
+
+def test_what_is_no_measurement_is_refused(run, dense, low, tmp_path):
+    (tmp_path / "x.json").write_text('{"perplexity": 3}')
+    before = text(low)
+    code, _, error = run("card", low, tmp_path / "x.json")
+    assert code == 2
+    assert "is none of `eigenzoo evaluate --json`" in error
+    code, _, error = run("card", dense)
+    assert code == 2
+    assert "was not written by eigenzoo compress" in error
+    assert text(low) == before
+
+
+@pytest.mark.slow
+def test_the_snippet_of_a_card_runs_where_the_card_lies(low, tmp_path):
+    (snippet,) = re.findall(r"```python\n(.*?)```", text(low), re.DOTALL)
+    code = "import sys; sys.modules['eigenzoo'] = None\n" + snippet
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=low,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hub")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_inspect_tells_whose_code_a_checkpoint_brings(run, low, dense):
+    code, output, error = run("inspect", low, "--json")
+    assert code == 0, error
+    found = json.loads(output)
+    assert found["format_version"] == 1
+    assert re.fullmatch(r"as eigenzoo [\d.]+ writes it, not released", found["code"])
+    with (low / "cache.py").open("a") as file:
+        file.write("print('who?')\n")
+    _, output, _ = run("inspect", low, "--json")
+    verdict = json.loads(output)["code"]
+    assert re.search(r"not that of eigenzoo .*: read cache.py; changed since .*: cache.py", verdict)
+    (low / "other.py").touch()
+    _, output, _ = run("inspect", low)
+    assert "read cache.py, other.py" in " ".join(output.replace("│", "").split())
+    code, output, _ = run("inspect", dense)
+    assert code == 0
+    assert "format_version" not in output
+
+
+def test_code_of_a_release_is_told_from_code_of_none(run, low, monkeypatch, tmp_path):
+    monkeypatch.setattr(travelling, "RELEASES", tmp_path / "releases.json")
+    travelling.RELEASES.write_text("{}")
+    assert travelling.verdict(low, None).endswith("writes it, not released")
+    travelling.RELEASES.write_text(json.dumps({"9.8.7": travelling.hashes()}))
+    assert travelling.verdict(low, None) == "that of eigenzoo 9.8.7, released"
+
+
+def test_what_is_released_travels_unchanged_until_the_version_changes():
+    released = json.loads(travelling.RELEASES.read_text())
+    assert released.get(version("eigenzoo"), travelling.hashes()) == travelling.hashes()
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(run, low):
+    raw = json.loads((low / "config.json").read_text())
+    assert set(raw["code"]) == {p.name for p in low.glob("*.py")}
+    (low / "config.json").write_text(json.dumps(raw | {"format_version": 2}))
+    code, _, error = run("inspect", low)
+    assert code == 2
+    assert "is of format 2, and this eigenzoo reads up to 1: upgrade" in error
+
+
+OLDEST = Path(__file__).parents[1] / "fixtures" / "format-0"
+
+
+def test_the_earliest_checkpoints_are_still_read():
+    checkpoint = load(str(OLDEST))
+    known = load_file(OLDEST / "logits.safetensors")
+    with torch.inference_mode():
+        found = checkpoint.model(known["tokens"])
+    # fp32 logits of 0.4 that another version, maybe another processor, summed in another order
+    torch.testing.assert_close(found, known["logits"], atol=1e-5, rtol=1e-5)
+
+
+def test_the_earliest_checkpoints_get_a_card_of_today(run, tmp_path):
+    folder = shutil.copytree(OLDEST, tmp_path / "old")
+    code, output, error = run("card", folder)
+    assert code == 0, error
+    assert "KV bytes per token" in output
+    code, output, error = run("inspect", folder, "--json")
+    assert code == 0, error
+    assert json.loads(output)["format_version"] == 0

@@ -1,0 +1,92 @@
+import json
+
+import pytest
+import tiny
+import torch
+
+from eigenzoo.zoo.inference.data import (
+    calibration_tokens,
+    encode,
+    encode_prompt,
+    python_docs,
+    read_text,
+)
+
+
+def test_the_default_text_is_english_and_long():
+    text = python_docs()
+    assert len(text) > 300_000
+    assert " the " in text
+
+
+def test_windows_of_a_file_spread_over_its_length(tmp_path, dense):
+    path = tmp_path / "text.txt"
+    path.write_text(tiny.WORDS * 50)
+    rows = calibration_tokens(str(path), dense.model, dense.tokenizer, 5, 20)
+    every = encode(dense.tokenizer, path.read_text())
+    every = every[: len(every) // 20 * 20].view(-1, 20)
+    assert rows.shape == (5, 20)
+    assert torch.equal(rows[0], every[0])
+    assert torch.equal(rows[-1], every[-1])
+
+
+def test_a_short_file_gives_fewer_windows_and_one_is_too_few(tmp_path, dense):
+    path = tmp_path / "text.txt"
+    path.write_text(tiny.WORDS)
+    count = len(encode(dense.tokenizer, tiny.WORDS))
+    rows = calibration_tokens(str(path), dense.model, dense.tokenizer, 50, count // 3)
+    assert len(rows) == 3
+    with pytest.raises(ValueError, match=f"has {count} tokens: expected at least"):
+        calibration_tokens(str(path), dense.model, dense.tokenizer, 50, count // 2 + 1)
+
+
+def test_the_model_writes_its_own_text(dense):
+    rows = calibration_tokens("self", dense.model, dense.tokenizer, 3, 16, seed=5)
+    assert rows.shape == (3, 16)
+    assert (rows[:, 0] == dense.tokenizer.bos_token_id).all()
+
+
+def test_a_dataset_is_streamed(tmp_path, dense, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    lines = [json.dumps({"text": f"{i} {tiny.WORDS}"}) for i in range(40)]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
+    rows = calibration_tokens(f"hub:{tmp_path}/set", dense.model, dense.tokenizer, 4, 16)
+    assert rows.shape == (4, 16)
+    assert dense.tokenizer.decode(rows[0]).startswith("0 the cat")
+
+
+def test_a_dataset_without_text_is_named(tmp_path, dense):
+    pytest.importorskip("datasets", reason="the extra `data` is not installed")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"words": "none"}))
+    with pytest.raises(ValueError, match="expected `text`"):
+        calibration_tokens(f"hub:{tmp_path}", dense.model, dense.tokenizer, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(None, "does not exist"), (b" \n", "is empty"), (b"\xff\xfe\x00", "UTF-8")],
+)
+def test_files_that_are_no_text_are_named(tmp_path, content, named):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=named):
+        read_text(path)
+
+
+def test_a_prompt_goes_through_the_chat_template_if_there_is_one(dense):
+    ids = encode_prompt(dense.tokenizer, "the cat")
+    assert dense.tokenizer.decode(ids) == "<user>the cat<assistant>"
+    assert (
+        dense.tokenizer.decode(encode_prompt(dense.tokenizer, "the cat", chat=False)) == "the cat"
+    )
+
+
+def test_a_prompt_that_cannot_be_encoded_is_refused():
+    plain = tiny.tokenizer()
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_prompt(plain, "x", chat=True)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        encode_prompt(plain, "")

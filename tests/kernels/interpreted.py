@@ -1,0 +1,285 @@
+"""What the Triton launchers return under Triton's interpreter, against the definitions.
+
+`test_kernels.py` runs this file: the interpreter needs a process of its own, where TRITON_INTERPRET
+is set before Triton is imported.
+"""
+
+from itertools import combinations
+
+import pytest
+import tiny
+import torch
+
+from eigenzoo.kernels import anchored_decode, latent_decode, rotary_decode, split
+from eigenzoo.kernels.install import FUSED
+from eigenzoo.zoo.compression.compress import Settings, compress
+from eigenzoo.zoo.inference.generate import Generator
+from eigenzoo.zoo.models import attention
+from eigenzoo.zoo.models.cache import Packed, pack
+
+LENGTHS = (1, 15, 16, 17, 63, 64, 65, 200)
+LAUNCH = {
+    attention.latent_decode: latent_decode.launch,
+    attention.anchored_decode: anchored_decode.launch,
+    attention.rotary_decode: rotary_decode.launch,
+}
+# rounding of the result, 2^-8 of numbers up to 2, twice: the interpreter cuts bf16 off; and that
+# of what the definition rounds between, which the kernels keep in fp32
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
+
+
+def pairs(*options: str):
+    """Every option alone, every two of them, and none."""
+    sets = [set(c) for n in range(3) for c in combinations(options, n)]
+    return pytest.mark.parametrize("given", sets, ids=lambda s: "+".join(sorted(s)) or "plain")
+
+
+@pytest.fixture(autouse=True)
+def _several_splits(monkeypatch):
+    """Short sequences are cut as long ones are, so that some splits have nothing to read."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(split, "splits_of", lambda *_: 4)
+
+
+def span_of(slots: int, given: set[str], tokens: int = 1) -> torch.Tensor:
+    """Of two sequences: all slots, or two parts of them."""
+    if "spans" not in given:
+        return torch.tensor([[0, slots]])
+    assert slots > tokens + 6
+    return torch.tensor([[slots // 3, slots], [2, slots - 4]])
+
+
+def cache(heads: int, slots: int, width: int, dtype=torch.float32) -> torch.Tensor:
+    """(2, heads, slots, width) with rows behind the last slot that nobody may read."""
+    x = torch.full((2, heads, slots + 5, width), torch.nan, dtype=dtype)
+    x[:, :, :slots] = torch.randn(2, heads, slots, width)
+    return x[:, :, :slots]
+
+
+def check(definition, q, k, v, span, *rest, bits=(16, 16)):
+    """The launcher agrees with the definition, and reads no slot outside of the span."""
+    dtype = v.dtype
+    wide = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rest]
+    k, v = (x if n == 16 else pack(x, n) for x, n in zip((k, v), bits, strict=True))
+    known = [x if isinstance(x, Packed) else x.float() for x in (k, v)]
+    want = definition(q.float(), *known, span, *wide)
+    slot = torch.arange(k.size(2) if isinstance(k, torch.Tensor) else k.codes.size(2))
+    outside = ((slot < span[:, :1]) | (slot >= span[:, 1:])).expand(2, -1)
+    scales = {}
+    for name, x in (("k" if definition is attention.latent_decode else "z", k), ("v", v)):
+        numbers = scales[f"{name}_scale"] = x.scale if isinstance(x, Packed) else x
+        numbers.transpose(1, 2)[outside] = torch.nan
+    scales = {n: s for n, s in scales.items() if s is not k and s is not v}
+    codes = [x.codes if isinstance(x, Packed) else x for x in (k, v)]
+    got = LAUNCH[definition](q, *codes, span, *rest, **scales)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), want, atol=TOLERANCE[dtype], rtol=0)
+
+
+def latent(slots, given, rk=16, rv=32, dtype=torch.float32, heads=4, k_heads=2, v_heads=2):
+    """Arguments of `latent_decode`."""
+    tokens = 3 if "tokens" in given else 1
+    if "uneven" in given:
+        k_heads, v_heads = 4, 1
+    bias = torch.randn(2, slots) if "bias" in given else None
+    slopes = torch.rand(heads) if "slopes" in given else None
+    q = torch.randn(2, heads, tokens, rk).to(dtype)
+    k, v = cache(k_heads, slots, rk, dtype), cache(v_heads, slots, rv, dtype)
+    return q, k, v, span_of(slots, given, tokens), rk**-0.5, bias, slopes
+
+
+@pytest.mark.parametrize("slots", LENGTHS)
+@pytest.mark.parametrize("splits", [1, 4])
+def test_latent_decode_reads_every_length(slots, splits, monkeypatch):
+    monkeypatch.setattr(split, "splits_of", lambda *_: splits)
+    check(attention.latent_decode, *latent(slots, set()))
+
+
+@pairs("bias", "slopes", "tokens", "spans", "uneven")
+def test_latent_decode_takes_every_option(given):
+    check(attention.latent_decode, *latent(150, given))
+
+
+@pytest.mark.parametrize(
+    ("rk", "rv"), [(80, 48), (96, 112), (1, 77), (128, 24), (2, 320), (513, 7), (72, 33)]
+)
+def test_latent_decode_takes_every_rank(rk, rv):
+    check(attention.latent_decode, *latent(70, {"spans"}, rk, rv))
+
+
+@pytest.mark.parametrize(
+    ("heads", "k_heads", "v_heads"), [(1, 1, 1), (6, 3, 2), (6, 2, 6), (20, 1, 1), (9, 3, 1)]
+)
+def test_latent_decode_shares_latents_among_any_number_of_heads(heads, k_heads, v_heads):
+    shared = {"heads": heads, "k_heads": k_heads, "v_heads": v_heads}
+    check(attention.latent_decode, *latent(40, {"tokens", "slopes"}, **shared))
+
+
+def test_a_bias_of_minus_infinity_hides_whole_tiles():
+    arguments = latent(200, {"bias"})
+    arguments[5][:, :130] = -torch.inf
+    check(attention.latent_decode, *arguments)
+
+
+def test_the_first_of_a_few_tokens_may_see_nothing_of_the_last_tile():
+    check(attention.latent_decode, *latent(129, {"tokens"}))
+
+
+def test_caches_of_any_layout_are_read():
+    q, k, v, span, scale, *_ = latent(40, set())
+    want = attention.latent_decode(q, k, v, span, scale)
+    stretched = torch.full((2, 40, 2, 24), torch.nan)  # slots before heads, columns behind
+    stretched[..., :16] = k.transpose(1, 2)
+    got = latent_decode.launch(
+        q.mT.contiguous().mT, stretched[..., :16].transpose(1, 2), v.mT.contiguous().mT, span, scale
+    )
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def anchored(slots, given, block, rank=16, dtype=torch.float32, heads=4, kv=2, k_heads=2):
+    """Arguments of `anchored_decode`, head size 16."""
+    v_heads = 2
+    if "uneven" in given:
+        k_heads, v_heads = 1, 2
+    angle = torch.rand(2 if "angles" in given else 1, 1, -(-slots // block), 8)
+    mean = torch.randn(kv, 1, 16).to(dtype) if "mean" in given else None
+    up = (rank**-0.5 * torch.randn(k_heads, rank, kv // k_heads * 16)).to(dtype)
+    q, z, v = torch.randn(2, heads, 1, 16), cache(k_heads, slots, rank, dtype), cache(2, slots, 32)
+    v = cache(v_heads, slots, 32, dtype)
+    bias = torch.randn(2, slots) if "bias" in given else None
+    span = span_of(slots, given)
+    return q.to(dtype), z, v, span, 0.25, angle.cos(), angle.sin(), up, mean, block, bias
+
+
+@pairs("bias", "mean", "angles", "spans", "uneven")
+def test_anchored_decode_takes_every_option(given):
+    check(attention.anchored_decode, *anchored(90, given, 32))
+
+
+@pytest.mark.parametrize("slots", LENGTHS)
+@pytest.mark.parametrize("block", [16, 64])
+def test_anchored_decode_reads_every_length(slots, block):
+    check(attention.anchored_decode, *anchored(slots, {"mean"}, block))
+
+
+@pytest.mark.parametrize("block", [2, 3, 24, 32, 100, 128, 150, 4096])
+def test_anchored_decode_takes_every_block(block):
+    check(attention.anchored_decode, *anchored(150, {"spans", "mean"}, block))
+
+
+@pytest.mark.parametrize(("heads", "kv", "k_heads"), [(6, 2, 2), (6, 6, 2), (1, 1, 1), (20, 2, 1)])
+@pytest.mark.parametrize("rank", [5, 40])
+def test_anchored_decode_shares_latents_among_any_number_of_heads(heads, kv, k_heads, rank):
+    shared = {"heads": heads, "kv": kv, "k_heads": k_heads}
+    q, z, _, *rest = anchored(70, {"spans"}, 16, rank, **shared)
+    check(attention.anchored_decode, q, z, cache(1, 70, 20), *rest)
+
+
+def rotary(slots, given, rank=16, dtype=torch.float32, heads=4, kv=2, k_heads=2, head_dim=16):
+    """Arguments of `rotary_decode`."""
+    tokens = 3 if "tokens" in given else 1
+    v_heads = 2
+    if "uneven" in given:
+        k_heads, v_heads = 1, 1
+    angle = torch.rand(2 if "angles" in given else 1, 1, slots, head_dim // 2)
+    mean = torch.randn(kv, 1, head_dim).to(dtype) if "mean" in given else None
+    up = (rank**-0.5 * torch.randn(k_heads, rank, kv // k_heads * head_dim)).to(dtype)
+    q = torch.randn(2, heads, tokens, head_dim).to(dtype)
+    z, v = cache(k_heads, slots, rank, dtype), cache(v_heads, slots, 32, dtype)
+    bias = torch.randn(2, slots) if "bias" in given else None
+    span, scale = span_of(slots, given, tokens), head_dim**-0.5
+    return q, z, v, span, scale, angle.cos(), angle.sin(), up, mean, bias
+
+
+@pairs("bias", "mean", "tokens", "angles", "spans", "uneven")
+def test_rotary_decode_takes_every_option(given):
+    check(attention.rotary_decode, *rotary(40, given))
+
+
+@pytest.mark.parametrize("slots", LENGTHS)
+def test_rotary_decode_reads_every_length(slots):
+    check(attention.rotary_decode, *rotary(slots, {"mean"}))
+
+
+@pytest.mark.parametrize(("rank", "head_dim"), [(80, 16), (5, 80), (70, 24), (160, 2), (900, 16)])
+def test_rotary_decode_takes_every_rank_and_head_size(rank, head_dim):
+    check(attention.rotary_decode, *rotary(20, {"spans"}, rank, head_dim=head_dim))
+
+
+@pytest.mark.parametrize(("heads", "kv", "k_heads"), [(6, 2, 2), (4, 4, 1), (1, 1, 1)])
+def test_rotary_decode_shares_latents_among_any_number_of_heads(heads, kv, k_heads):
+    shared = {"heads": heads, "kv": kv, "k_heads": k_heads}
+    q, z, _, *rest = rotary(20, {"mean"}, **shared)
+    check(attention.rotary_decode, q, z, cache(1, 20, 20), *rest)
+
+
+def test_a_lift_that_is_not_held_is_read_for_every_tile(monkeypatch):
+    monkeypatch.setattr(rotary_decode, "MOST_HELD", 0)
+    check(attention.rotary_decode, *rotary(70, {"spans", "mean"}, 70))
+
+
+MIXED = [(8, 8), (4, 4), (8, 4), (4, 16), (16, 8)]
+bits = pytest.mark.parametrize("bits", MIXED, ids=lambda b: f"{b[0]},{b[1]}")
+
+
+@bits
+@pytest.mark.parametrize("made", [latent, anchored, rotary], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_numbers_are_read_as_what_they_stand_for(made, bits, dtype):
+    block = {"block": 32} if made is anchored else {}
+    arguments = made(90, {"spans", "mean", "bias"}, dtype=dtype, **block)
+    check(getattr(attention, f"{made.__name__}_decode"), *arguments, bits=bits)
+
+
+@pytest.mark.parametrize("bits", [(8, 4), (4, 8)], ids=str)
+@pytest.mark.parametrize(("rk", "rv"), [(80, 48), (96, 160), (2, 320), (514, 8), (70, 38)])
+def test_packed_numbers_have_any_rank(rk, rv, bits):
+    check(attention.latent_decode, *latent(40, {"uneven"}, rk, rv), bits=bits)
+
+
+@pytest.mark.parametrize("held", [0, 1 << 20])
+@pytest.mark.parametrize("rank", [6, 80, 134])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_latents_of_any_rank_are_lifted(rank, bits, held, monkeypatch):
+    monkeypatch.setattr(rotary_decode, "MOST_HELD", held)
+    check(attention.rotary_decode, *rotary(40, {"mean", "tokens"}, rank), bits=(bits, bits))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_numbers_may_lie_beside_their_scales(bits):
+    q, k, v, *rest = latent(40, {"spans"})
+    k, v = pack(k, bits), pack(v, bits)
+    rows = [torch.cat([part.view(torch.uint8) for part in x], dim=-1) for x in (k, v)]
+    codes = [x[..., :-2].view(p.codes.dtype) for x, p in zip(rows, (k, v), strict=True)]
+    scales = [x[..., -2:].view(torch.bfloat16) for x in rows]
+    got = latent_decode.launch(q, *codes, *rest, *scales)
+    torch.testing.assert_close(got, attention.latent_decode(q, k, v, *rest), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("made", [latent, anchored, rotary], ids=lambda f: f.__name__)
+def test_halves_are_added_up_in_fp32(made, dtype):
+    block = {"block": 32} if made is anchored else {}
+    definition = getattr(attention, f"{made.__name__}_decode")
+    check(definition, *made(90, {"spans", "mean", "slopes"}, dtype=dtype, **block))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", Settings(keys="rebuild", heads_per_latent=(2, 1), rank_multiple=2)),
+        ("llama", Settings(keys="anchored", anchor_block=3, heads_per_latent=(4, 2))),
+        ("mpt", Settings(heads_per_latent=(2, 4), rank_multiple=2)),
+        ("opt", Settings(heads_per_latent=(4, 4), latent="joint-kv", rank_multiple=2)),
+    ],
+)
+def test_a_model_writes_the_same_text_through_the_kernels(family, settings):
+    layers = {"n_layers" if family == "mpt" else "num_hidden_layers": 1}
+    model = compress(tiny.native(family, **layers), tiny.tokens(8, 64), settings).model
+    prompts = [[5, 9, 33, 7, 120], [8, 41]]
+    want = list(Generator(model, 2, 20, compile=False).stream(prompts, 6))
+    for layer in model.layers:
+        for definition in FUSED:
+            setattr(layer.attn, definition.__name__, LAUNCH[definition])
+    got = list(Generator(model, 2, 20, compile=False).stream(prompts, 6))
+    assert torch.equal(torch.stack(got), torch.stack(want))

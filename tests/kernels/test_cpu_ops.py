@@ -1,0 +1,234 @@
+"""The C++ ops for CPUs against the definitions, with NaN wherever nothing may be read."""
+
+import os
+import subprocess
+import sys
+from itertools import combinations
+
+import pytest
+import torch
+
+from eigenzoo.kernels import cpu, ops
+from eigenzoo.zoo.models import attention
+from eigenzoo.zoo.models.cache import Packed, pack
+
+pytestmark = pytest.mark.slow  # they are built once, in half a minute
+SLOTS = 300
+HEADS = [(4, 4, 4), (6, 3, 1), (9, 1, 3), (12, 4, 3)]  # of queries, latents of keys, of values
+DTYPES = {  # what rounding queries, maps and the output may cost: a few units in the last place
+    torch.float32: 1e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2e-3,
+}
+OPTIONS = ("padding", "bias", "more tokens", "slopes")
+SOME = [(), *((o,) for o in OPTIONS), *combinations(OPTIONS, 2)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _built():
+    cpu.load()
+
+
+def buffer(heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """A cache for two sequences that lies in a larger one of NaN."""
+    x = torch.full((2, heads, SLOTS + 64, width), torch.nan, dtype=dtype)[:, :, 32:-32]
+    return x.copy_(torch.randn(x.shape))
+
+
+def packed(heads: int, width: int, bits: int, dtype: torch.dtype):
+    """The same of so many bits; 16 are not packed."""
+    if bits == 16:
+        return buffer(heads, width, dtype)
+    x = pack(torch.randn(2, heads, SLOTS + 64, width), bits)
+    return Packed(*(part[:, :, 32:-32] for part in x))
+
+
+def spans(length: int, options) -> torch.Tensor:
+    first = min(5, length - 3) if "padding" in options and length > 3 else 0
+    return torch.tensor([[0, length], [first, length]]) if first else torch.tensor([[0, length]])
+
+
+def biases(length: int, options) -> torch.Tensor | None:
+    if "bias" not in options:
+        return None
+    bias = torch.randn(2, SLOTS)
+    bias[1, 7 : max(7, length - 5)] = -torch.inf
+    return bias
+
+
+def compare(op, definition, q, k, v, span, *rest) -> None:
+    """The op reads the span alone; the definition is asked in fp32, before the poison is given."""
+    args = (q, k, v, span, *rest)
+    want = definition(
+        *(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
+    )
+    for b in range(2):
+        first, end = span[b % len(span)]
+        for x in (x.scale if isinstance(x, Packed) else x for x in (k, v)):
+            x[b, :, :first], x[b, :, end:] = torch.nan, torch.nan
+    bound = DTYPES[q.dtype]
+    torch.testing.assert_close(op(*args).float(), want, atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rank", "width"), [(16, 16), (7, 33), (80, 96), (130, 72)])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_latents_are_read_as_defined(heads, rank, width, dtype):
+    torch.manual_seed(0)
+    h, k, v = heads
+    for length in (1, 15, 16, 17, 63, 64, 65, 200):
+        for options in SOME:
+            new = min(3, length) if "more tokens" in options else 1
+            q = torch.randn(2, h, new, rank).to(dtype)
+            slopes = torch.rand(h) if "slopes" in options else None
+            rest = (0.2, biases(length, options), slopes)
+            args = q, buffer(k, rank, dtype), buffer(v, width, dtype), spans(length, options)
+            compare(ops.latent_decode, attention.latent_decode, *args, *rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [3, 16, 64, 1000])
+@pytest.mark.parametrize(("heads", "kv"), list(zip(HEADS, (4, 3, 3, 12), strict=True)), ids=str)
+def test_anchored_and_rebuilt_keys_are_read_as_defined(heads, kv, block, dtype):
+    torch.manual_seed(0)
+    (h, k, v), d, rank = heads, 40, 48
+    for length in (1, 17, 64, 200):
+        for options in [x for x in SOME if "slopes" not in x and "more tokens" not in x]:
+            up = (torch.randn(k, rank, kv // k * d) * rank**-0.5).to(dtype)
+            mean = torch.randn(kv, 1, d).to(dtype) if options else None
+            angle = 6 * torch.rand(2 if options else 1, 1, SLOTS, d // 2)
+            ahead, bias = angle[:, :, : -(-SLOTS // block)], biases(length, options)
+            q, span = torch.randn(2, h, 1, d).to(dtype), spans(length, options)
+            for op, definition, *rest in (
+                (ops.anchored_decode, attention.anchored_decode, ahead, block, bias),
+                (ops.rotary_decode, attention.rotary_decode, angle, bias),
+            ):
+                angles, *rest = rest
+                rest = (angles.cos(), angles.sin(), up, mean, *rest)
+                cache = buffer(k, rank, dtype), buffer(v, 24, dtype)
+                compare(op, definition, q, *cache, span, 0.1, *rest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (16, 4), (8, 16)])
+@pytest.mark.parametrize(("heads", "kv"), list(zip(HEADS, (4, 3, 3, 12), strict=True)), ids=str)
+def test_packed_caches_are_read_as_the_numbers_they_stand_for(heads, kv, bits, dtype):
+    torch.manual_seed(0)
+    (h, k, v), d = heads, 40
+    for rank, width, length in ((16, 34, 1), (34, 16, 65), (66, 128, 200)):
+        for options in [(), ("padding", "bias"), ("more tokens", "slopes"), ("more tokens",)]:
+            span, bias = spans(length, options), biases(length, options)
+            new = min(3, length) if "more tokens" in options else 1
+            slopes = torch.rand(h) if "slopes" in options else None
+            up = (torch.randn(k, rank, kv // k * d) * rank**-0.5).to(dtype)
+            mean = torch.randn(kv, 1, d).to(dtype) if options else None
+            angle = 6 * torch.rand(1, 1, SLOTS, d // 2)
+            where = angle.cos(), angle.sin(), up, mean
+            ahead = *(x[:, :, : -(-SLOTS // 16)] for x in where[:2]), up, mean, 16
+            for op, definition, *rest in (
+                (ops.latent_decode, attention.latent_decode, bias, slopes),
+                (ops.rotary_decode, attention.rotary_decode, *where, bias),
+                (ops.anchored_decode, attention.anchored_decode, *ahead, bias),
+            ):
+                if slopes is not None and op is not ops.latent_decode:
+                    continue
+                count = 1 if op is ops.anchored_decode else new
+                wide = rank if op is ops.latent_decode else d
+                q = torch.randn(2, h, count, wide).to(dtype)
+                cache = packed(k, rank, bits[0], dtype), packed(v, width, bits[1], dtype)
+                compare(op, definition, q, *cache, span, 0.1, *rest)
+
+
+def test_no_copy_of_a_packed_cache_is_made():
+    q, span = torch.randn(1, 4, 1, 64), torch.tensor([[0, 4096]])
+    k, v = (pack(torch.randn(1, 2, 4096, 64), bits) for bits in (8, 4))
+    with torch.profiler.profile(profile_memory=True) as seen:
+        ops.latent_decode(q, k, v, span, 0.1)
+    taken = max(event.cpu_memory_usage for event in seen.key_averages())
+    assert 0 < taken < k.codes.nbytes / 10
+
+
+@pytest.mark.parametrize("kept", [torch.ones(1, 2, 9, 8), torch.ones(1, 2, 9, 8).char()])
+def test_a_cache_of_another_dtype_is_refused(kept):
+    q, span = torch.randn(1, 2, 1, 8).bfloat16(), torch.tensor([[0, 9]])
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        ops.latent_decode(q, kept, kept, span, 0.1)
+
+
+def test_the_ops_are_built_once_and_half_a_file_is_never_seen(tmp_path):
+    code = "from eigenzoo.kernels import cpu, ops; cpu.load(); print(cpu.library())"
+    quick = tmp_path / "quick"  # how fast the ops are is nothing to this test
+    quick.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    quick.chmod(0o755)
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(quick)}
+    command = [sys.executable, "-c", code]
+    first = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    [kept] = (tmp_path / "eigenzoo").iterdir()
+    assert first.stdout.strip() == str(kept)
+    written = kept.stat().st_mtime_ns
+    again = subprocess.run(command, capture_output=True, text=True, env=env | {"CXX": "none"})
+    assert again.stdout == first.stdout
+    assert kept.stat().st_mtime_ns == written
+
+
+def test_without_a_compiler_it_says_what_to_do(tmp_path):
+    code = "from eigenzoo.kernels import cpu, ops; cpu.load()"
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": "no-compiler"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert "there is no no-compiler: install g++" in done.stderr
+
+
+def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text('#!/bin/sh\ncase "$*" in *cpu.cpp*) exit 1;; esac\nexec c++ "$@"\n')
+    broken.chmod(0o755)
+    code = "from eigenzoo.kernels import cpu, ops; cpu.load()"
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(broken)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert f"ValueError: {broken} cannot build" in done.stderr
+    assert not list((tmp_path / "eigenzoo").iterdir())
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_layers_of_few_rows_on_a_cpu_are_what_defines_them(dtype, int8):
+    torch.manual_seed(0)
+    for size, outputs in ((8, 1), (17, 20), (200, 65), (4099, 70)):  # the last in more than a part
+        weight = torch.randn(outputs + 1, size + 3)[1:, 3:].to(dtype)  # lies in a larger one
+        scale, bias = None, torch.randn(outputs).to(dtype)
+        if int8:
+            weight, scale = torch.randint(-127, 128, (outputs, size)).char(), torch.rand(outputs)
+        for rows in (1, 2, 3, 4, 7, 8, 9):
+            for more in (None, bias):
+                x = torch.randn(rows, 1, size).to(dtype)
+                args = (x, weight, scale, more)
+                exact = (t if t is None or t.dtype == torch.int8 else t.double() for t in args)
+                want = wide_product(*exact)
+                error = (ops.linear_decode(*args).double() - want).abs().max()
+                assert error <= DTYPES[dtype] * want.abs().max(), (size, rows)
+
+
+def wide_product(x, weight, scale, bias):
+    y = x @ weight.double().T
+    y = y if scale is None else y * scale
+    return y if bias is None else y + bias
+
+
+def test_backward_through_an_op_is_an_error():
+    x, weight = torch.randn(1, 1, 8, requires_grad=True), torch.randn(4, 8)
+    y = ops.linear_decode(x, weight, None, None)
+    with pytest.raises(RuntimeError, match="derivative for eigenzoo::linear_decode"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_bfloat16_the_ops_are_nearer_to_the_exact_than_the_definition(seed):
+    # so the tokens of the two differ where two are nearly as likely: scores are not rounded here
+    torch.manual_seed(seed)
+    q, k, v = 2 * torch.randn(1, 8, 1, 64), torch.randn(1, 2, 300, 64), torch.randn(1, 2, 300, 64)
+    given = [x.bfloat16() for x in (q, k, v)]
+    rest = torch.tensor([[0, 300]]), 0.3
+    exact = attention.latent_decode(*(x.double() for x in given), *rest)
+    found = (op(*given, *rest) for op in (ops.latent_decode, attention.latent_decode))
+    ours, theirs = ((x.double() - exact).norm() for x in found)
+    assert ours < 0.5 * theirs

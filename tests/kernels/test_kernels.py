@@ -1,0 +1,201 @@
+"""The ops as PyTorch and the models see them. On this machine they run in C++; see also
+test_cpu_ops.py, interpreted.py and test_aot.py for what runs where.
+"""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.library import opcheck
+
+from eigenzoo.kernels import ops, split
+from eigenzoo.kernels.install import FUSED, install, register
+from eigenzoo.zoo.compression.compress import Settings, compress
+from eigenzoo.zoo.inference.generate import Generator
+from eigenzoo.zoo.models import attention
+from eigenzoo.zoo.models.cache import pack
+
+pytestmark = pytest.mark.slow  # the ops are built first, in half a minute
+torch.manual_seed(0)
+ROOT = Path(__file__).parents[2]
+SPAN = torch.tensor([[3, 20], [0, 12]])
+Q, K, V, BIAS = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 20, 8), torch.randn(2, 1, 20, 5), None
+UP, MEAN = torch.randn(2, 8, 32), torch.randn(4, 1, 16)
+ANGLES, AHEAD = torch.rand(2, 1, 20, 8), torch.rand(1, 1, 3, 8)
+CALLS = {  # op and arguments
+    "latent": (ops.latent_decode, (Q[..., :8], K, V, SPAN, 0.3)),
+    "alibi": (ops.latent_decode, (Q[..., :8], K, V, SPAN, 0.3, BIAS, torch.rand(4))),
+    "linear": (ops.linear_decode, (torch.randn(2, 1, 8), torch.randn(20, 8), None, None)),
+    "int8": (
+        ops.linear_decode,
+        (
+            torch.randn(2, 1, 8),
+            torch.ones(20, 8, dtype=torch.int8),
+            torch.rand(20),
+            torch.randn(20),
+        ),
+    ),
+    "few tokens": (ops.latent_decode, (torch.randn(2, 4, 3, 8), K, V, SPAN, 0.3)),
+    "anchored": (
+        ops.anchored_decode,
+        (Q, K, V, SPAN, 0.3, AHEAD.cos(), AHEAD.sin(), UP, MEAN, 8, torch.rand(2, 20)),
+    ),
+    "rotary": (
+        ops.rotary_decode,
+        (Q, K, V, SPAN, 0.3, ANGLES.cos(), ANGLES.sin(), UP, None, torch.rand(2, 20)),
+    ),
+}
+call = pytest.mark.parametrize(("op", "arguments"), CALLS.values(), ids=CALLS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _built():
+    register("cpu")
+
+
+def test_launchers_agree_with_the_definitions_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted.py"]
+    where = {"cwd": ROOT / "tests/kernels", "env": os.environ | {"TRITON_INTERPRET": "1"}}
+    done = subprocess.run(command, capture_output=True, text=True, **where)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@call
+def test_ops_are_registered_as_torch_expects(op, arguments):
+    opcheck(getattr(torch.ops.eigenzoo, op.__name__).default, arguments)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_ops_of_packed_caches_are_registered_as_torch_expects(bits):
+    k, v = pack(K, bits), pack(torch.randn(2, 1, 20, 6), bits)
+    arguments = Q[..., :8], k.codes, v.codes, SPAN, 0.3, None, None, k.scale, v.scale
+    opcheck(torch.ops.eigenzoo.latent_decode.default, arguments)
+
+
+@call
+def test_ops_compile_in_one_graph_and_export(op, arguments):
+    class Twice(torch.nn.Module):
+        def forward(self, q, *rest):
+            return op(2 * q, *rest) + 1
+
+    want = Twice()(*arguments)
+    compiled = torch.compile(Twice(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), want)
+    exported = torch.export.export(Twice(), arguments)
+    assert f"eigenzoo.{op.__name__}.default" in {str(n.target) for n in exported.graph.nodes}
+    torch.testing.assert_close(exported.module()(*arguments), want)
+
+
+def test_ops_without_triton_need_torch_only():
+    code = (
+        "import sys; sys.modules['triton'] = None; from eigenzoo.kernels import install; "
+        "install.register('cuda')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ValueError: on a GPU the fused ops need Triton" in done.stderr
+
+
+WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+LOW = {  # family, changes, settings of the compression
+    "anchored": ("llama", {}, {"keys": "anchored", "anchor_block": 3, "heads_per_latent": (4, 2)}),
+    "rebuilt": ("llama", {}, {"keys": "rebuild", "heads_per_latent": (2, 1)}),
+    "pairs": ("llama", {}, {"keys": "pairs", "heads_per_latent": (2, 2)}),
+    "rotated": ("llama", {}, {"keys": "rotated"}),
+    "full": ("llama", {}, {"keys": "full", "keep": 0.8}),
+    "windows": ("qwen2", WINDOWS, {"keys": "rebuild", "heads_per_latent": (2, 2)}),
+    "joint": ("opt", {}, {"heads_per_latent": (4, 4), "latent": "joint-kv"}),
+    "alibi": ("mpt", {}, {"heads_per_latent": (2, 4)}),
+}
+
+
+def low(name: str):
+    """A small compressed model."""
+    family, changes, settings = LOW[name]
+    layers = {"n_layers" if family == "mpt" else "num_hidden_layers": 2}
+    dense = tiny.native(family, **changes, **layers)
+    return compress(dense, tiny.tokens(8, 64), Settings(**settings, rank_multiple=2)).model
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Names of the ops that are called, in the order of calls."""
+    names = []
+    for definition, op in FUSED.items():
+
+        def noted(*arguments, op=op):
+            names.append(op.__name__)
+            return op(*arguments)
+
+        noted.__name__ = op.__name__
+        monkeypatch.setitem(FUSED, definition, noted)
+    return names
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_an_installed_model_writes_the_same_text(name, used):
+    prompts = [[5, 9, 33, 7, 120], [8, 41]]
+    model = low(name)
+    want = list(Generator(model, 2, 30, compile=False).stream(prompts, 20))
+    assert install(install(model)) is model
+    got = list(Generator(model, 2, 30, compile=False).stream(prompts, 20))
+    assert torch.equal(torch.stack(got), torch.stack(want))
+    kinds = dict.fromkeys(("anchored", "rotated"), "anchored_decode")
+    kinds |= dict.fromkeys(("rebuilt", "windows"), "rotary_decode")
+    assert set(used) == {kinds.get(name, "latent_decode")}
+    assert len(used) == 2 * 19  # layers, and tokens behind the first
+
+
+def test_an_installed_model_keeps_its_weights_and_other_models_their_attention():
+    model, other = low("alibi"), low("alibi")
+    names = list(model.state_dict())
+    install(model)
+    assert list(model.state_dict()) == names
+    assert other.layers[0].attn.latent_decode is attention.latent_decode
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_a_growing_text_compiles_one_step(name):
+    torch._dynamo.reset()
+    model, x = install(low(name)), tiny.tokens(2, 30)
+    cache = model.new_cache(2, 30)
+    valid = torch.ones(2, 30, dtype=torch.bool)
+    valid[1, :4] = False
+    want = model(x, valid=valid)
+    model(x[:, :9], torch.arange(9), cache, valid)
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    for stance, slots in (("default", range(9, 10)), ("fail_on_recompile", range(10, 30))):
+        with torch.compiler.set_stance(stance):
+            for t in slots:
+                got = step(x[:, [t]], torch.tensor([t]), cache, valid)
+                torch.testing.assert_close(got[:, 0], want[:, t], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["anchored", "alibi"])
+def test_inductor_keeps_the_ops_in_one_graph(name):
+    torch._dynamo.reset()
+    model, prompts = install(low(name)), [[5, 9, 33, 7, 120], [8, 41]]
+    want = list(Generator(model, 2, 30, compile=False).stream(prompts, 20))
+    got = list(Generator(model, 2, 30, compile_prefill=False).stream(prompts, 20))
+    assert torch.equal(torch.stack(got), torch.stack(want))
+
+
+def test_a_device_without_fused_ops_is_refused():
+    with pytest.raises(ValueError, match="no fused ops for mps"):
+        register("mps")
+
+
+def test_splits_fill_a_gpu_and_chunks_cover_every_width():
+    for width in range(1, 1200):
+        parts = split.chunks(width)
+        assert width <= sum(parts) < max(2 * width, 17)
+        assert all(p & (p - 1) == 0 and p >= 16 for p in parts)
+        assert all(a > b for a, b in pairwise(parts))
+    assert split.splits_of(1, 1 << 20, 64) == 128
+    assert split.splits_of(32, 8192, 64) == 16
+    assert split.splits_of(1024, 8192, 64) == 1
+    assert split.splits_of(1, 100, 64) == 1

@@ -1,0 +1,181 @@
+import os
+import signal
+from dataclasses import dataclass
+
+import pytest
+import tiny
+import torch
+
+from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.compression.keys import KEYS
+from eigenzoo.zoo.inference.checkpoint import native_config
+from eigenzoo.zoo.measure import tables as report
+from eigenzoo.zoo.measure.bench import _serve, bench
+from eigenzoo.zoo.measure.contestants import Cell, Native, Transformers, weight_bytes
+from eigenzoo.zoo.measure.shapes import SHAPES, random_model, shaped, uniform
+from eigenzoo.zoo.models.families import new_model
+
+BILLIONS = {
+    "opt-125m": 0.125,
+    "smollm2-135m": 0.135,
+    "llama-3.1-70b": 70.6,
+    "opt-1.3b": 1.3,
+    "opt-6.7b": 6.7,
+    "mpt-1b": 1.31,
+    "mpt-7b": 6.65,
+    "mpt-30b": 30.0,
+    "llama-3.2-1b": 1.24,
+    "llama-2-7b": 6.74,
+    "llama-3.1-8b": 8.03,
+}
+
+
+CPU = torch.device("cpu")
+
+
+def native(name, layers=None, context=0):
+    return native_config(shaped(name, layers, context).to_dict())
+
+
+def cell(context=64, batch=2, slots=64):
+    return Cell(context, batch, slots, 3, torch.float32, CPU, compile=False)
+
+
+@dataclass
+class Killed:
+    """A contestant whose process is killed in a round, as for its memory."""
+
+    last: int
+    name: str = "killed"
+    weight_bytes: int = 1
+    kv_bytes: int = 1
+
+    def start(self, cell):
+        return self
+
+    def round(self):
+        if self.last == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.last -= 1
+        return [1.0]
+
+
+def same(model):
+    """No ops are installed."""
+    return model
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_have_the_published_number_of_parameters(name):
+    with torch.device("meta"):
+        model = new_model(native(name))
+    count = sum(p.numel() for p in model.parameters())
+    assert count == pytest.approx(1e9 * BILLIONS[name], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["opt-1.3b", "mpt-7b", "llama-3.1-8b"])
+@pytest.mark.parametrize("shared", [1, 4])
+def test_uniform_ranks_keep_what_was_asked(name, shared):
+    config = native(name, 4, 8192)
+    low = uniform(config, Settings(heads_per_latent=(shared, shared)).fit(config))
+    assert 0.49 < low.kv_width / low.dense_kv_width <= 0.6
+    assert low.max_position_embeddings >= 8192
+
+
+def test_shares_that_are_near_have_ranks_of_their_own():
+    config = native("opt-1.3b", 4, 8192)
+    alone = [Settings(keep=keep, heads_per_latent=(1, 1)).fit(config) for keep in (0.6, 0.5)]
+    shares = [uniform(config, settings) for settings in alone]
+    assert [(low.k_ranks[0], low.v_ranks[0]) for low in shares] == [(40, 32), (32, 32)]
+
+
+@pytest.mark.parametrize("keys", KEYS)
+def test_random_models_decode_whatever_the_keys(keys):
+    config = tiny.native(head_dim=16).config
+    low = uniform(config, Settings(keep=0.7, keys=keys, rank_multiple=3).fit(config))
+    assert 0.6 < low.kv_width / low.dense_kv_width <= 0.7
+    model = random_model(low, torch.float32, CPU)
+    run = Native("low", low, same).start(cell(20, 1, 30))
+    assert run.kv_bytes == 20 * 4 * low.kv_width  # what a step reads, not what there is room for
+    assert len(run.round()) == 3
+    assert model(tiny.tokens(1, 20)).isfinite().all()
+
+
+def test_whole_keys_are_more_than_half_of_the_bytes():
+    config = tiny.native().config
+    with pytest.raises(ValueError, match=r"keep is 0.5: keys that stay full"):
+        uniform(config, Settings(keep=0.5, keys="full").fit(config))
+
+
+def test_a_step_reads_all_weights_but_the_tables_it_looks_up():
+    model = tiny.native("opt")
+    tables = model.positions.weight.numel()  # the embedding is the head: it is read
+    assert weight_bytes(model, model.head) == 4 * (
+        sum(p.numel() for p in model.parameters()) - tables
+    )
+    untied = tiny.native()
+    assert weight_bytes(untied, untied.head) == 4 * sum(
+        p.numel() for name, p in untied.named_parameters() if name != "embed.weight"
+    )
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("family", ["llama", "opt", "mpt"])
+def test_transformers_decodes_at_the_end_of_a_filled_cache(family, static, monkeypatch):
+    names = {"opt": "opt-125m", "mpt": "mpt-1b", "llama": "llama-3.2-1b"}
+    config = shaped(names[family], 1, 80)
+    sizes = {
+        "opt": {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64},
+        "mpt": {"d_model": 32},
+        "llama": {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2},
+    }
+    config.update(sizes[family] | {"num_attention_heads": 4, "vocab_size": 96, "head_dim": 8})
+    run = Transformers("transformers", config, static).start(cell(slots=80))
+    heads = 2 if family == "llama" else 4
+    assert run.kv_bytes == 2 * 64 * 2 * heads * 8 * 4
+    assert len(run.round()) == len(run.round()) == 3
+
+
+def test_contestants_take_turns_in_their_own_processes_and_a_broken_one_says_so(capfd):
+    config = tiny.native("opt").config
+    settings = Settings(keep=0.5, heads_per_latent=(2, 2), rank_multiple=1)
+    low = uniform(config, settings.fit(config))
+    models = [Native("dense", config, same), Native("low", low, same), Native("gone", "/no", same)]
+    dense, small, gone = bench(models, cell(), rounds=2)
+    assert "/no does not exist" in gone["failed"]
+    assert "/no does not exist" in capfd.readouterr().err
+    assert dense["speedup"] == dense["bound"] == 1
+    assert small["speedup"] == pytest.approx(dense["seconds_per_step"] / small["seconds_per_step"])
+    assert dense["kv_bytes_read"] == 2 * 64 * 4 * config.kv_width == 2 * small["kv_bytes_read"]
+    assert small["bound"] == pytest.approx(1 / (1 - dense["kv_read_share"] / 2))
+    read = small["weight_bytes_read"] + small["kv_bytes_read"]
+    assert small["floor_seconds"] == pytest.approx(read / small["bandwidth"])
+    assert small["kv_read_share"] == small["kv_bytes_read"] / read
+    assert small["peak_memory"] > 2**26
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_contestant_that_is_killed_is_a_row_and_no_more(last):
+    killed, other = bench([Killed(last), Killed(9)], cell())
+    assert killed["failed"] == f"stopped with exit code -{signal.SIGKILL}"
+    assert other["tokens_per_second"] == 2
+
+
+def test_a_table_says_in_one_line_why_one_has_failed(capsys):
+    row = {"model": "gone", "context": 64, "batch": 2, "slots": 64, "failed": "OSError: no\nwhy"}
+    report.bench([row])
+    lines = capsys.readouterr().out.splitlines()
+    assert "gone failed: OSError: no" in lines
+    assert not any("why" in line for line in lines)
+
+
+def test_ctrl_c_in_a_terminal_ends_contestants_without_a_word(ctrl_c):
+    class Building:
+        def start(self, cell):  # compilers are told as well, and fail
+            ctrl_c()
+
+    class Pipe:
+        def send(self, answer):
+            pytest.fail(f"nobody listens to {answer}")
+
+    assert _serve(Pipe(), Building(), cell()) is None

@@ -1,0 +1,420 @@
+import json
+
+import pytest
+import tiny
+import torch
+
+from eigenzoo.zoo.compression.calibrate import calibrate
+from eigenzoo.zoo.compression.compress import Settings, compress, needs
+from eigenzoo.zoo.compression.moments import Needs
+from eigenzoo.zoo.compression.search import ErrorBudget
+from eigenzoo.zoo.inference import generate
+from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo.inference.data import calibration_tokens, encode
+from eigenzoo.zoo.measure import calibrator as passes
+from eigenzoo.zoo.measure import sweep as sweeping
+from eigenzoo.zoo.measure.calibrator import Calibration, kind, narrow, union
+from eigenzoo.zoo.measure.evaluate import decode_speed, perplexity
+from eigenzoo.zoo.measure.sweep import Evaluation, Sweep, grid
+from eigenzoo.zoo.utils.jsonl import read_rows
+
+METHODS = ["fisher", "attention", "eigen"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A file to calibrate on and one to measure on."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "a.txt").write_text(tiny.WORDS * 30)
+    (folder / "b.txt").write_text(tiny.WORDS[::-1] * 10)
+    return folder
+
+
+@pytest.fixture
+def sweep(dense, texts, tmp_path):
+    """Sweep into a file; all its rows."""
+
+    def call(axes, windows=2, model=dense, seq_len=32, words="a.txt", **options):
+        work = Sweep(
+            model,
+            tmp_path / "out.jsonl",
+            Evaluation(texts / "b.txt", 64, windows),
+            [Calibration(str(texts / words), 6, seq_len)],
+            **options,
+        )
+        return list(work.rows(work.distinct(grid(axes))))
+
+    return call
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What was calibrated and compressed."""
+    made = {"calibrate": [], "compress": []}
+
+    def counted(module, name, function):
+        def call(model, tokens, *rest):
+            made[name].append(rest)
+            return function(model, tokens, *rest)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(passes, "calibrate", calibrate)
+    counted(sweeping, "compress", compress)
+    return made
+
+
+def out(tmp_path):
+    return (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_rows_from_before_a_setting_are_taken_over(sweep, calls, tmp_path):
+    first = sweep({"keep": [0.5]})
+    del first[1]["settings"]["rank_pairs"]
+    (tmp_path / "out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first))
+    rows = sweep({"keep": [0.5], "rank_pairs": [None, 1]})
+    assert rows[:2] == first
+    assert len(calls["compress"]) == 2
+    assert len(set(zip(rows[2]["k_ranks"], rows[2]["v_ranks"], strict=True))) == 1
+
+
+def test_refits_share_one_calibration(sweep, calls):
+    rows = sweep({"keep": [0.5], "refit": [(), ("output",), ("heads", "inputs")]})
+    assert [row["fitted"]["refit"] for row in rows[1:]] == [[], ["output"], ["heads", "inputs"]]
+    assert len(calls["calibrate"]) == 1
+    assert len({row["perplexity"] for row in rows}) == 4
+
+
+@pytest.mark.parametrize(("family", "joint"), [("llama", False), ("opt", False), ("opt", True)])
+def test_split_statistics_equal_those_taken_directly(family, joint):
+    model, x = tiny.native(family), tiny.tokens(4, 32)
+    heads = model.config.num_key_value_heads
+    small = (2, 2) if joint else (1, 2)
+    have, want = (Needs(n, False, True, joint) for n in ((heads, heads), small))
+    got = narrow(calibrate(model, x, *have), have, want)
+    for a, b in zip(got, calibrate(model, x, *want), strict=True):
+        for m, n in zip(a, b, strict=True):
+            assert (m is None) == (n is None)
+            if m is not None:
+                assert torch.equal(m.count, n.count)
+                torch.testing.assert_close(m.mean, n.mean, atol=1e-6, rtol=1e-4)
+                torch.testing.assert_close(m.covariance, n.covariance, atol=1e-5, rtol=1e-4)
+
+
+def test_weighted_statistics_are_of_one_sharing():
+    model, x = tiny.native(), tiny.tokens(4, 32)
+    have, want = (Needs(n, gradients=True) for n in ((4, 4), (2, 2)))
+    assert kind(have) != kind(want)
+    with pytest.raises(ValueError, match="gather them for each"):
+        narrow(calibrate(model, x, *have), have, want)
+    plain = [n._replace(weighted=False) for n in (have, want)]
+    with pytest.raises(ValueError, match="gather them for each"):
+        narrow(calibrate(model, x, *plain[0]), *plain)
+
+
+def test_one_pass_serves_fisher_with_and_without_weights():
+    config = tiny.native().config
+    wants = [needs(Settings(m).fit(config), config) for m in ("fisher", "fisher-plain")]
+    assert [(n.plain, n.weighted) for n in wants] == [(False, True), (True, False)]
+    assert kind(wants[0]) == kind(wants[1])
+    assert union(wants) == wants[0]._replace(plain=True)
+
+
+def test_one_pass_serves_heads_per_latent_that_do_not_divide_each_other():
+    wants = [Needs((2, 1)), Needs((3, 1), queries=True)]
+    assert union(wants) == Needs((6, 1), queries=True)
+
+
+def test_rows_say_what_compressing_and_evaluating_by_hand_would(sweep, dense, texts):
+    axes = {"method": METHODS, "keep": [0.5], "heads_per_latent": [None, (2, 1)]}
+    rows = sweep(axes)
+    model, words = dense.model, dense.tokenizer
+    tokens = calibration_tokens(str(texts / "a.txt"), model, words, 6, 32)
+    test = encode(words, (texts / "b.txt").read_text())
+    assert rows[0]["perplexity"] == perplexity(model, test, 64, 2).perplexity
+    checked = 0
+    for row in rows[1:]:
+        if "refused" in row:
+            continue
+        checked += 1
+        shared = row["settings"]["heads_per_latent"]
+        asked = row["settings"] | {"heads_per_latent": shared and tuple(shared)}
+        low = compress(model, tokens, Settings(**asked)).model
+        assert row["k_ranks"] == list(low.config.k_ranks)
+        assert row["v_ranks"] == list(low.config.v_ranks)
+        assert row["perplexity"] == pytest.approx(perplexity(low, test, 64, 2).perplexity, rel=1e-4)
+        assert row["tokens"] == 126
+        assert row["dense_perplexity"] == rows[0]["perplexity"]
+        assert row["kv_bytes_per_token"] == low.config.kv_width * 4
+        assert row["kv_share"] == low.config.kv_width / low.config.dense_kv_width <= 0.5
+    assert checked == 5  # eigen shares no latents
+
+
+def test_statistics_are_taken_once_for_all_cells_that_can_share_them(sweep, calls):
+    axes = {
+        "method": METHODS,
+        "keep": [0.8, 0.5],
+        "heads_per_latent": [(1, 1), (2, 4)],
+        "keys": ["rebuild", "anchored"],
+    }
+    rows = sweep(axes)
+    assert len(calls["compress"]) == sum("perplexity" in row for row in rows) - 1 == 18
+    # without gradients one pass serves both sharings, with them each has its own
+    assert sorted(c[:2] + c[4:5] for c in calls["calibrate"]) == sorted(
+        (heads, gradients, anchor)
+        for heads, gradients in (((1, 1), True), ((2, 4), True), ((2, 4), False))
+        for anchor in (1, 16)
+    )
+
+
+def test_layers_are_measured_once_for_all_shares_to_keep(sweep, dense, texts, monkeypatch):
+    measured, error = [], ErrorBudget._error
+
+    def counted(search, layer, *ranks):
+        measured.append((search.multiple, layer, *ranks))
+        return error(search, layer, *ranks)
+
+    monkeypatch.setattr(ErrorBudget, "_error", counted)
+    axes = {"method": ["eigen"], "keep": [0.8, 0.4, 0.6], "rank_multiple": [1, 4]}
+    rows = sweep(axes)[1:]
+    together = set(measured)
+    assert len(measured) == len(together)
+    assert {multiple for multiple, *_ in together} == {1, 4}
+    measured.clear()
+    tokens = calibration_tokens(str(texts / "a.txt"), dense.model, dense.tokenizer, 6, 32)
+    for row in rows:
+        alone = compress(dense.model, tokens, Settings(**row["settings"]))
+        assert row["layers"] == alone.layers
+        assert row["fitted"]["error_budget"] == alone.settings.error_budget
+    assert set(measured) == together
+    assert len(measured) > len(together)
+
+
+def test_rows_that_are_there_are_not_made_again(sweep, calls, tmp_path):
+    axes = {"method": ["fisher", "eigen"], "keep": [0.8, 0.5], "keys": ["rebuild", "anchored"]}
+    first, text = sweep(axes), out(tmp_path)
+    for made in calls.values():
+        made.clear()
+    assert sweep(axes) == first == read_rows(tmp_path / "out.jsonl")
+    assert out(tmp_path) == text
+    assert calls == {"calibrate": [], "compress": []}
+
+
+def test_another_run_calibrates_only_if_nothing_was_kept(sweep, calls, tmp_path):
+    sweep({"keep": [0.8]})
+    assert len(calls["calibrate"]) == 1
+    more = sweep({"keep": [0.8, 0.5]})
+    assert len(calls["calibrate"]) == 1
+    assert len(calls["compress"]) == 2
+    fresh = sweep({"keep": [0.8, 0.5]}, save_statistics=False, force=True)
+    assert len(calls["calibrate"]) == 2
+    assert not (tmp_path / "out.statistics").exists()
+    same = ("perplexity", "k_ranks", "v_ranks", "curves")
+    assert [[a.get(k) for k in same] for a in more] == [[b.get(k) for k in same] for b in fresh]
+
+
+def test_rows_from_before_a_setting_are_taken_for_its_default(sweep, calls, tmp_path):
+    axes = {"keep": [0.5], "keys": ["rebuild"], "damping": [None, 0.1]}
+    rows, file = sweep(axes), tmp_path / "out.jsonl"
+    for row in rows[1:]:
+        del row["settings"]["budget"]
+        if row["settings"]["damping"] is None:
+            del row["settings"]["damping"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for made in calls.values():
+        made.clear()
+    assert sweep(axes) == rows == read_rows(file)
+    assert calls == {"calibrate": [], "compress": []}
+    assert len(sweep(axes | {"budget": ["uniform"]})) == 3
+    assert len(calls["compress"]) == 2
+
+
+def test_decoding_is_timed_beside_the_dense_model(sweep, dense, monkeypatch):
+    given = []
+
+    def timed(generators, steps):
+        given.append([(g.model.config.kv_width, g.slots) for g in generators])
+        assert all(g.decode is generate._step for g in generators)  # not compiled
+        assert all(g.prompt is generate._prompt for g in generators)
+        assert decode_speed(generators, steps, rounds=1)[1] > 0
+        return [4.0, 5.0]
+
+    monkeypatch.setattr(sweeping, "decode_speed", timed)
+    first, low, refused = sweep({"keep": [0.5, 0.01]}, decode=48)
+    config = dense.model.config
+    full = config.dense_kv_width
+    assert given == [[(full, 48), (low["kv_share"] * full, 48)]]
+    assert low["decode"] == {"slots": 48, "seconds_per_step": 0.2, "speedup": 1.25}
+    assert low["seconds"]["decode"] > 0
+    assert "decode" not in first
+    assert "decode" not in refused
+
+
+def test_rows_without_the_decoding_asked_for_are_made_again(sweep, calls, tmp_path):
+    axes = {"keep": [0.8, 0.01]}
+    first = sweep(axes)
+    timed = sweep(axes, decode=48)
+    assert len(calls["compress"]) == 2 + 1  # what was refused is not tried again
+    assert timed[1]["decode"]["slots"] == 48
+    assert [r["perplexity"] for r in timed[:2]] == [r["perplexity"] for r in first[:2]]
+    assert read_rows(tmp_path / "out.jsonl") == [*first, timed[1]]
+    for made in calls.values():
+        made.clear()
+    assert sweep(axes, decode=48) == sweep(axes) == timed
+    assert calls == {"calibrate": [], "compress": []}
+    text = out(tmp_path)
+    with pytest.raises(ValueError, match=r"decode at 48 slots, this run at 32.*--force"):
+        sweep(axes, decode=32)
+    for slots in (8, 257):
+        with pytest.raises(ValueError, match="expected 16 to 256"):
+            sweep(axes, decode=slots, force=True)
+    assert out(tmp_path) == text
+
+
+def test_a_half_written_row_is_cut_off_and_made_again(sweep, tmp_path):
+    axes = {"keep": [0.8, 0.5]}
+    rows, text = sweep(axes), out(tmp_path)
+    for end in (len(text) - 1, len(text) - 300, text.rfind(b"\n", 0, -1) + 5):
+        (tmp_path / "out.jsonl").write_bytes(text[:end])
+        again = sweep(axes)
+        assert [r["settings"] for r in again] == [r["settings"] for r in rows]
+        assert [r["perplexity"] for r in again] == [r["perplexity"] for r in rows]
+        assert read_rows(tmp_path / "out.jsonl") == again
+
+
+def test_an_interrupt_loses_the_cell_that_runs_and_no_other(sweep, monkeypatch, tmp_path, ctrl_c):
+    def stopped(model, tokens, settings, *rest):
+        if settings.keep == 0.5:
+            ctrl_c()
+        return compress(model, tokens, settings, *rest)
+
+    axes = {"keep": [0.8, 0.5, 0.4]}
+    monkeypatch.setattr(sweeping, "compress", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(axes)
+    dense, one = read_rows(tmp_path / "out.jsonl")
+    assert (dense["settings"], one["settings"]["keep"]) == (None, 0.8)
+    monkeypatch.setattr(sweeping, "compress", compress)
+    assert len(sweep(axes)) == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.statistics"]
+    assert not list((tmp_path / "out.statistics").glob("*.part"))
+
+
+def test_settings_that_do_not_fit_are_refused_and_the_sweep_goes_on(sweep):
+    rows = sweep({"method": ["kv-heads", "fisher"], "keep": [0.6, 0.5, 0.01]})
+    found = {(r["settings"]["method"], r["settings"]["keep"]): r for r in rows[1:]}
+    assert "merges whole heads" in found["kv-heads", 0.6]["refused"]
+    assert "expected at least" in found["fisher", 0.01]["refused"]
+    assert all("perplexity" in found[name] for name in (("kv-heads", 0.5), ("fisher", 0.6)))
+    assert len(found) == 6
+
+
+def test_rows_of_another_run_are_left_alone_unless_forced(sweep, dense, tmp_path):
+    sweep({"keep": [0.5]})
+    text = out(tmp_path)
+    with pytest.raises(ValueError, match=r"'windows': 2.*'windows': 1.*--force"):
+        sweep({"keep": [0.5]}, windows=1)
+    other = dense._replace(model=tiny.native(seed=5, head_dim=16, attention_bias=True))
+    with pytest.raises(ValueError, match="holds rows with weights"):
+        sweep({"keep": [0.5]}, model=other)
+    with pytest.raises(ValueError, match=r"none\.txt does not exist"):  # found before all else
+        sweep({"keep": [0.5]}, words="none.txt", force=True)
+    assert out(tmp_path) == text
+    rows = sweep({"keep": [0.5]}, windows=1, force=True)
+    assert rows == read_rows(tmp_path / "out.jsonl")
+    assert rows[0]["tokens"] == 63
+
+
+def test_a_file_of_something_else_is_never_touched(sweep, tmp_path):
+    for text in (b"my notes", b'{"a": 1}\n', b"one\ntwo\n", b'{"versions": {}\n{"versions": 1}\n'):
+        (tmp_path / "out.jsonl").write_bytes(text)
+        with pytest.raises(ValueError, match=r"something else|damaged"):
+            sweep({"keep": [0.5]})
+        assert out(tmp_path) == text
+
+
+def test_other_calibration_adds_rows_to_the_file(sweep):
+    one = sweep({"keep": [0.5]})
+    two = sweep({"keep": [0.5]}, seq_len=48)
+    assert two[0] == one[0]
+    assert two[1]["calibration"]["seq_len"] == 48
+    assert two[1]["perplexity"] != one[1]["perplexity"]
+
+
+def test_a_compressed_model_is_no_baseline(sweep, dense):
+    low = compress(dense.model, tiny.tokens(4, 32), Settings(keep=0.5)).model
+    with pytest.raises(ValueError, match="compressed already"):
+        sweep({"keep": [0.5]}, model=dense._replace(model=low))
+
+
+def test_a_grid_has_one_cell_for_every_combination_that_differs(sweep):
+    axes = {"method": ["fisher", "attention"], "keep": [0.8, 0.5], "keys": ["rebuild", "anchored"]}
+    assert len(grid(axes)) == 8
+    assert len(grid(axes | {"anchor_block": [8, 32]})) == 4 + 8
+    rows = sweep({"keep": [0.5], "heads_per_latent": [None, (4, 4)]})  # the same on four kv heads
+    assert len(rows) == 2
+    with pytest.raises(ValueError, match="method 'fishr' is unknown"):
+        grid(axes | {"method": ["fisher", "fishr"]})
+    with pytest.raises(ValueError, match=r"keep is 1\.5"):
+        grid(axes | {"keep": [0.5, 1.5]})
+    assert len(grid(axes | {"method": ["fisher", "eigen"]})) == 8  # refused in part, when swept
+
+
+def test_needs_say_what_gather_takes():
+    settings = Settings("attention", heads_per_latent=(2, 1), keys="anchored", anchor_block=8)
+    want = Needs((2, 1), gradients=False, queries=True, joint=False, anchor=8)
+    assert needs(settings, tiny.native().config) == want
+
+
+def test_the_command_writes_rows_and_prints_them(run, dense_folder, texts, tmp_path):
+    words = ["--keep", "0.5", "--keep", "0.4", "--method", "fisher", "--method", "kv-heads"]
+    words += ["--calibration", texts / "a.txt", "--calibration", "self"]
+    words += ["--samples", "4", "--seq-len", "32", "--text", texts / "b.txt", "--window", "64"]
+    file = tmp_path / "rows.jsonl"
+    code, text, error = run("sweep", dense_folder, file, *words, "--json")
+    rows = json.loads(text)
+    assert code == 0
+    assert len(rows) == 1 + 2 * 4
+    assert rows == read_rows(file)
+    assert [r["calibration"]["source"] for r in rows[1:]] == ["a.txt"] * 4 + ["self"] * 4
+    assert "[9/9]" in error
+    assert "refused" in error
+    assert rows[1]["command"].startswith("eigenzoo sweep ")
+    assert set(rows[-1]["seconds"]) == {"text", "calibrate", "compress", "evaluate"}
+    code, text, error = run("sweep", dense_folder, file, *words)
+    assert code == 0
+    assert "9 cells are in" in error
+    assert "keep 0.5" in text
+    code, _, error = run("sweep", dense_folder, file, *words, "--windows", "1")
+    assert code == 2
+    assert "--force" in error
+    code, _, error = run("sweep", dense_folder, texts / "a.txt", *words)
+    assert code == 2
+    assert "something else" in error
+
+
+def test_the_command_times_decoding(run, dense_folder, texts, tmp_path):
+    words = ["sweep", dense_folder, tmp_path / "rows.jsonl", "--text", texts / "b.txt"]
+    words += ["--samples", "2", "--seq-len", "16", "--keep", "0.5", "--windows", "1"]
+    code, text, error = run(*words, "--decode", "32", "--json")
+    assert code == 0
+    decode = json.loads(text)[1]["decode"]
+    assert decode["slots"] == 32
+    assert f", {decode['speedup']:.2f}x at decoding" in error
+    assert f", {decode['speedup']:.2f}x" in run(*words)[1]
+    code, _, error = run(*words, "--decode", "8")
+    assert code == 2
+    assert "expected 16 to 256" in error
+
+
+def test_the_model_is_loaded_as_evaluate_loads_it(run, dense_folder, texts, tmp_path):
+    words = ["--text", texts / "b.txt", "--windows", "2", "--json", "--dtype", "bfloat16"]
+    quick = ["--samples", "2", "--seq-len", "16", "--keep", "0.5"]
+    code, text, _ = run("sweep", dense_folder, tmp_path / "rows.jsonl", *words, *quick)
+    assert code == 0
+    found = json.loads(run("evaluate", dense_folder, *words)[1])
+    dense = json.loads(text)[0]
+    assert load(str(dense_folder)).model.config.max_position_embeddings == found["window"] == 256
+    assert dense["evaluation"]["window"] == 256
+    assert dense["dtype"] == "bfloat16"
+    assert all(dense[name] == found[name] for name in ("perplexity", "tokens", "kv_share"))

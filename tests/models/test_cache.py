@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from eigenzoo.zoo.models.cache import Latent, StaticCache, pack
+
+LATENTS = [(Latent(1, 24), Latent(2, 16)), (Latent(4, 8), Latent(1, 40))]
+
+
+def test_bytes_are_those_of_the_compressed_widths():
+    cache = StaticCache(LATENTS, batch=3, slots=10, dtype=torch.bfloat16)
+    assert cache.nbytes == 3 * 10 * 2 * (24 + 2 * 16 + 4 * 8 + 40)
+    stored = [x.untyped_storage().nbytes() for x in cache.keys + cache.values]
+    assert cache.nbytes == sum(stored)
+
+
+def test_writes_land_in_their_slots_and_nowhere_else():
+    cache = StaticCache(LATENTS, batch=1, slots=5)
+    k, v = torch.ones(1, 4, 2, 8), torch.ones(1, 1, 2, 40)
+    keys, values = cache.layer(1).update(torch.tensor([1, 3]), k, v)
+    assert keys.data_ptr() == cache.keys[1].data_ptr()
+    assert keys[0, 0, :, 0].tolist() == [0, 1, 0, 1, 0]
+    assert values[0, 0, :, 0].tolist() == [0, 1, 0, 1, 0]
+    assert not cache.keys[0].any()
+
+
+@pytest.mark.parametrize(("batch", "slots"), [(2, [4]), (1, [3, 4, 5]), (1, [-1])])
+def test_what_does_not_fit_is_refused(batch, slots):
+    cache = StaticCache(LATENTS, batch=1, slots=5)
+    tokens = torch.zeros(batch, len(slots), dtype=torch.long)
+    with pytest.raises(ValueError, match="cache"):
+        cache.check(tokens, torch.tensor(slots))
+
+
+def test_the_first_slots_are_a_view():
+    cache = StaticCache(LATENTS, batch=1, slots=5)
+    first = cache.first(2)
+    first.layer(0).update(torch.tensor([1]), torch.ones(1, 1, 1, 24), torch.ones(1, 2, 1, 16))
+    assert cache.keys[0][0, 0, :, 0].tolist() == [0, 1, 0, 0, 0]
+    with pytest.raises(ValueError, match="cache of 2"):
+        first.check(torch.zeros(1, 1, dtype=torch.long), torch.tensor([2]))
+
+
+@pytest.mark.parametrize(("bits", "whole"), [(8, 24 + 2 * 16 + 4 * 8 + 40), (4, 12 + 16 + 16 + 20)])
+def test_packed_buffers_have_the_bytes_of_their_bits_and_two_a_scale(bits, whole):
+    cache = StaticCache(LATENTS, batch=3, slots=10, bits=bits)
+    scales = 2 * (1 + 2 + 4 + 1)
+    assert cache.nbytes == 3 * 10 * (whole + scales)
+    stored = [x.untyped_storage().nbytes() for buffer in cache.keys + cache.values for x in buffer]
+    assert cache.nbytes == sum(stored)
+    latents = [latent._replace(bits=bits) for pair in LATENTS for latent in pair]
+    assert cache.nbytes == 30 * sum(latent.nbytes(torch.float32) for latent in latents)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_no_packed_number_is_off_by_more_than_half_its_scale(bits, size):
+    x = size * torch.randn(2, 3, 50, 24)
+    packed = pack(x, bits)
+    off = (packed.unpack(torch.float32) - x).abs()
+    assert (off <= 0.5001 * packed.scale.float()).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zeros_stay_zero_when_packed(bits):
+    zero = torch.zeros(1, 1, 2, 8)
+    assert pack(zero, bits).unpack(torch.float32).abs().max() < 1e-20
+    fresh = StaticCache(LATENTS, batch=1, slots=5, bits=bits).keys[0]
+    assert not fresh.unpack(torch.float32).any()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_writes_land_in_their_slots_in_place(bits):
+    cache = StaticCache(LATENTS, batch=1, slots=5, bits=bits)
+    where = [x.data_ptr() for x in cache.keys[1]]
+    x = torch.randn(1, 4, 2, 8)
+    keys, _ = cache.layer(1).update(torch.tensor([1, 3]), x, torch.randn(1, 1, 2, 40))
+    assert [x.data_ptr() for x in keys] == where
+    got = keys.unpack(torch.float32)
+    assert torch.equal(got[:, :, [1, 3]], pack(x, bits).unpack(torch.float32))
+    assert not got[:, :, [0, 2, 4]].any()
+
+
+def test_bits_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"bits is 3: expected one of 16, 8, 4"):
+        StaticCache(LATENTS, 1, 5, bits=3)
+    with pytest.raises(ValueError, match="a latent of 7 numbers leaves half a byte at 4 bits"):
+        StaticCache([(Latent(1, 7), Latent(1, 8))], 1, 5, bits=4)

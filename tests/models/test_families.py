@@ -1,0 +1,167 @@
+"""Every family in every published shape, beside transformers, from the same folder."""
+
+import pytest
+import tiny
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from variants import FOUNDRY, VARIANTS, save
+
+from eigenzoo.zoo.inference.checkpoint import load, native_config
+from eigenzoo.zoo.models.families import new_model
+from eigenzoo.zoo.models.llama import LlamaConfig
+
+
+@pytest.fixture(scope="module", params=[*VARIANTS, *FOUNDRY])
+def pair(request, tmp_path_factory):
+    """transformers' model and ours, loaded from the same folder."""
+    folder = tmp_path_factory.mktemp("model")
+    theirs = save(request.param, folder)
+    return theirs, load(str(folder)).model
+
+
+def tokens(length: int) -> torch.Tensor:
+    return tiny.tokens(2, length)
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("length", [1, 40, 100])
+def test_prompt_equals_transformers(pair, length):
+    theirs, ours = pair
+    x = tokens(length)
+    close(ours(x), theirs(x).logits)
+
+
+def test_token_by_token_equals_transformers(pair):
+    theirs, ours = pair
+    x, cache = tokens(30), ours.new_cache(2, 32)
+    steps = [ours(x[:, [t]], torch.tensor([t]), cache) for t in range(30)]
+    close(torch.cat(steps, 1), theirs(x).logits)
+
+
+def test_chunked_prompt_equals_transformers(pair):
+    theirs, ours = pair
+    x, cache = tokens(40), ours.new_cache(2, 50)
+    chunks = [ours(x[:, p], p, cache) for p in torch.arange(40).split([13, 1, 26])]
+    close(torch.cat(chunks, 1), theirs(x).logits)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch_equals_transformers(pair, side):
+    theirs, ours = pair
+    x, mask = tokens(20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, slice(0, 7) if side == "left" else slice(13, 20)] = 0
+    want, real = theirs(x, attention_mask=mask).logits, mask.bool()
+    close(ours(x, valid=real)[real], want[real])
+    cache, valid = ours.new_cache(2, 24), torch.nn.functional.pad(real, (0, 4), value=True)
+    close(ours(x, torch.arange(20), cache, valid)[real], want[real])
+
+
+def test_padded_batch_decodes_as_transformers(pair):
+    theirs, ours = pair
+    x, valid = tokens(24), torch.ones(2, 24, dtype=torch.bool)
+    valid[0, :7] = False
+    cache = ours.new_cache(2, 24)
+    ours(x[:, :20], torch.arange(20), cache, valid)
+    steps = [ours(x[:, [t]], torch.tensor([t]), cache, valid) for t in range(20, 24)]
+    want = theirs(x, attention_mask=valid.long()).logits[:, 20:]
+    close(torch.cat(steps, 1), want)
+
+
+def test_last_returns_the_last_logits(pair):
+    _, ours = pair
+    close(ours(tokens(9), last=2), ours(tokens(9))[:, -2:])
+
+
+def test_a_cache_serves_the_next_prompt_as_it_is(pair):
+    _, ours = pair
+    cache = ours.new_cache(2, 30)
+    where = [x.data_ptr() for x in cache.keys + cache.values]
+    ours(tokens(30), torch.arange(30), cache)
+    second = tokens(30).flip(1)[:, :11]
+    close(ours(second, torch.arange(11), cache), ours(second))
+    assert where == [x.data_ptr() for x in cache.keys + cache.values]
+
+
+def test_writing_past_the_end_raises_before_anything_is_overwritten(pair):
+    _, ours = pair
+    cache = ours.new_cache(2, 8)
+    ours(tokens(8), torch.arange(8), cache)
+    before = [x.clone() for x in cache.keys + cache.values]
+    with pytest.raises(ValueError, match="do not fit a cache of 8"):
+        ours(tokens(3).flip(1), torch.arange(6, 9), cache)
+    assert all(map(torch.equal, before, cache.keys + cache.values))
+
+
+def test_casting_the_model_does_not_round_its_angles():
+    model = new_model(tiny.native().config)
+    assert model.to(torch.bfloat16).inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize("variant", ["opt 125m", "foundry learned positions"])
+def test_positions_that_were_not_learned_are_refused(variant, tmp_path):
+    save(variant, tmp_path)
+    model = load(str(tmp_path)).model
+    with pytest.raises(ValueError, match="knows 256 positions, 257"):
+        model(tokens(257))
+    with pytest.raises(ValueError, match="knows 256 positions, 300"):
+        model.new_cache(1, 300)
+
+
+@pytest.mark.parametrize(
+    "ignored",
+    [
+        {"attn_config": {"alibi_bias_max": 4}},
+        {"attn_config": {"alibi": False}},
+        {"attn_config": {"qk_ln": True}},
+        {"attn_config": {"attn_type": "multiquery_attention"}},
+        {"attn_config": {"kv_n_heads": 2}},
+        {"no_bias": False},
+        {"expansion_ratio": 2},
+        {"logit_scale": 0.5},
+        {"norm_type": "low_precision_rmsnorm"},
+    ],
+    ids=str,
+)
+def test_transformers_ignores_what_llm_foundry_means(ignored):
+    # why FoundryMPT, not transformers alone, says what an MPT with these fields computes
+    x = tokens(20)
+    plain, changed = tiny.hf("mpt"), tiny.hf("mpt", **ignored)
+    assert torch.equal(plain(x).logits, changed(x).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "named"),
+    [
+        ("opt", {"activation_function": "quick_gelu"}, "activation_function 'quick_gelu'"),
+        ("opt", {"hidden_size": 60}, "does not divide"),
+        ("mpt", {"attn_config": {"rope": True}}, "attn_config.rope"),
+        ("mpt", {"attn_config": {"sliding_window_size": 128}}, "sliding_window_size, 128"),
+        ("mpt", {"attn_config": {"prefix_lm": True}}, "prefix_lm"),
+        ("mpt", {"attn_config": {"qk_gn": True}}, "qk_gn"),
+        ("mpt", {"attn_config": {"attn_type": "linear"}}, "attn_type, 'linear'"),
+        ("mpt", {"ffn_config": {"ffn_type": "mptglu"}}, "ffn_type, 'mptglu'"),
+        ("mpt", {"norm_type": "triton_rmsnorm"}, "norm_type, 'triton_rmsnorm'"),
+        ("mpt", {"d_model": 60}, "d_model"),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused_by_name(family, change, named):
+    raw = CONFIG_MAPPING[family](**tiny.SIZES[family]).to_dict() | {"model_type": family}
+    with pytest.raises(ValueError, match=named):
+        native_config(raw | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"k_ranks": (8, 8)},
+        {"k_ranks": (8, 9, 8)},
+        {"v_ranks": (0, 1, 1)},
+        {"k_heads_per_latent": 3},
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(change):
+    with pytest.raises(ValueError, match="expected"):
+        LlamaConfig(**tiny.ROTARY, head_dim=8, **change)

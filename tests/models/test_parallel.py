@@ -1,0 +1,142 @@
+"""Two processes that share a model, beside the one that has all of it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import shared
+import torch
+import variants
+from accelerate.utils import send_to_device
+from shared import IDS, MASK, measured
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from eigenzoo.hub_export import register
+from eigenzoo.hub_export.compress import compress_checkpoint
+from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.inference.checkpoint import load
+
+assert register  # the classes here, without remote code
+pytestmark = pytest.mark.slow
+WAYS = {
+    "llama biases": Settings(keep=0.5, keys="anchored", heads_per_latent=(2, 1), rank_multiple=2),
+    "llama tied": Settings(keep=0.5, keys="rebuild", heads_per_latent=(1, 2), rank_multiple=2),
+    "llama yarn": Settings(keep=0.5, keys="pairs", heads_per_latent=(2, 2)),
+    "qwen2 windows": Settings(keep=0.75, keys="full", heads_per_latent=(2, 2), rank_multiple=2),
+    "opt 125m": Settings("eigen", 0.5, rank_multiple=1),
+    "opt 350m": Settings("attention", 0.5, heads_per_latent=(4, 4), latent="joint-kv"),
+    "mpt 7b": Settings(keep=0.5, heads_per_latent=(4, 2), rank_multiple=2),
+    "mpt 30b clip": Settings(keep=0.5, heads_per_latent=(2, 4), rank_multiple=2),
+}
+REFUSED = {
+    "llama grouped": Settings(keep=0.5, heads_per_latent=(4, 1), rank_multiple=2),
+    "foundry qk_ln": Settings(keep=0.5, heads_per_latent=(2, 2), rank_multiple=2),
+}
+
+
+def compressed(way: str, place):
+    """A small checkpoint of a shape in `test_families`."""
+    (place / "dense").mkdir(parents=True)
+    variants.save(way, place / "dense")
+    dense, settings = load(str(place / "dense")), (WAYS | REFUSED)[way]
+    compress_checkpoint(dense, place / "low", settings, samples=4, seq_len=32)
+    return place / "low"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Checkpoints by their way, in which each of two processes has written what it found."""
+    place = tmp_path_factory.mktemp("shared")
+    made = {way: compressed(way, place / way.replace(" ", "-")) for way in WAYS | REFUSED}
+    launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    done = subprocess.run(
+        [sys.executable, *launch, shared.__file__, *made.values()],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return made
+
+
+def read(folder) -> list[dict]:
+    """What each process found."""
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def folder(request, folders):
+    return folders[request.param]
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """What one process finds that has all of the model."""
+    return measured(AutoModelForCausalLM.from_pretrained(folder))
+
+
+def test_logits_and_tokens_are_those_of_one_process(folder, one):
+    for found in read(folder):
+        got, want = torch.tensor(found["logits"]), torch.tensor(one["logits"])
+        real = MASK.bool()
+        # sums of two processes are added in another order than one process's
+        torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=1e-5)
+        assert found["growing"] == found["static"] == one["static"] == one["growing"]
+
+
+def test_fused_ops_and_the_native_generator_work_on_a_share(folder, one):
+    for found in read(folder):
+        assert found["fused"] == one["static"]
+        assert found["native"] == [row[20:] for row in one["static"]]
+
+
+def test_gradients_are_those_of_one_process(folder, one):
+    for found in read(folder):
+        assert found["grads"].keys() == one["grads"].keys()
+        for name, want in one["grads"].items():
+            got = torch.tensor(found["grads"][name])
+            # as above, through a backward pass
+            torch.testing.assert_close(got, torch.tensor(want), atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_each_process_holds_half_of_cache_and_matrices(folder, one):
+    for found in read(folder):
+        assert found["cache"] * 2 == one["cache"]
+        for name, size in one["weights"].items():
+            part = found["weights"][name] * 2 == size
+            norm, bias = "norm" in name, name.endswith(("o_proj.bias", "down_proj.bias"))
+            assert part != (norm or bias or "positions" in name or "project_" in name), name
+
+
+def test_it_is_saved_again_as_it_was(folder):
+    saved, again = (AutoModelForCausalLM.from_pretrained(x) for x in (folder, folder / "again"))
+    assert again.state_dict().keys() == saved.state_dict().keys()
+    for x, y in zip(again.state_dict().values(), saved.state_dict().values(), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    {
+        "llama grouped": "layer 0 holds 1 latents of keys and 4 of values, which 2 processes",
+        "foundry qk_ln": "qk_ln norms queries and keys over all heads",
+    }.items(),
+)
+def test_what_cannot_be_shared_is_refused(folders, way, reason):
+    for found in read(folders[way]):
+        assert found.keys() == {"refused"}
+        assert reason in found["refused"]
+
+
+def test_what_a_layer_is_given_moves_to_the_device_of_the_layer(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder).model
+    for count in (1, 2):
+        given = model.begin(IDS[:, :count], torch.arange(count) + 3, model.new_cache(2, 8))
+        moved = send_to_device(given, "meta")
+        assert type(moved[2]) is type(given[2])
+        tensors = [x for x in tree_leaves(moved) if isinstance(x, torch.Tensor)]
+        assert len(tensors) > 2
+        assert all(x.is_meta for x in tensors)

@@ -1,0 +1,55 @@
+"""Ctrl-C is Ctrl-C, wherever it comes in."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eigenzoo.zoo.utils.interrupt import interruptible
+
+
+def test_reading_files_is_interrupted_by_nothing_but_a_keyboard_interrupt(tmp_path):
+    def read():
+        end = time.monotonic() + 60
+        with interruptible():
+            shell.stdin.write("press\n")
+            while time.monotonic() < end:
+                load_file(tmp_path / "x.safetensors")
+
+    save_file({str(i): torch.zeros(64, 64) for i in range(20)}, tmp_path / "x.safetensors")
+    press = f"while read line; do sleep 0.01; kill -INT {os.getpid()}; done"
+    with subprocess.Popen(
+        ["sh", "-c", press], stdin=subprocess.PIPE, text=True, bufsize=1
+    ) as shell:
+        for _ in range(30):  # torch makes a ValueError of two in five
+            with pytest.raises(KeyboardInterrupt):
+                read()
+
+
+def test_errors_without_ctrl_c_stay_what_they_are():
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ValueError, match="rank"), interruptible():
+        raise ValueError("rank")
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_where_ctrl_c_is_ignored_or_another_thread_works_nothing_is_changed():
+    def work():
+        with interruptible():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    found, handler = [], signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        work()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert found == [handler, signal.SIG_IGN]

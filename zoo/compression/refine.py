@@ -1,0 +1,237 @@
+"""Win back quality after compression: a few hundred steps towards the original model.
+
+What is minimised is KL(original || compressed). Only what compression made learns: encoders,
+decoders, and the projections that they are folded into.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..inference.data import hold_out
+from ..models.families import model_of
+from ..models.model import Model
+from ..utils.resume import check_same, fingerprint, read_state, write_state
+from .distill import Distiller
+from .schedule import RefineSettings
+
+KEYS = ("q_proj", "k_proj", "k_down", "k_up", "k_mean")
+VALUES = ("v_proj", "v_down", "v_up", "o_proj")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+
+
+class Refined(NamedTuple):
+    """The best model seen on held-out text, and what was measured on the way.
+
+    history: for step 0 and every measurement `step`, `held_out` (KL in nats per token on held-out
+    text) and `kl` (on what was learned from since the measurement before). stopped: why.
+    """
+
+    model: Model
+    history: list[dict[str, Any]]
+    stopped: str
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The measurement of the model."""
+        return min(self.history, key=lambda x: x["held_out"])
+
+
+def refine(
+    dense: Model,
+    low: Model,
+    tokens: Tensor,
+    settings: RefineSettings | None = None,
+    held_out: Tensor | None = None,
+    state: Path | None = None,
+) -> Refined:
+    """A new model in place of `low`, nearer to `dense`, the model that it was folded from.
+
+    tokens: (N, T) to learn from. held_out: (M, T') to measure on; by default an eighth of tokens.
+    The best weights on it are returned, in the dtype of `low`; those of step 0 count. state: a
+    file that progress is saved to, and continued from if it exists; whoever gave it removes it.
+    Weights that do not learn are shared with `low`; both models stay as they are. Raises
+    ValueError for models that do not belong together, and for a state of other work.
+    """
+    settings = settings or RefineSettings()
+    settings.check()
+    if held_out is None:
+        tokens, held_out = hold_out(tokens)
+    run = _Run(dense, low, tokens, held_out, settings)
+    if state is not None and state.exists():
+        run.resume(state)
+    else:
+        run.measure()
+    bar = tqdm(desc="refining", total=settings.steps, initial=run.step, disable=None, leave=False)
+    while not (stopped := run.stopped):
+        run.learn()
+        bar.update()
+        bar.set_postfix(kl=run.recent, held_out=run.history[-1]["held_out"])
+        if run.step % settings.every == 0:
+            run.measure()
+            if state is not None:
+                run.save(state)
+    bar.close()
+    if run.history[-1]["step"] < run.step:
+        run.measure()
+    return Refined(model_of(low.config, low.state_dict() | run.best), run.history, stopped)
+
+
+def learned(low: Model) -> list[str]:
+    """Names of the weights that compression made or changed. Raises ValueError if there are none.
+
+    Of keys and of values, in layers that hold less than whole ones.
+    """
+    names = []
+    for i, block in enumerate(low.layers):
+        low_k, low_v = low.config.compressed(i)
+        parts = KEYS * low_k + VALUES * low_v
+        for name, _ in block.attn.named_parameters():  # the norms of MPT's qk_ln stay
+            if name.removesuffix(".weight").removesuffix(".bias") in parts:
+                names.append(f"layers.{i}.attn.{name}")
+    if not names:
+        raise ValueError("no layer of this model is compressed: there is nothing to refine")
+    return names
+
+
+def check_pair(dense: Model, low: Model) -> None:
+    """Raise ValueError unless `low` was folded from `dense`: all but attention is the same."""
+    if dense.config.kv_width != dense.config.dense_kv_width:
+        raise ValueError("the original is compressed itself: expected the model it was made from")
+    ours = low.state_dict()
+    for name, x in dense.state_dict().items():
+        y = ours.get(name)
+        if ".attn." not in name and (y is None or x.dtype != y.dtype or not torch.equal(x, y)):
+            raise ValueError(
+                f"weight {name} of the original is not that of the compressed model: expected the "
+                "model that it was made from, in the same dtype"
+            )
+
+
+class _Run:
+    """A refinement under way: what learns, from what, and how far it is."""
+
+    def __init__(
+        self, dense: Model, low: Model, tokens: Tensor, held_out: Tensor, settings: RefineSettings
+    ):
+        check_pair(dense, low)
+        self.settings, self.low, self.tokens, self.held_out = settings, low, tokens, held_out
+        self.distiller = Distiller(settings.arithmetic(low.device), settings.recompute)
+        weights = low.state_dict()
+        self.best = {name: weights.pop(name).clone() for name in learned(low)}
+        shared = self.distiller.cast(dense.state_dict())
+        own = {name: x for name, x in weights.items() if ".attn." in name}
+        self.frozen = {n: shared[n] for n in weights.keys() - own.keys()} | self.distiller.cast(own)
+        self.student = self._with(self.best)
+        self.learned = {n: p for n, p in self.student.named_parameters() if n in self.best}
+        for p in self.learned.values():
+            p.requires_grad_()
+        decay = settings.weight_decay
+        self.optimizer = torch.optim.AdamW(self.learned.values(), weight_decay=decay)
+        self.order = settings.order(len(tokens))
+        teacher = model_of(dense.config, shared)
+        self.target, self.held_out_target = (
+            self.distiller.targets(teacher, rows) for rows in (tokens, held_out)
+        )
+        self.step, self.began, self.diverged = 0, time.perf_counter(), False
+        self.losses: list[float] = []  # since the last measurement
+        self.history: list[dict[str, Any]] = []
+        self.about = settings._asdict() | {
+            "weights": fingerprint(*self.best.values()),
+            "text": fingerprint(tokens, held_out),
+        }
+
+    def _with(self, weights: Mapping[str, Tensor]) -> Model:
+        """The compressed model with copies in fp32 of weights that learn."""
+        copies = {name: x.to(torch.float32, copy=True) for name, x in weights.items()}
+        return model_of(self.low.config, self.frozen | copies)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, without its interruptions."""
+        return time.perf_counter() - self.began
+
+    @property
+    def recent(self) -> float | None:
+        """Mean KL of the steps since the last measurement."""
+        return sum(self.losses) / len(self.losses) if self.losses else None
+
+    @property
+    def stopped(self) -> str:
+        """Why the run is over; empty while it is not."""
+        s, best = self.settings, min(self.history, key=lambda x: x["held_out"])
+        if self.diverged:
+            return "the KL was no longer finite"
+        if self.step >= s.steps:
+            return "all steps done"
+        if s.minutes is not None and self.seconds >= 60 * s.minutes:
+            return "time is up"
+        if len(self.history) - self.history.index(best) > s.patience:
+            return "no new best"
+        return ""
+
+    def learn(self) -> None:
+        """One step."""
+        s, rows = self.settings, self.order[self.step]
+        progress = (self.step + 0.5) / s.steps
+        if s.minutes is not None:
+            progress = min(1, max(progress, self.seconds / (60 * s.minutes)))
+        self.optimizer.param_groups[0]["lr"] = s.rate(progress)
+        target = torch.cat([self.target(row) for row in rows.tolist()])
+        hidden = self.distiller.hidden(self.student, self.tokens[rows])
+        loss = self.distiller.divergence(hidden, target, self.student.head).item()
+        if not math.isfinite(loss):
+            self.diverged = True
+            return
+        nn.utils.clip_grad_norm_(self.learned.values(), s.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss)
+        self.step += 1
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Look at held-out text, with the weights as they would be written."""
+        weights = {name: p.to(self.low.dtype, copy=True) for name, p in self.learned.items()}
+        model, total = self._with(weights), 0.0
+        for i, row in enumerate(self.held_out):
+            hidden = self.distiller.hidden(model, row[None])
+            total += self.distiller.divergence(hidden, self.held_out_target(i), model.head).item()
+        found = total / len(self.held_out)
+        if not math.isfinite(found):
+            if not self.history:
+                raise ValueError(f"the KL before the first step is {found}: a model is unsound")
+            self.diverged = True
+            return
+        if all(found < x["held_out"] for x in self.history):
+            self.best = weights
+        self.history.append({"step": self.step, "kl": self.recent, "held_out": found})
+        self.losses.clear()
+
+    def save(self, path: Path) -> None:
+        """Write all that is needed to go on from here."""
+        tensors = {f"best.{name}": x for name, x in self.best.items()}
+        for name, p in self.learned.items():
+            state = self.optimizer.state[p] | {"learned": p.detach()}
+            tensors |= {f"{key}.{name}": x for key, x in state.items()}
+        facts = {name: getattr(self, name) for name in ("about", "step", "seconds", "history")}
+        write_state(path, tensors, facts)
+
+    def resume(self, path: Path) -> None:
+        """Go on from what `save` wrote. Raises ValueError if that was another run."""
+        tensors, facts = read_state(path)
+        check_same(path, self.about, facts["about"])
+        self.step, self.history = facts["step"], facts["history"]
+        self.began -= facts["seconds"]
+        states = {}
+        for i, (name, p) in enumerate(self.learned.items()):
+            p.data.copy_(tensors[f"learned.{name}"])
+            self.best[name] = tensors[f"best.{name}"].to(p.device)
+            states[i] = {key: tensors[f"{key}.{name}"] for key in MOMENTS}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})

@@ -1,0 +1,433 @@
+"""Read checkpoints: Hugging Face folders, Hub ids, GGUF files and eigenzoo's own folders."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+
+from ..compression.allocate import kv_bytes
+from ..models.families import FAMILIES, model_of, new_model
+from ..models.model import Config, Model
+from .hub import FAILURES, licence, reason, split
+
+MODEL_TYPE = "eigen"  # what config.json of a compressed checkpoint says
+FORMAT = 1  # of compressed checkpoints; 0: config.json says none, and no hashes of its code
+FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "README.md"]
+LATER = {
+    "anchor",
+    "pairs",
+    "k_bits",
+    "v_bits",
+}  # came after format 0; where config.json has none, by default off
+PICKLED = ["pytorch_model*.bin*"]  # fetched where there is nothing else
+
+
+class Checkpoint(NamedTuple):
+    """A model, the tokenizer that belongs to it, and its config.json."""
+
+    model: Model
+    tokenizer: PreTrainedTokenizerBase
+    config: dict[str, Any]
+    generation: GenerationConfig
+    name: str  # the Hub id, or the last part of a path
+    licence: str | None  # as its card says
+
+
+def load(
+    source: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Load a dense or a compressed model for inference.
+
+    source: a folder, a GGUF file or a Hub id, org/name or org/name@revision. dtype: None keeps the
+    checkpoint's own. trust_remote_code: let the tokenizer run code that comes with the checkpoint.
+    Raises ValueError for what cannot be read: no such place, an unknown architecture, damaged or
+    missing weights.
+    """
+    path = locate(source, revision)
+    raw = read_config(path)
+    config = native_config(raw)  # refuses what it does not know before any weight is read
+    tensors = _read_gguf(path, raw) if path.suffix == ".gguf" else _read_folder(path)
+    model = build(config, tensors, dtype, device, native=raw["model_type"] == MODEL_TYPE)
+    return _checkpoint(source, path, raw, model, trust_remote_code)
+
+
+def open_layers(
+    source: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Checkpoint, "LayerFiles"]:
+    """As `load` for a dense model, but its layers stay on disk, and are read one by one.
+
+    The model of the checkpoint holds what is not in a layer; its layers are on meta. Raises
+    ValueError also where the weights are no safetensors.
+    """
+    path = locate(source, revision)
+    raw = read_config(path)
+    files = LayerFiles(path, native_config(raw), dtype, device)
+    return _checkpoint(source, path, raw, files.model(), trust_remote_code), files
+
+
+def _checkpoint(
+    source: str, path: Path, raw: dict[str, Any], model: Model, trust_remote_code: bool
+) -> Checkpoint:
+    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    folder = path.parent if gguf else path
+    # transformers chooses the tokenizer by the config, and may not take this one
+    foreign = model.config.foreign or raw["model_type"] == MODEL_TYPE
+    like = {"config": CONFIG_MAPPING[model.config.family]()} if foreign else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **gguf, **like
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} holds no tokenizer that can be read: {reason}") from error
+    local = path.stem if gguf else path.name  # a whole path would tell of the machine
+    name = local if Path(source).expanduser().exists() else split(source)[0]
+    return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name, licence(folder))
+
+
+def stop_tokens(checkpoint: Checkpoint) -> list[int]:
+    """The tokens that end a text, by the generation config and by the tokenizer."""
+    ends = checkpoint.generation.eos_token_id
+    listed = ends if isinstance(ends, list) else [ends]
+    return sorted({e for e in (*listed, checkpoint.tokenizer.eos_token_id) if e is not None})
+
+
+def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
+    """What config.json says of a checkpoint: sizes, ranks, bytes of cache and provenance."""
+    raw = read_config(locate(source, revision, ["config.json"]))
+    c = native_config(raw)
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    return {
+        "model": source,
+        "family": c.family,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "dtype": dtype,
+        **kv_bytes(c, getattr(torch, dtype)),
+        "joint_kv": c.joint_kv,
+        "k_heads_per_latent": c.k_heads_per_latent,
+        "v_heads_per_latent": c.v_heads_per_latent,
+        "k_ranks": list(c.k_ranks),
+        "v_ranks": list(c.v_ranks),
+        "k_bits": list(c.k_bits),
+        "v_bits": list(c.v_bits),
+        "format_version": raw.get("format_version", 0) if raw["model_type"] == MODEL_TYPE else None,
+        "code": raw.get("code"),
+        "compression": raw.get("compression"),
+    }
+
+
+def locate(source: str, revision: str | None = None, files: Sequence[str] = FILES) -> Path:
+    """The folder or GGUF file that `source` names, downloaded if it is a Hub id.
+
+    A Hub id may say its revision: org/name@revision. Raises ValueError for what is not there.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        lone = [] if (path / "config.json").exists() else list(path.glob("*.gguf"))
+        return lone[0] if len(lone) == 1 else path
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if path.exists():
+        raise ValueError(f"{source} is a file: expected a folder, a .gguf file or a Hub id")
+    if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") != 1:
+        raise ValueError(f"{source} does not exist: expected a folder, a .gguf file or a Hub id")
+    name, revision = split(source, revision)
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+        if files is FILES and not list(folder.glob("*.safetensors")):
+            snapshot_download(name, revision=revision, allow_patterns=PICKLED)
+        return folder
+    except FAILURES as error:
+        raise ValueError(
+            f"{source} is no folder here, and the Hub did not give it: {reason(error)}"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder, or what a GGUF file says in its place."""
+    if path.suffix == ".gguf":
+        if find_spec("gguf") is None:
+            raise ValueError(f"{path} needs the package gguf: pip install 'eigenzoo[gguf]'")
+        raw = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+        return {k: v for k, v in raw.items() if k != "quantization_config"}
+    try:
+        return json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} holds no config.json: expected a model folder") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}/config.json is not JSON: {error}") from error
+
+
+def native_config(raw: dict[str, Any]) -> Config:
+    """The native config that a config.json describes. Refuses by name what is not supported."""
+    kind = raw.get("model_type")
+    family = raw.get("family") if kind == MODEL_TYPE else kind
+    if family not in FAMILIES:
+        raise ValueError(
+            f"architecture {family!r} is not supported: expected a checkpoint whose config.json "
+            f"has a model_type among {', '.join(FAMILIES)}, or '{MODEL_TYPE}'"
+        )
+    config = FAMILIES[family].config
+    if kind == MODEL_TYPE:
+        if raw.get("format_version", 0) > FORMAT:
+            raise ValueError(
+                f"the checkpoint is of format {raw['format_version']}, and this eigenzoo reads up "
+                f"to {FORMAT}: upgrade eigenzoo"
+            )
+        names = {f.name for f in fields(config)}
+        lacking = names - raw.keys() - LATER
+        if lacking:
+            raise ValueError(f"config.json lacks {', '.join(sorted(lacking))}")
+        return config(**{name: raw[name] for name in names & raw.keys()})
+    if raw.get("quantization_config"):
+        raise ValueError(
+            "the weights are quantised: expected plain weights; dequantise the checkpoint first"
+        )
+    known = CONFIG_MAPPING[family]
+    if config.foreign:
+        return config.from_hf(known().to_dict() | raw)
+    try:
+        return config.from_hf(raw | known.from_dict(raw).to_dict())
+    except StrictDataclassError as error:
+        raise ValueError(f"config.json is unsound: {error}") from error
+
+
+def _read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a folder: safetensors, or where there are none, PyTorch's own files."""
+    if list(folder.glob("*.safetensors*")) or not list(folder.glob("pytorch_model*.bin*")):
+        yield from _read_files(folder, "model.safetensors", _open_safetensors)
+    else:
+        yield from _read_files(folder, "pytorch_model.bin", _open_pickled)
+
+
+def _read_files(
+    folder: Path, whole: str, read: Callable[[Path], Iterator[tuple[str, Tensor]]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file, or of the shards that an index beside it lists."""
+    for path in _shards(folder, whole):
+        yield from read(path)
+
+
+def _shards(folder: Path, whole: str) -> list[Path]:
+    index = folder / f"{whole}.index.json"
+    names = [whole]
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        if not (folder / name).exists():
+            raise ValueError(f"{folder} lacks {name}: expected weights as safetensors or .bin")
+    return [folder / name for name in names]
+
+
+def _open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with _opened(path) as file:
+        for key in file.keys():  # noqa: SIM118, the file is no mapping
+            yield key, file.get_tensor(key)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch or write it again") from error
+
+
+def _open_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Tensors only: anything else in the file is refused before it runs."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no end"
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors ({reason}): fetch it again, or convert "
+            "it to safetensors where you trust it"
+        ) from error
+    while tensors:
+        yield tensors.popitem()
+
+
+def _read_gguf(path: Path, raw: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """transformers reads and dequantises GGUF. raw: its config, slow to parse again."""
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    hf = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, config=config
+    )
+    return iter(hf.state_dict().items())
+
+
+def _generation(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
+    """The checkpoint's generation config, or one made of its token ids."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return GenerationConfig(**{name: raw.get(name) for name in names})
+    values = json.loads(path.read_text())
+    values.pop("max_new_tokens", None)  # it would beat the caller's max_length
+    return GenerationConfig.from_dict(values)
+
+
+def build(
+    config: Config,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    native: bool = False,
+) -> Model:
+    """A model with these weights; each is cast and moved as it is read.
+
+    native: the names are those of our own checkpoints, else Hugging Face's. Raises ValueError
+    where a weight is missing, unknown, of another shape, or not finite.
+    """
+    parts = _native_parts if native else config.weights
+    return model_of(config, _weights(_expected(config), parts, tensors, dtype, device))
+
+
+def _expected(config: Config) -> dict[str, Tensor]:
+    """The weights of a checkpoint by our names, on meta."""
+    with torch.device("meta"):
+        expected = new_model(config).state_dict()
+    if config.tie_word_embeddings:
+        del expected["head.weight"]
+    return expected
+
+
+def _weights(
+    expected: dict[str, Tensor],
+    parts: Callable[[str, Tensor], Iterator[tuple[str, Tensor]]],
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """The weights `expected`, out of tensors whose `parts` they are. Errors as in `build`."""
+    weights = {}
+    for key, tensor in tensors:
+        if not tensor.isfinite().all():
+            raise ValueError(f"weight {key} is not finite: the checkpoint is unsound")
+        for name, part in parts(key, tensor):
+            if name == "head.weight" and name not in expected:
+                continue  # tied
+            if name not in expected or part.shape != expected[name].shape:
+                want = tuple(expected[name].shape) if name in expected else "no such weight"
+                raise ValueError(
+                    f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}"
+                )
+            kind = dtype if part.is_floating_point() else None
+            weights[name] = part.to(device, kind or part.dtype)
+    missing = expected.keys() - weights.keys()
+    if missing:
+        raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
+    return weights
+
+
+class LayerFiles:
+    """Where a dense checkpoint in safetensors keeps every weight, to be read layer by layer."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        """Reads names and shapes only. Arguments, but for the folder, and errors as in `build`."""
+        if not list(folder.glob("*.safetensors*")):
+            raise ValueError(
+                f"{folder} holds no safetensors: only those can be read layer by layer; convert "
+                "the checkpoint, or leave --stream out"
+            )
+        self.config, self.dtype, self.device = config, dtype, device
+        self.paths = _shards(folder, "model.safetensors")
+        # by layer, "" for what is in none, and by file
+        self.keys: dict[str, dict[Path, list[str]]] = {}
+        self.expected: dict[str, dict[str, Tensor]] = {}
+        for name, x in _expected(config).items():
+            self.expected.setdefault(_layer_of(name), {})[name] = x
+        for path in self.paths:
+            with _opened(path) as file:
+                for key in file.keys():  # noqa: SIM118, the file is no mapping
+                    self._place(path, key, file.get_slice(key).get_shape())
+
+    def _place(self, path: Path, key: str, shape: list[int]) -> None:
+        parts = self.config.weights(key, torch.empty(shape, device="meta"))
+        for layer in {_layer_of(name) for name, _ in parts}:
+            if layer not in self.expected:
+                raise ValueError(f"weight {key}: config.json expects no such weight")
+            self.keys.setdefault(layer, {}).setdefault(path, []).append(key)
+
+    def model(self) -> Model:
+        """The model, with the weights that are in no layer; its layers are on meta."""
+        return model_of(self.config, self._read(""), whole=False)
+
+    @contextmanager
+    def layer(self, model: Model, index: int) -> Iterator[Any]:
+        """A layer of the model with its weights, which are gone when the context ends."""
+        block, start = model.layers[index], f"layers.{index}."
+        weights = {k.removeprefix(start): x for k, x in self._read(str(index)).items()}
+        block.load_state_dict(weights, assign=True)
+        block.requires_grad_(False)
+        try:
+            yield block
+        finally:
+            block.to("meta")
+
+    def _read(self, layer: str) -> dict[str, Tensor]:
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for path, keys in self.keys.get(layer, {}).items():
+                with _opened(path) as file:
+                    for key in keys:
+                        yield key, file.get_tensor(key)
+
+        parts, expected = self.config.weights, self.expected[layer]
+        return _weights(expected, parts, tensors(), self.dtype, self.device)
+
+
+def weight_bytes(source: str, dtype: torch.dtype | None = None, revision: str | None = None) -> int:
+    """Bytes that weights take in a dtype, by default as stored; 0 where none are in safetensors."""
+    paths = list(locate(source, revision).glob("*.safetensors"))
+    if dtype is None:
+        return sum(path.stat().st_size for path in paths)
+    numbers = 0
+    for path in paths:
+        with _opened(path) as file:
+            numbers += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return numbers * dtype.itemsize
+
+
+def _layer_of(name: str) -> str:
+    return name.split(".")[1] if name.startswith("layers.") else ""
+
+
+def _native_parts(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield key.removeprefix("model."), tensor

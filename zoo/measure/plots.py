@@ -1,0 +1,184 @@
+"""Figures of sweeps. Needs matplotlib (extra `plots`); draws without a screen and global state."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import TABLEAU_COLORS, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from ..compression.allocate import NOISE
+from ..utils.jsonl import Row
+from .summary import Section, increase
+
+COLOURS, MARKS = list(TABLEAU_COLORS.values()), "osD^vPX"
+SIDES = {"k": "keys", "v": "values"}
+
+
+def figures(sections: Sequence[Section]) -> dict[str, Figure]:
+    """All figures of a report by title."""
+    drawn = {}
+    for section in sections:
+        name = section.dense["model"]
+        several = sum(s.dense["model"] == name for s in sections) > 1
+        if several:
+            name += f" on {section.dense['evaluation']['text']}"
+        if not section.table:
+            continue
+        drawn[f"{name}: quality"] = quality(section, name)
+        for keep in section.keeps:
+            if len(_timed(section, keep)) > 1:
+                heading = f"{name}: quality and decode cost at {keep:g}"
+                drawn[heading] = cost(section, keep, f"{name}, keep {keep:g}")
+        best = {keep: section.best(keep) for keep in section.keeps}
+        for keep, (label, row) in best.items():
+            drawn[f"{name}: ranks at {keep:g}"] = ranks(row, f"{name}, {label}, keep {keep:g}")
+        for label, row in dict(best.values()).items():
+            keep = row["settings"]["keep"]
+            title = f"{name}, {label}; dots: ranks at keep {keep:g}"
+            drawn[f"{name}: errors of {label}"] = errors(row, title)
+    return drawn
+
+
+def quality(section: Section, title: str) -> Figure:
+    """Increase of the perplexity in per cent against the share of the KV bytes that is kept."""
+    figure = Figure(figsize=(7, 5.5), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    lowest = 1.0
+    for i, (label, cells) in enumerate(section.table.items()):
+        points = sorted((row["kv_share"], 100 * increase(row)) for row in cells.values())
+        colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, label=label, color=colour, marker=mark)
+        lowest = min(lowest, *y)
+    _scale(axes, lowest)
+    axes.set(title=title, xlabel="share of the KV bytes that is kept")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _scale(axes: Axes, lowest: float) -> None:
+    """Of increases of the perplexity in per cent: log where all, down to `lowest`, are positive."""
+    if lowest > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(LogFormatter())  # 6, not 6 x 10^0, within a decade
+    else:  # no change, or better than uncompressed: linear up to a tenth of a per cent
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_ylabel("increase of perplexity over uncompressed, %")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(which="both", alpha=0.3)
+
+
+def _timed(section: Section, keep: float) -> dict[str, Row]:
+    """The rows at a share, by label, of which decoding was timed."""
+    found = {label: cells.get(keep, {}) for label, cells in section.table.items()}
+    return {label: row for label, row in found.items() if "decode" in row}
+
+
+def cost(section: Section, keep: float, title: str) -> Figure:
+    """Increase of the perplexity in per cent against the speed of decoding, at a share kept."""
+    figure = Figure(figsize=(7, 5.5), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    rows, order = _timed(section, keep), list(section.table)
+    for label, row in rows.items():
+        i = order.index(label)  # looks as in `quality`
+        colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+        x, y = row["decode"]["speedup"], 100 * increase(row)
+        axes.plot(x, y, label=label, color=colour, marker=mark, linestyle="none")
+    axes.axvline(1, color="grey", linewidth=0.8)
+    _scale(axes, min(increase(row) for row in rows.values()))
+    speed = f"decode speed relative to uncompressed, {section.slots} slots, not compiled"
+    axes.set(title=title, xlabel=speed)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def ranks(row: Row, title: str) -> Figure:
+    """A heat map of the ranks of keys and values in every layer."""
+    sides = [side for side, full in zip(SIDES, row["full_ranks"], strict=True) if full]
+    numbers = [row[f"{side}_ranks"] for side in sides]
+    shares = [
+        [rank / full for rank in side]
+        for side, full in zip(numbers, filter(None, row["full_ranks"]), strict=True)
+    ]
+    layers = len(numbers[0])
+    figure = Figure(figsize=(max(6, 2 + 0.35 * layers), 2.2), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    most = max(map(max, shares))
+    image = axes.imshow(shares, aspect="auto", vmin=0, vmax=most, cmap="viridis")
+    for y, side in enumerate(numbers):
+        for x, rank in enumerate(side):
+            colour = "white" if shares[y][x] < 0.6 * most else "black"
+            axes.text(x, y, rank, ha="center", va="center", color=colour, fontsize=7)
+    names = [SIDES[side] for side in sides] if len(sides) > 1 else ["keys and values"]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(0, layers, max(1, layers // 16)))
+    axes.set(title=title, xlabel="layer")
+    full = " or ".join(str(n) for n in sorted({n for n in row["full_ranks"] if n}))
+    figure.colorbar(image, label=f"rank / {full}")
+    return figure
+
+
+def errors(row: Row, title: str) -> Figure:
+    """The share of each layer's error that is left at a rank, as the method counts it."""
+    curves = row["curves"]
+    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
+    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    layers = len(row["k_ranks"])
+    depth, colours = Normalize(0, max(1, layers - 1)), colormaps["viridis"]
+    for axes, (side, curve) in zip(panels, curves.items(), strict=True):
+        for layer, left in enumerate(curve["left"]):
+            colour, found = colours(depth(layer)), row["layers"][layer]
+            axes.plot(curve["ranks"], left, color=colour, linewidth=1)
+            axes.plot(found[f"{side}_rank"], found[f"{side}_error"], "o", color=colour)
+        name = SIDES[side] if len(curves) > 1 else "keys and values"
+        axes.set_yscale("log", nonpositive="mask")  # at full rank nothing is left
+        axes.set(ylim=(NOISE, 2), title=name, xlabel="rank of a latent")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("share of the error left")
+    figure.suptitle(title)
+    figure.colorbar(ScalarMappable(depth, colours), ax=list(panels), label="layer")
+    return figure
+
+
+def decoding(rows: Sequence[Mapping[str, Any]], title: str) -> dict[str, Figure]:
+    """What `bench.bench` measured, against the context: tokens per second, and peak memory."""
+    whole = [row for row in rows if "failed" not in row]
+    sides = {
+        "speed": ("tokens per second", "tokens_per_second", 1),
+        "memory": ("peak memory, GiB", "peak_memory", 2**-30),
+    }
+    return {
+        name: _against_context(whole, title, label, key, scale)
+        for name, (label, key, scale) in sides.items()
+    }
+
+
+def _against_context(
+    rows: Sequence[Mapping[str, Any]], title: str, label: str, key: str, scale: float
+) -> Figure:
+    """One panel a batch size, one line a model."""
+    batches, names = (list(dict.fromkeys(row[x] for row in rows)) for x in ("batch", "model"))
+    contexts = sorted({row["context"] for row in rows})
+    figure = Figure(figsize=(1 + 3.5 * len(batches), 4.5), layout="constrained", dpi=150)
+    panels = figure.subplots(1, len(batches), squeeze=False)[0]
+    for axes, batch in zip(panels, batches, strict=True):
+        for i, name in enumerate(names):
+            cells = [x for x in rows if (x["batch"], x["model"]) == (batch, name)]
+            points = sorted((x["context"], scale * x[key]) for x in cells)
+            colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+            handle = name if batch == batches[0] else None
+            axes.plot(*zip(*points, strict=True), label=handle, color=colour, marker=mark)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts, contexts)
+        axes.set_ylim(bottom=0)
+        axes.set(title=f"batch {batch}", xlabel="context, tokens")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(label)
+    figure.suptitle(title)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure

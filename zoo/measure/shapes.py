@@ -1,0 +1,113 @@
+"""Models of random weights in the shapes of published ones: their speed is that of trained ones."""
+
+from functools import partial
+from math import lcm
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, MptConfig, OPTConfig, PreTrainedConfig
+
+from ..compression.allocate import Ranks
+from ..compression.compress import Settings
+from ..compression.fold import low_config
+from ..models.families import new_model
+from ..models.model import Config, Model
+
+
+def _opt(width: int, layers: int, heads: int) -> PreTrainedConfig:
+    return OPTConfig(
+        hidden_size=width,
+        word_embed_proj_dim=width,
+        ffn_dim=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
+
+
+def _mpt(width: int, layers: int, heads: int) -> PreTrainedConfig:
+    return MptConfig(vocab_size=50432, d_model=width, n_layers=layers, n_heads=heads)
+
+
+def _llama(
+    width: int, layers: int, heads: int, kv: int, hidden: int, vocab: int, tied: bool = False
+) -> PreTrainedConfig:
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        tie_word_embeddings=tied,
+    )
+
+
+SHAPES = {
+    "opt-125m": partial(_opt, 768, 12, 12),
+    "opt-1.3b": partial(_opt, 2048, 24, 32),
+    "opt-6.7b": partial(_opt, 4096, 32, 32),
+    "mpt-1b": partial(_mpt, 2048, 24, 16),
+    "mpt-7b": partial(_mpt, 4096, 32, 32),
+    "mpt-30b": partial(_mpt, 7168, 48, 64),
+    "smollm2-135m": partial(_llama, 576, 30, 9, 3, 1536, 49152, True),
+    "llama-3.2-1b": partial(_llama, 2048, 16, 32, 8, 8192, 128256, True),
+    "llama-2-7b": partial(_llama, 4096, 32, 32, 32, 11008, 32000),
+    "llama-3.1-8b": partial(_llama, 4096, 32, 32, 8, 14336, 128256),
+    "llama-3.1-70b": partial(_llama, 8192, 80, 64, 8, 28672, 128256),
+}
+
+
+def shaped(name: str, layers: int | None = None, context: int = 0) -> PreTrainedConfig:
+    """transformers' config of a published model, cut to `layers`, that can read `context` tokens.
+
+    Raises ValueError for a name that is not in `SHAPES`.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"shape {name!r} is unknown: expected one of {', '.join(SHAPES)}")
+    config = SHAPES[name]()
+    if layers is not None and not 1 <= layers <= config.num_hidden_layers:
+        raise ValueError(f"layers is {layers}: expected 1 to {config.num_hidden_layers}")
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    longest = "max_seq_len" if isinstance(config, MptConfig) else "max_position_embeddings"
+    setattr(config, longest, max(context, getattr(config, longest)))
+    return config
+
+
+def uniform(config: Config, settings: Settings) -> Config:
+    """The config of the same model with one rank everywhere, which keeps at most `settings.keep`.
+
+    settings: fitted to the config; of the method only the shape of its latents counts. Raises
+    ValueError where so little cannot be kept.
+    """
+    shared, keep = settings.heads_per_latent or (1, 1), settings.keep
+    shares, step = (keep, keep), settings.rank_multiple
+    if settings.keys == "full":
+        shares = 1.0, 2 * keep - 1
+        if keep <= 0.5:
+            raise ValueError(f"keep is {keep}: keys that stay full are half of it, expected more")
+    if settings.keys == "pairs":
+        step = lcm(step, 2)
+    low = partial(low_config, config, heads_per_latent=shared, joint=settings.latent == "joint-kv")
+    full = low(Ranks((), ())).full_ranks
+    ranks = [int(share * n) // step * step for share, n in zip(shares, full, strict=True)]
+    room = sum(ranks) + step <= keep * sum(full)  # for one more, which keys need more
+    if room and settings.latent == "separate" and settings.keys != "full":
+        ranks[0] += step
+    k, v = ((rank,) * config.num_hidden_layers for rank in ranks)
+    return low(Ranks(k, v), **settings.rotary(config))
+
+
+def random_model(config: Config, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Model:
+    """A model of random weights: its speed is that of a trained one."""
+    with torch.device("meta"):
+        model = new_model(config).to(dtype)
+    model.to_empty(device=device)
+    random = torch.Generator(device).manual_seed(seed)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.02, generator=random)
+    for b in model.buffers():
+        b.zero_()  # any frequencies will do
+    if config.tie_word_embeddings:
+        model.head.weight = model.embed.weight
+    model.reset_buffers()
+    return model.eval().requires_grad_(False)
