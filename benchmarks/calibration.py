@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from eigenzoo.zoo.compression.compress import Settings, gather
+from eigenzoo.zoo.compression.compress import gather
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import encode, python_docs
 from eigenzoo.zoo.models.model import Model

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from eigenzoo.hub_export import stream as hub
-from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.compression.stream import Stream
 from eigenzoo.zoo.inference.checkpoint import open_layers
 from eigenzoo.zoo.inference.data import python_docs

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from eigenzoo.kernels.install import install
 from eigenzoo.zoo.compression.allocate import Ranks
-from eigenzoo.zoo.compression.compress import Settings
 from eigenzoo.zoo.compression.fold import low_config
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.measure.evaluate import decode_speed
 from eigenzoo.zoo.measure.shapes import random_model
 from eigenzoo.zoo.measure.summary import label
-from eigenzoo.zoo.models.model import Config
+from eigenzoo.zoo.models.config import Config
 from eigenzoo.zoo.utils.jsonl import Row, read_rows
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..zoo.compression.allocate import kv_bytes
-from ..zoo.compression.basis import METHODS
+from ..zoo.compression.methods import METHODS
 from ..zoo.inference.checkpoint import MODEL_TYPE, native_config, read_config
-from ..zoo.models.model import Config
+from ..zoo.models.config import Config, kv_bytes
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 FIGURES = "figures"  # folder of plots, in the checkpoint

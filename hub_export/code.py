@@ -1,22 +1,20 @@
 """The Python files that travel with a checkpoint, and whether those of a folder are ours."""
 
-import inspect
 import json
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
-from ..zoo.models import attention, cache, families, linear, llama, model, mpt, opt, qwen2, rope
-from .remote import configuration_eigen, modeling_eigen
+from ..zoo import models
+from . import remote
 
-NATIVE = (attention, cache, families, linear, llama, model, mpt, opt, qwen2, rope)
-TRAVELS = (*NATIVE, configuration_eigen, modeling_eigen)
 RELEASES = Path(__file__).with_name("releases.json")  # hashes by version: see CONTRIBUTING.md
 
 
 def files() -> dict[str, str]:
     """Their text by name. A Hub folder is flat: what comes from the zoo lies beside it there."""
-    paths = [Path(inspect.getfile(module)) for module in TRAVELS]
+    folders = [Path(folder) for room in (models, remote) for folder in room.__path__]
+    paths = sorted(p for folder in folders for p in folder.glob("*.py") if p.stem != "__init__")
     return {path.name: path.read_text().replace("from ...zoo.models.", "from .") for path in paths}
 
 

@@ -13,7 +13,8 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from ..zoo.inference.checkpoint import Checkpoint
-from ..zoo.models.model import Config, Model
+from ..zoo.models.config import Config
+from ..zoo.models.model import Model
 from ..zoo.models.mpt import NAMES, MPTConfig
 from .export import new_folder
 

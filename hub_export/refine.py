@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from ..zoo.compression.record import calibrated_on, evaluation
 from ..zoo.compression.refine import RefineSettings, check_pair, refine
 from ..zoo.inference.checkpoint import MODEL_TYPE, Checkpoint
 from ..zoo.inference.data import calibration_tokens, hold_out
 from ..zoo.models.model import Model
-from .compress import calibrated_on, evaluation
 from .export import export
 
 

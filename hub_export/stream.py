@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..zoo.compression.compress import Settings
+from ..zoo.compression.record import about, measured, texts, windows
+from ..zoo.compression.settings import Settings
 from ..zoo.compression.stream import Stream, check_stream
-from ..zoo.inference.checkpoint import Checkpoint, LayerFiles
-from ..zoo.utils.resume import fingerprint
-from .compress import about, measured, texts, windows
+from ..zoo.inference.checkpoint import Checkpoint
+from ..zoo.inference.weights import LayerFiles
+from ..zoo.utils.provenance import fingerprint
 from .export import check_free, put, weights_of, write_about
 
 INDEX = "model.safetensors.index.json"
@@ -78,7 +78,7 @@ def stream_checkpoint(
     stream = Stream(files, model, tokens, rows, settings, work, write)
     stream.run(
         {
-            "config": sha256(json.dumps(original.config).encode()).hexdigest()[:16],
+            "config": fingerprint(json.dumps(original.config)),
             "weights": [[path.name, path.stat().st_size] for path in files.paths],
             "dtype": str(model.dtype),
             "text": fingerprint(tokens, rows),

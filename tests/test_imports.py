@@ -3,20 +3,37 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from eigenzoo.hub_export.code import NATIVE
+from eigenzoo import zoo
+from eigenzoo.hub_export import code
 
 ROOT = Path(__file__).parents[1]
-ALLOWED = {"zoo": {"zoo"}, "kernels": {"kernels", "zoo"}, "hub_export": {"hub_export", "zoo"}}
-TRAVELS = tuple(f"zoo/{Path(m.__file__).name}" for m in NATIVE)
-REMOTE = sorted(p.name for p in (ROOT / "hub_export/remote").glob("*.py"))
-MODELING = (
-    ROOT / "hub_export/remote/modeling_eigen.py"
-)  # from wherever it lies, fused ops if it can
-FILES = sorted(p for room in ALLOWED for p in (ROOT / room).rglob("*.py"))
+ROOMS = {  # what a room may import beside itself; there is no arrow back
+    "zoo": set(),
+    "zoo.utils": set(),
+    "zoo.models": set(),
+    "zoo.inference": {"zoo.models", "zoo.utils"},
+    "zoo.compression": {"zoo.inference", "zoo.models", "zoo.utils"},
+    "zoo.measure": {"zoo.compression", "zoo.inference", "zoo.models", "zoo.utils"},
+    "kernels": {"zoo.models"},
+    "hub_export": {"zoo.compression", "zoo.inference", "zoo.models", "zoo.utils"},
+}
+ROOMS["zoo.cli"] = {*ROOMS}  # commands import everything, and nobody imports them
+TRAVELS = sorted(p for p in (ROOT / "zoo/models").glob("*.py") if p.name != "__init__.py")
+REMOTE = sorted((ROOT / "hub_export/remote").glob("*.py"))
+MODELING = ROOT / "hub_export/remote/modeling_eigen.py"  # uses the fused ops where they are
+LAZY = ROOT / "zoo/__init__.py"  # its imports are for type checkers
+FILES = sorted(p for room in ("zoo", "kernels", "hub_export") for p in (ROOT / room).rglob("*.py"))
+
+
+def room(name: str) -> str:
+    """The room of a module or of a name in it."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "zoo" else parts[0]
 
 
 def imports(path: Path) -> set[str]:
@@ -27,8 +44,11 @@ def imports(path: Path) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level:
             reached = package[: len(package) + 1 - node.level]
-            inside = [node.module] if node.module else [alias.name for alias in node.names]
-            names |= {".".join([*reached, name]) for name in inside}
+            place = [*reached, *([node.module] if node.module else [])]
+            folder = ROOT.joinpath(*".".join(place).split("."))
+            for alias in node.names:  # what is imported may be a module, or a name in one
+                module = not node.module or (folder / alias.name).is_dir()
+                names.add(".".join([*place, alias.name] if module else place))
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.split(".")[0])
     return names
@@ -36,33 +56,40 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_rooms_import_only_what_the_table_allows(path):
-    room = path.relative_to(ROOT).parts[0]
-    inside = {name for name in imports(path) if name.split(".")[0] in ALLOWED}
+    home = room(".".join(path.relative_to(ROOT).parts[:-1]))
+    found = {room(name) for name in imports(path) if room(name) in ROOMS}
     if path != MODELING:
         assert "eigenzoo" not in imports(path), "inside the package, imports are relative"
-    if path.parent.name != "cli":  # commands may import everything, and nobody imports them
-        assert not [name for name in inside if name.startswith("zoo.cli")]
-        assert {name.split(".")[0] for name in inside} <= ALLOWED[room]
+    if path != LAZY:
+        assert found <= {home} | ROOMS[home]
 
 
-@pytest.mark.parametrize("name", TRAVELS)
-def test_native_files_that_travel_need_torch_and_one_another_only(name):
-    near = {travel.removesuffix(".py").replace("/", ".") for travel in TRAVELS}
-    assert imports(ROOT / name) <= near | {"torch", *sys.stdlib_module_names}
+def test_no_arrow_runs_back():
+    for name, below in ROOMS.items():
+        assert not [other for other in below if name in ROOMS[other] and other != name]
 
 
-@pytest.mark.parametrize("name", REMOTE)
-def test_remote_files_need_torch_and_transformers_only(name):
-    near = {travel.removesuffix(".py").replace("/", ".") for travel in TRAVELS}
-    near |= {f"hub_export.remote.{other.removesuffix('.py')}" for other in REMOTE}
+def test_what_travels_with_checkpoints_is_the_room_of_models():
+    assert set(code.files()) == {p.name for p in (*TRAVELS, *REMOTE)}
+
+
+@pytest.mark.parametrize("path", TRAVELS, ids=lambda p: p.name)
+def test_models_need_torch_and_one_another_only(path):
+    near = {f"zoo.models.{travel.stem}" for travel in TRAVELS}
+    assert imports(path) <= near | {"torch", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", REMOTE, ids=lambda p: p.name)
+def test_remote_files_need_torch_and_transformers_only(path):
+    near = {f"zoo.models.{travel.stem}" for travel in TRAVELS}
+    near |= {f"hub_export.remote.{other.stem}" for other in REMOTE}
     outside = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
-    path = ROOT / "hub_export/remote" / name
     assert imports(path) <= near | outside | ({"eigenzoo"} if path == MODELING else set())
 
 
-def test_rooms_are_no_packages_by_themselves():
+def test_kernels_is_no_package_by_itself():
     # a kernels/__init__.py on sys.path would hide Hugging Face's package of that name
-    assert not [room for room in ALLOWED if (ROOT / room / "__init__.py").exists()]
+    assert not (ROOT / "kernels/__init__.py").exists()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -78,7 +105,26 @@ def test_every_public_name_has_a_docstring(path):
     assert not bare
 
 
-def test_help_answers_without_loading_torch():
-    code = "import sys; from eigenzoo.zoo.cli import app; print('torch' in sys.modules)"
+HEAVY = ("torch", "transformers", "numpy")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import eigenzoo.zoo",
+        "from eigenzoo.zoo.cli import app",
+    ],
+)
+def test_importing_loads_nothing_heavy(statement):
+    code = f"import sys; {statement}; print([x for x in {HEAVY} if x in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_those_of_the_library():
+    for name, place in zoo.PUBLIC.items():
+        assert getattr(zoo, name) is getattr(import_module(place, zoo.__name__), name)
+        assert getattr(zoo, name).__doc__
+        assert name in dir(zoo)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        zoo.nothing  # noqa: B018

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from eigenzoo.hub_export.compress import compress_checkpoint
-from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eigenzoo.zoo.cli.demo import demo_model
-from eigenzoo.zoo.compression.allocate import kv_bytes
-from eigenzoo.zoo.compression.compress import Settings, compress, gather
+from eigenzoo.zoo.compression.compress import compress, gather
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import calibration_tokens, encode, python_docs
-from eigenzoo.zoo.measure.evaluate import perplexity
+from eigenzoo.zoo.inference.perplexity import perplexity
+from eigenzoo.zoo.models.config import kv_bytes
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2-valid.txt"
 pytestmark = [

@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eigenzoo.zoo.compression.basis import METHODS
-from eigenzoo.zoo.compression.compress import Settings, compress
+from eigenzoo.zoo.compression.compress import compress
+from eigenzoo.zoo.compression.methods import METHODS
 from eigenzoo.zoo.compression.refine import RefineSettings, refine
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import encode, read_text
-from eigenzoo.zoo.measure.evaluate import perplexity
+from eigenzoo.zoo.inference.perplexity import perplexity
 
 SHARED = Path(__file__).parents[2] / "shared"
 WORDS = SHARED / "data" / "wikitext-2-valid.txt"

@@ -17,8 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import logging
 
 from ...zoo.models.cache import SCALE, Buffer, Latent, Packed, pack
+from ...zoo.models.config import Config
 from ...zoo.models.families import FAMILIES
-from ...zoo.models.model import Config, Model
+from ...zoo.models.model import Model
 from .configuration_eigen import EigenConfig
 
 try:

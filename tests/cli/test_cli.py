@@ -4,13 +4,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.compression.basis import METHODS
+from eigenzoo.zoo.compression.methods import METHODS
 
 COMMAND = [sys.executable, "-c", "from eigenzoo.zoo.cli import main; main()"]
 QUICK = ["--samples", "8", "--seq-len", "64"]
@@ -44,6 +45,10 @@ def test_help_is_there(run, command):
     code, out, _ = run(*command.split(), "--help")
     assert code == 0
     assert "Usage" in out
+
+
+def test_version_is_that_of_the_package(run):
+    assert run("--version") == (0, f"eigenzoo {version('eigenzoo')}\n", "")
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "kv-heads"])

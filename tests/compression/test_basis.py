@@ -4,9 +4,10 @@ import torch
 from observe import outputs
 
 from eigenzoo.zoo.compression.allocate import Ranks
-from eigenzoo.zoo.compression.basis import METHODS, lorc_weights, palu_weights, solve
+from eigenzoo.zoo.compression.basis import lorc_weights, palu_weights, solve
 from eigenzoo.zoo.compression.calibrate import calibrate
 from eigenzoo.zoo.compression.fold import fold
+from eigenzoo.zoo.compression.methods import METHODS
 
 
 def gram(latents: int, n: int, seed: int) -> torch.Tensor:

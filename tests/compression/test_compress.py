@@ -2,8 +2,9 @@ import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.compression.basis import METHODS
-from eigenzoo.zoo.compression.compress import Settings, compress
+from eigenzoo.zoo.compression.compress import compress
+from eigenzoo.zoo.compression.methods import METHODS
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.models.llama import LlamaConfig
 
 

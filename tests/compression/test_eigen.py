@@ -6,9 +6,9 @@ import torch
 from observe import outputs
 
 from eigenzoo.zoo.compression.allocate import Ranks, threshold_rank
-from eigenzoo.zoo.compression.basis import METHODS
 from eigenzoo.zoo.compression.calibrate import calibrate
 from eigenzoo.zoo.compression.fold import fold
+from eigenzoo.zoo.compression.methods import METHODS
 from eigenzoo.zoo.compression.search import ErrorBudget
 from eigenzoo.zoo.models.model import Model
 from eigenzoo.zoo.models.rope import rotate

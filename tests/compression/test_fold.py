@@ -6,9 +6,9 @@ import torch
 from observe import made
 
 from eigenzoo.zoo.compression.allocate import Ranks, greedy
-from eigenzoo.zoo.compression.basis import METHODS
 from eigenzoo.zoo.compression.calibrate import calibrate
 from eigenzoo.zoo.compression.fold import fold
+from eigenzoo.zoo.compression.methods import METHODS
 from eigenzoo.zoo.compression.moments import Moments
 from eigenzoo.zoo.models.model import Model
 

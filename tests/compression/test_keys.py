@@ -12,11 +12,12 @@ from ropes import rope_parameters
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
 from eigenzoo.zoo.compression.allocate import Ranks
-from eigenzoo.zoo.compression.basis import METHODS
 from eigenzoo.zoo.compression.calibrate import calibrate
-from eigenzoo.zoo.compression.compress import Settings, compress, gather
+from eigenzoo.zoo.compression.compress import compress, gather
 from eigenzoo.zoo.compression.fold import fold
 from eigenzoo.zoo.compression.keys import KEYS, choose_keys
+from eigenzoo.zoo.compression.methods import METHODS
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.compression.solve import solve_pairs
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.generate import Generator

@@ -3,15 +3,17 @@ import tiny
 import torch
 from torch.testing import assert_close
 
-from eigenzoo.zoo.compression.allocate import Ranks, kv_bytes
-from eigenzoo.zoo.compression.basis import METHODS
-from eigenzoo.zoo.compression.compress import Settings, choose_ranks, compress, gather
+from eigenzoo.zoo.compression.allocate import Ranks
+from eigenzoo.zoo.compression.compress import choose_ranks, compress, gather
 from eigenzoo.zoo.compression.fold import compressed_config, fold
+from eigenzoo.zoo.compression.methods import METHODS
 from eigenzoo.zoo.compression.mixing import rounding, spread
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.compression.solve import solve, solve_pairs
 from eigenzoo.zoo.inference.generate import Generator
-from eigenzoo.zoo.measure.evaluate import perplexity
+from eigenzoo.zoo.inference.perplexity import perplexity
 from eigenzoo.zoo.models.cache import LEVELS, pack
+from eigenzoo.zoo.models.config import kv_bytes
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 MODELS = {  # family, changes, settings of the compression

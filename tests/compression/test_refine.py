@@ -14,11 +14,12 @@ from eigenzoo.hub_export.refine import refine_checkpoint, state_file
 from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
 from eigenzoo.zoo import cli
 from eigenzoo.zoo.compression.allocate import Ranks
-from eigenzoo.zoo.compression.basis import METHODS
-from eigenzoo.zoo.compression.compress import Settings, compress, gather
+from eigenzoo.zoo.compression.compress import compress, gather
 from eigenzoo.zoo.compression.distill import Distiller
 from eigenzoo.zoo.compression.fold import fold
+from eigenzoo.zoo.compression.methods import METHODS
 from eigenzoo.zoo.compression.refine import RefineSettings, _Run, learned, refine
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 
 JOINT = Settings(keep=0.2, latent="joint-kv", heads_per_latent=(4, 4), rank_multiple=1)

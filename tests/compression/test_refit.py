@@ -3,8 +3,9 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from eigenzoo.zoo.compression.compress import Settings, compress
+from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.refit import REFITS, RIDGE
+from eigenzoo.zoo.compression.settings import Settings
 
 
 def outputs(model, x, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,10 +1,11 @@
 import pytest
 import tiny
 
-from eigenzoo.zoo.compression.basis import METHODS
 from eigenzoo.zoo.compression.calibrate import calibrate
-from eigenzoo.zoo.compression.compress import Settings, compress
+from eigenzoo.zoo.compression.compress import compress
+from eigenzoo.zoo.compression.methods import METHODS
 from eigenzoo.zoo.compression.search import STEP, ErrorBudget
+from eigenzoo.zoo.compression.settings import Settings
 
 
 @pytest.fixture(scope="module")

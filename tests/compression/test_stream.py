@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from eigenzoo.hub_export.stream import partial_folder, stream_checkpoint
 from eigenzoo.zoo.cli import app
 from eigenzoo.zoo.compression import stream
-from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load, open_layers, weight_bytes
 
 WORDS = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ,.", k=1500)  # no two lines alike

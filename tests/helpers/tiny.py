@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from eigenzoo.zoo.inference.checkpoint import build, native_config
+from eigenzoo.zoo.inference.checkpoint import native_config
+from eigenzoo.zoo.inference.weights import build
 from eigenzoo.zoo.models.model import Model
 
 WORDS = "the cat sat on a mat and saw 12 birds fly over hills, rivers and towns. " * 4

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from eigenzoo.hub_export import code as travelling
 from eigenzoo.hub_export.compress import compress_checkpoint
-from eigenzoo.zoo.compression.allocate import kv_bytes
-from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo.models.config import kv_bytes
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,10 @@ from variants import FOUNDRY, VARIANTS, save
 from eigenzoo.hub_export import export as exporter
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
-from eigenzoo.zoo.compression.allocate import kv_bytes
-from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.generate import Generator
+from eigenzoo.zoo.models.config import kv_bytes
 
 ALONE = """
 import json, sys

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from loopback import TOKEN, serve
 
 from eigenzoo.hub_export.hub import STALE
-from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.hub import split
 
 REPO = "tester/small"

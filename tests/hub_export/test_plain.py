@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from eigenzoo.hub_export.compress import compress_checkpoint
-from eigenzoo.zoo.compression.compress import Settings, compress
+from eigenzoo.zoo.compression.compress import compress
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import calibration_tokens
 from eigenzoo.zoo.inference.generate import Generator, answer

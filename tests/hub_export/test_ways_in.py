@@ -16,7 +16,7 @@ from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.hub_export.remote import modeling_eigen
 from eigenzoo.hub_export.remote.configuration_eigen import EigenConfig
 from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
-from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 
 assert register  # the classes here, without remote code

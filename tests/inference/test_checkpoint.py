@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eigenzoo.hub_export.compress import compress_checkpoint
-from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference import checkpoint
 from eigenzoo.zoo.inference.checkpoint import inspect, load, locate
 

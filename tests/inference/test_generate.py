@@ -8,7 +8,8 @@ import torch
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.testing import assert_close
 
-from eigenzoo.zoo.compression.compress import Settings, compress
+from eigenzoo.zoo.compression.compress import compress
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference import generate
 from eigenzoo.zoo.inference.generate import Generator, Sampling, answer, choose, sample_text
 from eigenzoo.zoo.measure.shapes import random_model

@@ -12,7 +12,8 @@ import torch
 
 from eigenzoo.kernels import anchored_decode, latent_decode, rotary_decode, split
 from eigenzoo.kernels.install import FUSED
-from eigenzoo.zoo.compression.compress import Settings, compress
+from eigenzoo.zoo.compression.compress import compress
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.models import attention
 from eigenzoo.zoo.models.cache import Packed, pack

@@ -15,7 +15,8 @@ from torch.library import opcheck
 
 from eigenzoo.kernels import ops, split
 from eigenzoo.kernels.install import FUSED, install, register
-from eigenzoo.zoo.compression.compress import Settings, compress
+from eigenzoo.zoo.compression.compress import compress
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.models import attention
 from eigenzoo.zoo.models.cache import pack

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.compression.compress import Settings
 from eigenzoo.zoo.compression.keys import KEYS
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import native_config
 from eigenzoo.zoo.measure import tables as report
 from eigenzoo.zoo.measure.bench import _serve, bench

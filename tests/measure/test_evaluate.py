@@ -4,8 +4,10 @@ import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.compression.compress import Settings, compress
-from eigenzoo.zoo.measure.evaluate import compare, mean_perplexity, perplexity, token_losses
+from eigenzoo.zoo.compression.compress import compress
+from eigenzoo.zoo.compression.settings import Settings
+from eigenzoo.zoo.inference.perplexity import mean_perplexity, perplexity, token_losses
+from eigenzoo.zoo.measure.evaluate import compare
 
 
 @pytest.mark.parametrize("windows", [0, 2])

@@ -16,10 +16,10 @@ from lm_eval.tasks import TaskManager
 
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.zoo.cli import app
-from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo.inference.perplexity import token_losses
 from eigenzoo.zoo.measure import lm_eval_tasks as tasks
-from eigenzoo.zoo.measure.evaluate import token_losses
 from eigenzoo.zoo.measure.lm_eval_model import NativeLM
 
 PAIRS = [

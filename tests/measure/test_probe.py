@@ -5,9 +5,10 @@ import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.compression.compress import Settings, compress
+from eigenzoo.zoo.compression.compress import compress
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.generate import Generator
-from eigenzoo.zoo.measure.evaluate import perplexity, token_losses
+from eigenzoo.zoo.inference.perplexity import perplexity, token_losses
 from eigenzoo.zoo.measure.probe import DEPTHS, Planted, by_position, plant, recall, retrieval
 from eigenzoo.zoo.models.cache import Latent, StaticCache
 from eigenzoo.zoo.models.model import Model

@@ -5,16 +5,18 @@ import tiny
 import torch
 
 from eigenzoo.zoo.compression.calibrate import calibrate
-from eigenzoo.zoo.compression.compress import Settings, compress, needs
+from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.moments import Needs
 from eigenzoo.zoo.compression.search import ErrorBudget
+from eigenzoo.zoo.compression.settings import Settings, needs
 from eigenzoo.zoo.inference import generate
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import calibration_tokens, encode
+from eigenzoo.zoo.inference.perplexity import perplexity
 from eigenzoo.zoo.measure import calibrator as passes
 from eigenzoo.zoo.measure import sweep as sweeping
 from eigenzoo.zoo.measure.calibrator import Calibration, kind, narrow, union
-from eigenzoo.zoo.measure.evaluate import decode_speed, perplexity
+from eigenzoo.zoo.measure.evaluate import decode_speed
 from eigenzoo.zoo.measure.sweep import Evaluation, Sweep, grid
 from eigenzoo.zoo.utils.jsonl import read_rows
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from eigenzoo.hub_export import register
 from eigenzoo.hub_export.compress import compress_checkpoint
-from eigenzoo.zoo.compression.compress import Settings
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 
 assert register  # the classes here, without remote code

@@ -1,5 +1,8 @@
 """Command line: one function a command, one file each, each a plain sentence of library calls."""
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from ..utils.interrupt import interruptible
@@ -40,8 +43,19 @@ for command in (
     app.command()(command)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"eigenzoo {version('eigenzoo')}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
     """Low-rank KV caches: compress a model, generate with it compiled, load it anywhere."""
 
 

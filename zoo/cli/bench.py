@@ -102,7 +102,7 @@ def bench(
     """
     import torch
 
-    from ..compression.compress import Settings
+    from ..compression.settings import Settings
     from ..inference.checkpoint import inspect, locate, native_config, read_config
     from ..measure import tables as report
     from ..measure.bench import bench as measure

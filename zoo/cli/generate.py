@@ -55,11 +55,11 @@ def generate(
     """Answer or continue prompts with SOURCE, dense or compressed, over a static cache."""
     from transformers import TextStreamer
 
-    from ..compression.allocate import kv_bytes
     from ..inference.checkpoint import stop_tokens
     from ..inference.data import encode_prompt
     from ..inference.generate import Generator, Sampling, answer
     from ..models.cache import check_bits
+    from ..models.config import kv_bytes
     from ..utils.memory import peak, reset_peak
 
     sampling = Sampling(temperature, top_k, top_p, seed)

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from math import lcm
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..models.cache import LEVELS, Latent
-from ..models.model import Config
+from ..models.config import Config
 from .basis import LayerBasis
 from .mixing import rounding
 from .solve import Basis
@@ -265,20 +265,3 @@ def kept_share(config: Config, ranks: Ranks, latents: tuple[int, int]) -> float:
     """Share of the dense KV numbers that `ranks` keep, with so many latents a layer for k and v."""
     numbers = latents[0] * sum(ranks.k) + latents[1] * sum(ranks.v)
     return numbers / config.dense_kv_width
-
-
-def kv_bytes(config: Config, dtype: torch.dtype, bits: int | None = None) -> dict[str, Any]:
-    """Bytes that the cache takes per token, scales included, and those of the uncompressed model.
-
-    bits: of all numbers, by default as the config says. A share is of the same dtype: beside
-    float32, 8 bits are a quarter.
-    """
-    pairs = (config.latents(layer) for layer in range(config.num_hidden_layers))
-    latents = [x if bits is None else x._replace(bits=bits) for pair in pairs for x in pair]
-    kept = sum(latent.nbytes(dtype) for latent in latents)
-    dense = config.dense_kv_width * dtype.itemsize
-    return {
-        "kv_bytes_per_token": kept,
-        "kv_bytes_per_token_dense": dense,
-        "kv_share": kept / dense,
-    }

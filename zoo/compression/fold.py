@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.config import Config
 from ..models.families import model_of, new_model
-from ..models.model import Config, LatentAttention, Model
+from ..models.model import LatentAttention, Model
 from .allocate import Ranks
 from .basis import LayerBasis
 from .solve import Basis

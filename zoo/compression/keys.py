@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ..models.model import Config
+from ..models.config import Config
 
 KEYS = {
     "rebuild": "lifted and rotated whenever they are read",

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from ..inference.data import hold_out
 from ..models.families import model_of
 from ..models.model import Model
-from ..utils.resume import check_same, fingerprint, read_state, write_state
+from ..utils.provenance import fingerprint
+from ..utils.resume import check_same, read_state, write_state
 from .distill import Distiller
 from .schedule import RefineSettings
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.model import Config, Model
+from ..models.config import Config
+from ..models.model import Model
 from .allocate import Ranks
 from .basis import LayerBasis
 from .fold import fold, fold_attention

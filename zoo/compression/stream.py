@@ -21,20 +21,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..inference.checkpoint import LayerFiles
-from ..measure.evaluate import Perplexity, mean_perplexity, row_losses
+from ..inference.perplexity import Perplexity, mean_perplexity, row_losses
+from ..inference.weights import LayerFiles
 from ..models.cache import LayerCache, StaticCache
 from ..models.families import model_of
 from ..models.model import Model
 from ..utils.resume import check_same
 from .allocate import Ranks
-from .basis import METHODS, LayerBasis
+from .basis import LayerBasis
 from .calibrate import gather_sums
-from .compress import Settings, choose_ranks, mixed, needs, report
+from .compress import choose_ranks, mixed, report
 from .fold import compressed_config, fold_attention
+from .methods import METHODS
 from .mixing import rounding
 from .moments import Statistics
 from .refit import refit_layer
+from .settings import Settings, needs
 from .solve import Basis
 
 PROGRESS = "progress.json"

@@ -17,7 +17,7 @@ from ..compression.calibrate import calibrate
 from ..compression.moments import Moments, Needs, Statistics
 from ..inference.data import calibration_tokens, read_text
 from ..models.model import Model
-from ..utils.provenance import digest
+from ..utils.provenance import fingerprint
 
 SUMS = ("count", "origin", "sum", "gram")
 
@@ -60,7 +60,7 @@ class Calibration(NamedTuple):
         if self.source == "self" or self.source.startswith("hub:"):
             return self._asdict() | {"digest": None}
         name, text = Path(self.source).name, read_text(self.source)
-        return self._asdict() | {"source": name, "digest": digest(text.encode())}
+        return self._asdict() | {"source": name, "digest": fingerprint(text)}
 
 
 class Calibrator:
@@ -115,7 +115,7 @@ def kept(
     folder: Path | None, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """What `make` gives, and the `seconds` that it took; from `folder`, if it is there by `key`."""
-    path = folder and folder / f"{digest(json.dumps(key).encode())}.safetensors"
+    path = folder and folder / f"{fingerprint(json.dumps(key))}.safetensors"
     if path and path.exists():
         return load_file(path)
     start = time.perf_counter()

@@ -27,7 +27,8 @@ from transformers import (
 
 from ..inference.checkpoint import load, locate
 from ..inference.generate import Generator, Sampling, choose
-from ..models.model import Config, Model
+from ..models.config import Config
+from ..models.model import Model
 from .shapes import random_model
 
 

@@ -1,82 +1,17 @@
 """What a model costs and what it is worth: perplexity, bytes of cache, decode speed."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from ..compression.allocate import kv_bytes
 from ..inference.generate import Generator, answer
-from ..models.cache import StaticCache
+from ..inference.perplexity import perplexity
+from ..models.config import kv_bytes
 from ..models.model import Model
-
-
-class Perplexity(NamedTuple):
-    """exp of the mean negative log-likelihood over `tokens` predicted tokens."""
-
-    perplexity: float
-    tokens: int
-
-
-def perplexity(
-    model: Model, tokens: Tensor, window: int = 2048, windows: int = 0, bits: int | None = None
-) -> Perplexity:
-    """Perplexity by the papers' protocol. Arguments as in `token_losses`."""
-    return mean_perplexity(token_losses(model, tokens, window, windows, bits))
-
-
-def mean_perplexity(losses: Tensor) -> Perplexity:
-    """Perplexity of negative log-likelihoods in nats, of any shape."""
-    return Perplexity(math.exp(losses.double().mean().item()), losses.numel())
-
-
-@torch.inference_mode()
-def token_losses(
-    model: Model, tokens: Tensor, window: int = 2048, windows: int = 0, bits: int | None = None
-) -> Tensor:
-    """Negative log-likelihoods in nats, (windows, window - 1), on the CPU.
-
-    The papers' protocol: tokens (N,) are cut into windows that do not overlap, and each is
-    predicted from its second token on. windows: how many to take at most; 0 takes all. A last
-    piece shorter than a window is left out. bits: of the cache that is read, by default as the
-    config says; at 16 there is none, as nothing is lost in it. Raises ValueError if the text is
-    shorter than one window.
-    """
-    if window < 2:
-        raise ValueError(f"window is {window}: expected at least 2 tokens")
-    count = len(tokens) // window
-    if count == 0:
-        raise ValueError(
-            f"the text has {len(tokens)} tokens, less than one window of {window}: "
-            "give a longer text or a smaller --window"
-        )
-    count = min(count, windows or count)
-    rows = tokens[: count * window].view(count, window)
-    losses = []
-    cache = rounding_cache(model, 1, window - 1, bits)
-    for row in tqdm(rows, desc="evaluating", unit="window", disable=None, leave=False):
-        losses.append(row_losses(model, model.hidden(row[None, :-1], cache=cache)[0], row[1:]))
-    return torch.stack(losses).cpu()
-
-
-def rounding_cache(model: Model, batch: int, slots: int, bits: int | None) -> StaticCache | None:
-    """As `model.new_cache`, for what is read at once; None where it would lose nothing."""
-    packed = (model.config.least_bits if bits is None else bits) < 16
-    return model.new_cache(batch, slots, bits=bits) if packed else None
-
-
-def row_losses(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihoods of targets (T,) by what the head reads, (T, width)."""
-    pieces = zip(hidden.split(512), targets.split(512), strict=True)  # all logits take gigabytes
-    return torch.cat(
-        [F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in pieces]
-    )
 
 
 def decode_speed(generators: Sequence[Generator], steps: int = 32, rounds: int = 3) -> list[float]:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..inference.generate import Generator, Sampling
+from ..inference.perplexity import rounding_cache
 from ..models.model import Model
-from .evaluate import rounding_cache
 
 
 class NativeLM(TemplateLM):

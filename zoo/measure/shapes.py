@@ -8,10 +8,11 @@ from torch import nn
 from transformers import LlamaConfig, MptConfig, OPTConfig, PreTrainedConfig
 
 from ..compression.allocate import Ranks
-from ..compression.compress import Settings
 from ..compression.fold import low_config
+from ..compression.settings import Settings
+from ..models.config import Config
 from ..models.families import new_model
-from ..models.model import Config, Model
+from ..models.model import Model
 
 
 def _opt(width: int, layers: int, heads: int) -> PreTrainedConfig:

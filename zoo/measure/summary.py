@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..compression.compress import Settings
+from ..compression.settings import Settings
 from ..utils.jsonl import RUN, Row
 
 DEFAULTS = json.loads(json.dumps(Settings._field_defaults))  # as rows have them

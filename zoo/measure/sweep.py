@@ -12,20 +12,22 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ..compression.allocate import kv_bytes
 from ..compression.basis import Basis, LayerBasis
-from ..compression.compress import Settings, compress, error_search, needs
+from ..compression.compress import compress, error_search
 from ..compression.moments import Needs, Statistics
 from ..compression.search import ErrorBudget
+from ..compression.settings import Settings, needs
 from ..inference.checkpoint import Checkpoint
 from ..inference.data import encode, python_docs, read_text
 from ..inference.generate import Generator
-from ..models.model import Config, Model
+from ..inference.perplexity import perplexity
+from ..models.config import Config, kv_bytes
+from ..models.model import Model
 from ..utils.interrupt import interruptible
 from ..utils.jsonl import Row, append, resume
-from ..utils.provenance import device_name, digest, fingerprint, versions
+from ..utils.provenance import device_name, fingerprint, versions
 from .calibrator import Calibration, Calibrator, kind, narrow, union
-from .evaluate import decode_speed, perplexity
+from .evaluate import decode_speed
 
 POINTS = 16  # of an error curve, beside the powers of two
 DECODE_STEPS = 16  # of a round, at the end of the cache
@@ -45,7 +47,7 @@ class Evaluation(NamedTuple):
     def describe(self) -> dict[str, Any]:
         """The same, a file by its last name, with a digest of the text."""
         name = "Python's own help" if self.text is None else self.text.name
-        return self._asdict() | {"text": name, "digest": digest(self.words().encode())}
+        return self._asdict() | {"text": name, "digest": fingerprint(self.words())}
 
 
 def grid(axes: Mapping[str, Sequence[Any]]) -> list[Settings]:
@@ -121,7 +123,7 @@ class Sweep:
         self.tokens = encode(original.tokenizer, evaluation.words()).to(self.model.device)
         self.run = {
             "model": original.name,
-            "weights": fingerprint(self.model),
+            "weights": fingerprint(repr(self.model.config), *self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "evaluation": evaluation.describe(),
         }

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .config import Config
 from .llama import Llama, LlamaConfig
-from .model import Config, Model
+from .model import Model
 from .mpt import MPT, MPTConfig
 from .opt import OPT, OPTConfig
 from .qwen2 import Qwen2, Qwen2Config

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from .attention import Mask, Seen, absorb, anchored_decode, lift, lift_heads, rebuild, rotary_decode
 from .cache import Buffer, LayerCache
+from .config import Config
 from .linear import Linear
-from .model import Config, LatentAttention, Model, parameter
+from .model import LatentAttention, Model, parameter
 from .rope import frequencies, rotate
 
 NAMES = {

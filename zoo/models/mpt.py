@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from .attention import Causal, Mask, Seen, absorb, alibi_slopes, lift_heads
 from .cache import LayerCache
+from .config import Config
 from .linear import Linear
-from .model import Config, LatentAttention, Model, parameter
+from .model import LatentAttention, Model, parameter
 
 NAMES = {
     "wte": "embed",

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .attention import Mask, absorb, lift_heads
 from .cache import LayerCache
+from .config import Config
 from .linear import Linear
-from .model import Config, LatentAttention, Model, parameter
+from .model import LatentAttention, Model, parameter
 
 OFFSET = 2  # rows of the position table before the first position
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

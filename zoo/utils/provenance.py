@@ -1,4 +1,4 @@
-"""What a number came from: versions, weights, device."""
+"""What a number came from: versions, content, device."""
 
 import platform
 import re
@@ -7,13 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-
-from ..models.model import Model
-
-
-def digest(data: bytes) -> str:
-    """A short name for the content."""
-    return sha256(data).hexdigest()[:16]
+from torch import Tensor
 
 
 def versions() -> dict[str, str]:
@@ -21,10 +15,18 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("eigenzoo", "torch", "transformers")}
 
 
-def fingerprint(model: Model) -> str:
-    """A digest of the first numbers of every weight: it tells models of one name apart."""
-    heads = [w.flatten()[:64].float().cpu().numpy().tobytes() for w in model.parameters()]
-    return digest(b"".join([repr(model.config).encode(), *heads]))
+def fingerprint(*parts: Tensor | str) -> str:
+    """A short name for content: a hash of all bytes of tensors, with dtype and shape, and texts."""
+    whole = sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            numbers = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            data, kind = numbers.data, f"{part.dtype} {tuple(part.shape)}"
+        else:
+            data, kind = memoryview(part.encode()), "text"
+        whole.update(f"{kind} {data.nbytes} ".encode())  # tells where a part ends
+        whole.update(data)
+    return whole.hexdigest()[:16]
 
 
 def device_name(device: torch.device) -> str:

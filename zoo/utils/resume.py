@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +44,3 @@ def check_same(path: Path, given: Mapping[str, Any], found: Mapping[str, Any]) -
             f"{path} was left by other work ({pairs}): repeat its command to finish that, or "
             "delete it to begin anew"
         )
-
-
-def fingerprint(*tensors: Tensor) -> str:
-    """Which tensors these are: a hash of their bytes."""
-    digest = sha256()
-    for x in tensors:
-        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

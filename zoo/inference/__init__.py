@@ -1,0 +1,1 @@
+"""Load a checkpoint, read text, generate, measure perplexity."""

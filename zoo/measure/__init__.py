@@ -1,0 +1,1 @@
+"""Quality, speed and memory, side by side: evaluations, benchmarks, sweeps and their tables."""

@@ -1,0 +1,1 @@
+"""The models: torch and one another only, for every file here travels with checkpoints."""

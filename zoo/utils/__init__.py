@@ -1,0 +1,1 @@
+"""What no room owns: rows of results, state of long work, provenance, memory, Ctrl-C."""
