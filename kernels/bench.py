@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from ..zoo.models.cache import BITS, Buffer, Latent, pack
+from ..zoo.models.bits import BITS
+from ..zoo.models.cache import Buffer, Latent, pack
 from . import ops
 from .install import register
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..zoo.models.cache import LEVELS
+from ..zoo.models.bits import LEVELS
 
 LOG2E = 1.4426950408889634
 MIDDLE = tl.constexpr(LEVELS[4])  # what 4 bits count from

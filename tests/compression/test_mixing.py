@@ -12,7 +12,8 @@ from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.compression.solve import solve, solve_pairs
 from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.inference.perplexity import perplexity
-from eigenzoo.zoo.models.cache import LEVELS, pack
+from eigenzoo.zoo.models.bits import LEVELS
+from eigenzoo.zoo.models.cache import pack
 from eigenzoo.zoo.models.config import kv_bytes
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BITS = (16, 8, 4)  # of a number in the cache; 16 stands for the model's own dtype, not quantised
+from .bits import LEVELS, check_bits
+
 SCALE = torch.bfloat16  # of the steps: fp32's range, and a step need not be exact
-LEVELS = {8: 127.0, 4: 7.5}  # steps from zero to the largest number
 
 
 class Latent(NamedTuple):
@@ -172,16 +172,3 @@ class StaticCache:
         """Bytes that the buffers hold."""
         buffers = self.keys + self.values
         return sum(sum(y.nbytes for y in x) if isinstance(x, Packed) else x.nbytes for x in buffers)
-
-
-def check_bits(bits: int | None, width: int = 0) -> None:
-    """Raise ValueError unless numbers of so many bits are known, and fill bytes side by side.
-
-    None stands for what is decided elsewhere.
-    """
-    if bits is not None and bits not in BITS:
-        raise ValueError(f"bits is {bits}: expected one of {', '.join(map(str, BITS))}")
-    if bits == 4 and width % 2:
-        raise ValueError(
-            f"a latent of {width} numbers leaves half a byte at 4 bits: take 8 bits, or even ranks"
-        )

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from .cache import Latent, check_bits
+from .bits import check_bits
+from .cache import Latent
 
 
 @dataclass(frozen=True, kw_only=True)
