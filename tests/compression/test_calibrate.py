@@ -39,7 +39,7 @@ def test_length_of_rows_is_one_on_average_whatever_their_scale():
     x = torch.randn(4000, 2 * 5) @ torch.diag(torch.logspace(-1, 1, 10)) + 1
     m = Moments(2, 5, x.device)
     m.add(x)
-    squares = Lengths(m, centred=True, damping=0).of(x).square()
+    squares = Lengths(m, centered=True, damping=0).of(x).square()
     torch.testing.assert_close(squares.mean(1), torch.ones(2), atol=0.01, rtol=0)
 
 
@@ -73,8 +73,8 @@ def test_gradients_are_those_of_the_summed_loss(model):
     torch.testing.assert_close(got.second[0] * got.count, want.T @ want, atol=1e-6, rtol=1e-4)
 
 
-SUMS = {  # sums, plain and weighted, and the bytes that the docstring says of a number in them
-    "fisher": ({"plain": False}, 32),
+SUMS = {  # sums, unweighted and weighted, and the bytes that the docstring says of a number in them
+    "fisher": ({"unweighted": False}, 32),
     "fisher-plain": ({"weighted": False}, 16),
     "both": ({}, 40),
 }
@@ -133,7 +133,7 @@ def test_sums_are_the_same_whichever_are_taken_beside_them(model):
     x = tiny.tokens(5, 16)
     both, plain, weighted = (
         calibrate(model, x, (2, 4), gradients=True, **asked)
-        for asked in ({}, {"weighted": False}, {"plain": False})
+        for asked in ({}, {"weighted": False}, {"unweighted": False})
     )
     for a, b, c in zip(both, plain, weighted, strict=True):
         assert b.k_weighted is b.v_grad_weighted is c.k_grad is c.v_grad is None

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from eigenzoo.hub_export.stream import partial_folder, stream_checkpoint
 from eigenzoo.zoo.cli import app
-from eigenzoo.zoo.compression import stream
+from eigenzoo.zoo.compression import steps, stream
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load, open_layers, weight_bytes
 
@@ -157,7 +157,7 @@ def test_a_process_that_is_killed_at_random_goes_on_to_the_same_bytes(tmp_path, 
     compressed(tmp_path / "model", tmp_path / "want", text, "--stream")
     out, chance = tmp_path / "out", random.Random(0)
     words = [str(w) for w in ("compress", tmp_path / "model", out, *options(text, "--stream"))]
-    progress = partial_folder(out) / stream.PROGRESS
+    progress = partial_folder(out) / steps.PROGRESS
     for stop in (signal.SIGINT, signal.SIGKILL):
         before = done(progress)
         process = subprocess.Popen(

@@ -117,9 +117,9 @@ def test_weighted_statistics_are_of_one_sharing():
 def test_one_pass_serves_fisher_with_and_without_weights():
     config = tiny.native().config
     wants = [needs(Settings(m).fit(config), config) for m in ("fisher", "fisher-plain")]
-    assert [(n.plain, n.weighted) for n in wants] == [(False, True), (True, False)]
+    assert [(n.unweighted, n.weighted) for n in wants] == [(False, True), (True, False)]
     assert kind(wants[0]) == kind(wants[1])
-    assert union(wants) == wants[0]._replace(plain=True)
+    assert union(wants) == wants[0]._replace(unweighted=True)
 
 
 def test_one_pass_serves_heads_per_latent_that_do_not_divide_each_other():

@@ -210,7 +210,7 @@ def parse_refit(text: str) -> tuple[str, ...] | None:
 
 def parse_bits(text: str) -> tuple[int, ...]:
     """Bits that numbers may have, from what the user wrote."""
-    from ..models.cache import BITS
+    from ..models.bits import BITS
 
     if text == "auto":
         return BITS

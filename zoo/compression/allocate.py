@@ -1,20 +1,16 @@
-"""How many ranks and bits each layer gets: a global budget, or an error budget for every layer."""
+"""How many ranks and bits each layer gets within a budget of bytes."""
 
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
-from math import lcm
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..models.cache import LEVELS, Latent
 from ..models.config import Config
 from .basis import LayerBasis
-from .mixing import rounding
+from .cuts import Cut, Unit, cuts, groups, merged
 from .solve import Basis
-
-NOISE = 1e-7  # of a unit's error: what sums in fp32 leave of nothing
 
 
 class Ranks(NamedTuple):
@@ -29,18 +25,6 @@ class Ranks(NamedTuple):
     v_bits: tuple[int, ...] = ()
 
 
-class Cut(NamedTuple):
-    """A rank and bits that a unit may take, its bytes per token, and the error that it leaves."""
-
-    rank: int
-    bits: int
-    size: int
-    error: float
-
-
-Unit = list[Cut]  # what the keys, or the values, of a layer may become
-
-
 def greedy(
     config: Config,
     bases: Sequence[LayerBasis],
@@ -49,14 +33,14 @@ def greedy(
     whole_keys: bool = False,
     bits: Sequence[int] = (16,),
 ) -> Ranks:
-    """Spend one budget over all layers, keys and values where it takes away most error per byte.
+    """Spend one budget over the keys and values of all layers where it removes most error per byte.
 
     keep: share of the bytes of the dense model's KV cache at 16 bits a number, in (0, 1]; never
     exceeded, scales included. Ranks are multiples of `multiple`, at least one multiple each, or
-    full; even where columns are pairs. whole_keys: keys stay at full rank, and values get what is
-    left. bits: those that numbers may have; of several each unit gets its own, by what rounding
-    is expected to cost (`quantise.rounding`). As gains fall along every spectrum, the order of gain
-    per byte is optimal up to the last step. Raises ValueError if `keep` is too small.
+    full; even if columns are pairs. whole_keys: keys stay at full rank, and values get what is
+    left. bits: those that numbers may have; if there are several, each unit gets its own, by the
+    expected error of rounding (`mixing.rounding`). As gains fall along every spectrum, the order
+    of gain per byte is optimal up to the last step. Raises ValueError if `keep` is too small.
     """
     return few_pairs(config, bases, None, keep, multiple, whole_keys, bits)
 
@@ -72,15 +56,13 @@ def few_pairs(
 ) -> Ranks:
     """`greedy` with at most `count` distinct pairs (k, v) of ranks over the layers; None: any.
 
-    Layers that share their ranks, and bits, are one to `greedy`, with the sums of their errors.
-    Groups of them are found by merging two at a time, those that lose least by it where every byte
-    costs what the last one is worth to `greedy` without groups. Limits and errors are those of
-    `greedy`.
+    Layers that share their ranks, and bits, are one to `greedy`, with the sums of their errors;
+    `cuts.groups` chooses which do. Limits and errors are those of `greedy`.
     """
     check_keep(keep)
     layers = [
         [
-            _cuts(config, basis, multiple, bits, whole_keys and side == 0)
+            cuts(config, basis, multiple, bits, whole_keys and side == 0)
             for side, basis in enumerate(layer)
             if basis is not None
         ]
@@ -96,11 +78,11 @@ def few_pairs(
         )
     chosen = _spend(layers, int(keep * dense))
     if count is not None and len({tuple(cut[:2] for cut in layer) for layer in chosen}) > count:
-        groups = _groups(layers, chosen, count)
-        merged = [_merged([layers[i] for i in group]) for group in groups]
-        shared = _spend(merged, int(keep * dense))
-        of = {layer: g for g, group in enumerate(groups) for layer in group}
-        chosen = [shared[of[i]] for i in range(len(layers))]
+        members = groups(layers, chosen, count)
+        together = [merged([layers[i] for i in group]) for group in members]
+        shared = _spend(together, int(keep * dense))
+        group_of = {layer: g for g, group in enumerate(members) for layer in group}
+        chosen = [shared[group_of[i]] for i in range(len(layers))]
     k, v = [layer[0] for layer in chosen], [layer[-1] for layer in chosen]
     ranks = Ranks(
         tuple(cut.rank for cut in k),
@@ -112,13 +94,13 @@ def few_pairs(
 
 
 def _spend(layers: Sequence[Sequence[Unit]], budget: int) -> list[list[Cut]]:
-    """What every unit of every layer becomes within a budget of bytes per token."""
+    """The cuts of every unit of every layer within a budget of bytes per token."""
     units = [unit for layer in layers for unit in layer]
     chosen = [min(unit, key=lambda cut: cut.size) for unit in units]
     left = budget - sum(cut.size for cut in chosen)
 
     def step(u: int) -> list[tuple[float, int, Cut]]:
-        """What takes away most error per byte from a unit, of what fits."""
+        """The step of a unit that removes most error per byte, of those that fit."""
         now = chosen[u]
         steps = [
             ((cut.error - now.error) / (cut.size - now.size), u, cut)
@@ -136,60 +118,8 @@ def _spend(layers: Sequence[Sequence[Unit]], budget: int) -> list[list[Cut]]:
             chosen[u], left = cut, left - cost
         for x in step(u):
             heappush(steps, x)
-    of = iter(chosen)
-    return [[next(of) for _ in layer] for layer in layers]
-
-
-def _merged(layers: Sequence[Sequence[Unit]]) -> list[Unit]:
-    """Layers of equal ranks as one: what a cut costs, and what it leaves, are their sums."""
-    return [
-        [
-            same[0]._replace(size=sum(c.size for c in same), error=sum(c.error for c in same))
-            for same in zip(*units, strict=True)
-        ]
-        for units in zip(*layers, strict=True)
-    ]
-
-
-def _groups(
-    layers: Sequence[Sequence[Unit]], chosen: Sequence[Sequence[Cut]], count: int
-) -> list[list[int]]:
-    """The layers in `count` groups that lose little by equal cuts; chosen: without groups."""
-    pairs = [
-        x for layer, cuts in zip(layers, chosen, strict=True) for x in zip(layer, cuts, strict=True)
-    ]
-    price = min(_worth(unit, cut) for unit, cut in pairs)
-    sides = zip(*layers, strict=True)
-    bills = [torch.stack([_bill(unit, price) for unit in units]) for units in sides]
-    groups = [[i] for i in range(len(layers))]
-    while len(groups) > count:
-        a, b = divmod(int(torch.stack([_loss(x) for x in bills]).sum(0).argmin()), len(groups))
-        groups[a] += groups.pop(b)
-        for x in bills:
-            x[a] += x[b]
-        bills = [torch.cat((x[:b], x[b + 1 :])) for x in bills]
-    return groups
-
-
-def _worth(unit: Unit, now: Cut) -> float:
-    """Error that a byte of the last step up to a cut takes away."""
-    steps = ((c.error - now.error) / (now.size - c.size) for c in unit if c.size < now.size)
-    return min(steps, default=torch.inf)
-
-
-def _bill(unit: Unit, price: float) -> Tensor:
-    """Error and price of all bytes, for every cut of a unit."""
-    return torch.tensor([cut.error + price * cut.size for cut in unit], dtype=torch.float64)
-
-
-def _loss(bills: Tensor) -> Tensor:
-    """By how much two groups pay more with equal cuts than each with its best: (n, n), a < b.
-
-    bills: (n, cuts), sums over the layers of a group. Infinite where a >= b.
-    """
-    best = bills.amin(1)
-    more = (bills[:, None] + bills).amin(2) - best[:, None] - best
-    return more.masked_fill(torch.ones_like(more).tril().bool(), torch.inf)
+    rest = iter(chosen)
+    return [[next(rest) for _ in layer] for layer in layers]
 
 
 def proportional(
@@ -200,10 +130,10 @@ def proportional(
     multiple: int = 8,
     count: int | None = None,
 ) -> Ranks:
-    """Spend one budget so that latents of keys, and of values, get ranks as their weights are.
+    """Spend one budget so that latents of keys, and of values, get ranks in proportion to weights.
 
-    weights: one pair a layer. A unit whose next rank r gains weight / r makes `greedy` the divisor
-    method of apportionment (D'Hondt), and what one that is full cannot take goes to the others.
+    weights: one pair a layer. Where the next rank r of a unit removes weight / r, `greedy` is the
+    divisor method of apportionment (D'Hondt); what a full unit cannot take goes to the others.
     Limits, rounding and errors are those of `greedy`; count: as in `few_pairs`.
     """
 
@@ -211,36 +141,11 @@ def proportional(
         gain = weight / torch.arange(1, basis.spectrum.size(1) + 1, dtype=torch.float64)
         return basis._replace(spectrum=gain.expand_as(basis.spectrum))
 
-    given = [
+    weighted = [
         LayerBasis(falling(k, w_k), None if v is None else falling(v, w_v))
         for (k, v), (w_k, w_v) in zip(bases, weights, strict=True)
     ]
-    return few_pairs(config, given, count, keep, multiple)
-
-
-def _cuts(
-    config: Config, basis: Basis, multiple: int, bits: Sequence[int], whole: bool = False
-) -> Unit:
-    """What a unit may become; whole: at full rank only, where heads are kept as they are."""
-    latents, full = basis.spectrum.shape
-    step = multiple if basis.pairs is None else lcm(multiple, 2)
-    ranks = [full] if whole else [*range(step, full, step), full]
-    rounded = basis.rounding
-    if rounded is None and set(bits) != {16}:
-        rounded = rounding(basis, config.head_dim)
-    errors, cuts = basis.errors(), list[Cut]()
-    errors = errors.clamp(min=NOISE * errors[0])  # a joint latent may hold all long before
-    for rank in ranks:
-        heads = latents if rank < full else latents * full // config.head_dim
-        for count in bits:
-            latent = Latent(heads, rank * latents // heads, count)
-            if latent.width * count % 8:
-                continue  # half a byte would be left
-            error = float(errors[rank])
-            if rounded is not None and count < 16:
-                error += float(rounded[rank]) / LEVELS[count] ** 2
-            cuts.append(Cut(rank, count, latent.nbytes(torch.bfloat16), error))
-    return cuts
+    return few_pairs(config, weighted, count, keep, multiple)
 
 
 def check_keep(keep: float) -> None:
@@ -262,6 +167,6 @@ def threshold_rank(spectrum: Tensor, threshold: float, multiple: int = 1) -> int
 
 
 def kept_share(config: Config, ranks: Ranks, latents: tuple[int, int]) -> float:
-    """Share of the dense KV numbers that `ranks` keep, with so many latents a layer for k and v."""
+    """Share of the dense KV numbers that `ranks` keep; latents: how many k and v have a layer."""
     numbers = latents[0] * sum(ranks.k) + latents[1] * sum(ranks.v)
     return numbers / config.dense_kv_width

@@ -1,4 +1,4 @@
-"""The main job in one call: calibrate, solve, choose ranks, fold."""
+"""Compression in one call: calibrate, solve, choose ranks, fold, refit."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,22 +19,22 @@ from .search import ErrorBudget, ranks_of
 from .settings import Settings, needs
 from .solve import Basis
 
-SEARCH_TOKENS = 4096  # on so many the errors of layers are measured
+SEARCH_TOKENS = 4096  # to measure the errors of layers on
 
 
 class Compressed(NamedTuple):
-    """A model with a smaller cache, and for every layer its ranks and errors, ready for JSON."""
+    """A model with a smaller cache; layers: ranks and errors of each, ready for JSON."""
 
     model: Model
     layers: list[dict[str, Any]]
-    settings: Settings  # with what was chosen filled in
+    settings: Settings  # with every choice made
     bases: list[LayerBasis]
 
 
 def gather(model: Model, tokens: Tensor, settings: Settings) -> list[Statistics]:
-    """The statistics of tokens (N, T) that `settings`, fitted to the model, need.
+    """The statistics that `settings`, fitted to the model, need, of tokens (N, T).
 
-    A method without data is given none: its statistics are empty, and the model is not run.
+    For a method without data they are empty, and the model is not run.
     """
     data = METHODS[settings.method].data
     return calibrate(model, tokens if data else tokens[:0], *needs(settings, model.config))
@@ -43,9 +43,10 @@ def gather(model: Model, tokens: Tensor, settings: Settings) -> list[Statistics]
 def error_search(
     model: Model, tokens: Tensor, settings: Settings, statistics: list[Statistics]
 ) -> ErrorBudget:
-    """The errors that `eigen` searches, for these settings and others that differ in what to keep.
+    """The errors that a method with searched ranks measures.
 
-    Arguments as in `compress`.
+    They serve all settings that differ from these in `keep` or `error_budget` only. Arguments as
+    in `compress`.
     """
     bases = METHODS[settings.method].bases(model, statistics)
     rows = max(1, SEARCH_TOKENS // tokens.size(1))
@@ -61,33 +62,35 @@ def compress(
 ) -> Compressed:
     """Compress the KV cache of a dense model, calibrated on tokens (N, T).
 
-    statistics: what `gather` returned for settings with the same `needs`. search, for `eigen`
-    only: what `error_search` returned for settings that differ in what to keep and nothing else.
+    statistics: what `gather` returned for settings with the same `needs`. search, for methods
+    that search their ranks: what `error_search` returned for settings that differ in `keep` only.
     Raises ValueError for settings that do not fit the model.
     """
     settings = settings or Settings()
     settings.check()
     settings = settings.fit(model.config, model.device.type)
-    method, seen = METHODS[settings.method], statistics or gather(model, tokens, settings)
-    if settings.method == "eigen":
-        search = search or error_search(model, tokens, settings, seen)
-    bases = search.bases if search else method.bases(model, seen, **settings.basis_options)
-    found: list[dict[str, Any]] = [{} for _ in bases]
-    if search:
+    method = METHODS[settings.method]
+    statistics = statistics or gather(model, tokens, settings)
+    if method.searched:
+        search = search or error_search(model, tokens, settings, statistics)
+        bases = search.bases
         budget = settings.error_budget
         budget = search.meet(settings.keep) if budget is None else budget
         settings, chosen = settings._replace(error_budget=budget), search.choose(budget)
         ranks = ranks_of(chosen)
-        found = [{"threshold": s.threshold, "output_error": s.error} for s in chosen]
+        layers = [
+            row | {"threshold": s.threshold, "output_error": s.error}
+            for row, s in zip(report(bases, ranks), chosen, strict=True)
+        ]
     else:
-        weights = method.ranks(model, seen) if method.ranks else None
+        bases = method.bases(model, statistics, **settings.basis_options)
+        weights = method.rank_weights(model, statistics)
         ranks = choose_ranks(model.config, bases, settings, weights)
-    layers = report(bases, ranks)
-    layers = [a | b for a, b in zip(layers, found, strict=True)]
+        layers = report(bases, ranks)
     anchor = settings.anchor(model.config)
     bases = [mixed(basis, ranks, i) for i, basis in enumerate(bases)]
     if settings.refit:
-        low = refit(model, tokens, bases, ranks, anchor, settings.refit)
+        low = refit(model, tokens, bases, ranks, anchor)
     else:
         low = fold(model, bases, ranks, anchor)
     return Compressed(low, layers, settings, bases)
@@ -101,10 +104,10 @@ def choose_ranks(
 ) -> Ranks:
     """The ranks of all layers of a dense `config`; of the bases only spectra are read.
 
-    weights: what the method's own rank rule found, where it has one.
+    weights: see `Method.rank_weights`. For methods that do not search their ranks.
     """
     keep, multiple, count = settings.keep, settings.rank_multiple, settings.rank_pairs
-    if settings.method == "kv-heads":  # one head for every group
+    if METHODS[settings.method].merged:  # one head for every group
         width = (config.head_dim,) * len(bases)
         return Ranks(width, width)
     if settings.budget == "uniform":
@@ -116,7 +119,7 @@ def choose_ranks(
 
 
 def mixed(basis: LayerBasis, ranks: Ranks, layer: int) -> LayerBasis:
-    """`spread` where fewer bits hold a latent; whole keys and values stay as they are."""
+    """`spread` for latents of fewer than 16 bits; keys and values at full rank stay as they are."""
 
     def side(basis: Basis, rank: int, bits: int) -> Basis:
         return spread(basis, rank) if bits < 16 and rank < basis.spectrum.size(1) else basis
@@ -130,18 +133,18 @@ def mixed(basis: LayerBasis, ranks: Ranks, layer: int) -> LayerBasis:
 
 
 def report(bases: Sequence[LayerBasis], ranks: Ranks) -> list[dict[str, Any]]:
-    """For every layer its ranks, and the share of the method's own error that they leave."""
-    found = [_report(*x) for x in zip(bases, ranks.k, ranks.v, strict=True)]
+    """The ranks of every layer, and the share of the method's own error that they leave."""
+    rows = [_report(*x) for x in zip(bases, ranks.k, ranks.v, strict=True)]
     for side, counts in (("k", ranks.k_bits), ("v", ranks.v_bits)):
-        for layer, bits in zip(found, counts, strict=bool(counts)):
+        for layer, bits in zip(rows, counts, strict=bool(counts)):
             layer[f"{side}_bits"] = bits
-    return found
+    return rows
 
 
 def _report(basis: LayerBasis, k_rank: int, v_rank: int) -> dict[str, Any]:
     k = basis.k.errors()
-    found = {"k_rank": k_rank, "v_rank": v_rank, "k_error": float(k[k_rank] / k[0])}
+    row: dict[str, Any] = {"k_rank": k_rank, "v_rank": v_rank, "k_error": float(k[k_rank] / k[0])}
     if basis.v is not None:
         v = basis.v.errors()
-        found["v_error"] = float(v[v_rank] / v[0])
-    return found
+        row["v_error"] = float(v[v_rank] / v[0])
+    return row

@@ -1,16 +1,19 @@
-"""The ways to hold the keys that a rotation turns, and the rule that chooses one."""
+"""The ways to hold the keys of models with a rotation, and the rule that chooses one."""
 
-from typing import NamedTuple
+from __future__ import annotations
 
-from ..models.config import Config
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ..models.config import Config
 
 KEYS = {
-    "rebuild": "lifted and rotated whenever they are read",
-    "anchored": "turned within blocks of slots: one query reads each block",
+    "rebuild": "latents of keys before the rotation, lifted and rotated at every read",
+    "anchored": "keys rotated within blocks of slots before they are encoded: one query a block",
     "pairs": "compressed frequency by frequency across heads, and cached rotated",
-    "rotated": "one basis of keys that are rotated already: anchored in one block",
-    "full": "whole, only values are compressed",
-    "auto": "chosen by the model and the device",
+    "rotated": "rotated before they are encoded: anchored, in a single block",
+    "full": "not compressed, only values are; for all models",
+    "auto": "chosen by the model, the method and the device",
 }
 TURNED = ("anchored", "pairs", "rotated")  # cached at angles that may not change later
 BLOCK = 16  # slots of a block of anchored keys, unless told
@@ -27,7 +30,7 @@ class Choice(NamedTuple):
 def choose_keys(config: Config, device: str, rebuilds: bool = False) -> Choice:
     """What `auto` means for a model on a kind of device, such as cpu or cuda.
 
-    rebuilds: the method knows no other way. Where nothing rotates the keys, none is rebuilt.
+    rebuilds: whether the method only knows rebuilt keys. Without a rotation nothing is rebuilt.
     """
     if not config.rotary:
         return Choice("rebuild", BLOCK, "nothing rotates these keys: queries read their latents")

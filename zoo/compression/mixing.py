@@ -1,7 +1,7 @@
-"""Latents made easy to round: other numbers in encoder and decoder, the same model.
+"""Latents mixed so that rounding them costs less; the model computes the same.
 
-Any invertible M turns an encoder E and a decoder D into E M and D M⁻ᵀ, of which the product is what
-it was. What changes is what rounding the latent costs.
+Any invertible M turns an encoder E and a decoder D into E M and D M⁻ᵀ, whose product is the same.
+Only the error of rounding the latent changes.
 """
 
 import torch
@@ -13,11 +13,11 @@ from .solve import Basis
 def spread(basis: Basis, rank: int) -> Basis:
     """The first columns of a basis, mixed so that their latent may be rounded with one scale.
 
-    An error of any column weighs the same, and S = E[z zᵀ] = Λ + μ μᵀ for the spectrum Λ and the
+    Errors of all columns have one weight, and S = E[z zᵀ] = Λ + μ μᵀ for the spectrum Λ and the
     mean μ. Rounding Mᵀ z to as many levels a number costs Σ (Mᵀ S M)ᵢᵢ (M⁻¹ M⁻ᵀ)ᵢᵢ, up to a factor.
-    An orthogonal M leaves tr S of it; M = S^(-1/4) H, with H orthogonal and its entries alike in
-    size, (tr S^(1/2))² / r, which is the less the steeper the spectrum. H is drawn at random, from
-    one seed. Pairs are only scaled, by Λ^(-1/4): what mixes them would not let the rotation pass.
+    For an orthogonal M this is tr S; for M = S^(-1/4) H, with H orthogonal and its entries of like
+    size, it is (tr S^(1/2))² / r, which falls as the spectrum gets steeper. H is random, from a
+    fixed seed. Pairs are only scaled, by Λ^(-1/4): mixing them would not commute with the rotation.
     """
     encoder, decoder = basis.encoder[..., :rank], basis.decoder[..., :rank]
     mean = (encoder.mT @ basis.mean[..., None])[..., 0]
@@ -34,12 +34,12 @@ def spread(basis: Basis, rank: int) -> Basis:
 
 
 def rounding(basis: Basis, head_dim: int) -> Tensor:
-    """Error per token expected of rounding a latent of rank 0, 1, ..., n: (n + 1,), fp64.
+    """Expected error per token of rounding a latent of rank 0, 1, ..., n: (n + 1,), fp64.
 
-    In the unit of the spectrum, summed over the latents, and times the square of `cache.LEVELS`.
-    Steps are the largest number over the levels, and numbers are taken as normal. Below full rank
-    latents are mixed by `spread`; of its tr S^(1/2) this is a bound from above, with the diagonal
-    for the eigenvalues. At full rank every head of `head_dim` numbers is rounded as it is.
+    In the unit of the spectrum, summed over the latents, and times the square of `bits.LEVELS`. A
+    step is the largest number divided by the levels, and numbers are assumed to be normal. Below
+    full rank latents are mixed by `spread`; this bounds its tr S^(1/2) from above, with the
+    diagonal for the eigenvalues. At full rank each head of `head_dim` numbers is rounded as it is.
     """
     mean = (basis.encoder.mT @ basis.mean[..., None])[..., 0]
     root = (basis.spectrum + mean.square()).sqrt()  # (L, n)
@@ -58,7 +58,7 @@ def rounding(basis: Basis, head_dim: int) -> Tensor:
 
 
 def _largest(variance: Tensor) -> Tensor:
-    """Expected largest square of the first 1, 2, ..., n of normal numbers: (L, n)."""
+    """Expected largest square of the first 1, 2, ..., n normal numbers: (L, n)."""
     most = variance.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     t = torch.linspace(0, 40, 512, dtype=torch.float64, device=variance.device)
     ratio = (most / variance.clamp(min=1e-12 * most))[..., None]
@@ -68,19 +68,19 @@ def _largest(variance: Tensor) -> Tensor:
 
 
 def _power(values: Tensor) -> Tensor:
-    """values^(-1/4), (L, r); what is nearly nothing of the largest counts as a little of it."""
+    """values^(-1/4), (L, r); values below 1e-8 of the largest count as that."""
     least = 1e-8 * values.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.maximum(values, least) ** -0.25
 
 
 def _rotation(size: int) -> Tensor:
-    """An orthogonal matrix, the same whenever it is asked for, on any device."""
+    """A random orthogonal matrix, the same at every call and on every device."""
     random = torch.Generator().manual_seed(0)
     return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=random)).Q
 
 
 def _columns(basis: Basis, encoder: Tensor, decoder: Tensor) -> Basis:
-    """The basis with other first columns; the rest is not read at this rank."""
+    """The basis with its first columns replaced; this rank does not read the rest."""
     rank = encoder.size(-1)
     return basis._replace(
         encoder=torch.cat((encoder, basis.encoder[..., rank:]), -1),

@@ -1,4 +1,4 @@
-"""What calibration gathers of a layer: sums and Gram matrices, which do not grow with the text."""
+"""The statistics of a layer: sums and Gram matrices, whose size does not depend on the text."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from .solve import damped, usual
 class Moments:
     """Count, mean and Gram matrix of row vectors, for L blocks of `width` numbers side by side.
 
-    Sums are kept about the mean of the first rows: about zero, a large mean would leave little of
+    Sums are about the mean of the first rows: about zero, a large mean would leave few digits of
     the covariance in fp32.
     """
 
@@ -22,20 +22,20 @@ class Moments:
         self.gram = torch.zeros(blocks, width, width, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Take in x (..., L * width), where a row counts as `weight` (L, rows) of them, or once."""
+        """Take in x (..., L * width); weight: (L, rows), by default 1."""
         rows = _rows(x, self.origin)
         if not self.count.any():
             self.origin = rows.mean(1)
         rows = rows - self.origin[:, None]
-        weighed = rows if weight is None else rows * weight[..., None]
+        weighted = rows if weight is None else rows * weight[..., None]
         self.count += rows.size(1) if weight is None else weight.sum(1)
-        self.sum += weighed.sum(1)
-        self.gram += weighed.mT @ rows
+        self.sum += weighted.sum(1)
+        self.gram += weighted.mT @ rows
 
     def split(self, parts: int, sides: int = 1) -> "Moments":
-        """The moments of blocks cut into `parts`: what narrower blocks would have gathered.
+        """The moments of blocks cut into `parts`, as narrower blocks would have gathered them.
 
-        sides: 2 where a block is keys and then values; a part takes its share of either.
+        sides: 2 if a block is keys and then values; a part takes its share of both.
         """
         blocks, width = self.sum.shape
         cut = blocks, sides, parts, width // (sides * parts)
@@ -55,12 +55,12 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """Mean of x xᵀ, centred: (L, width, width)."""
+        """Mean of x xᵀ, centered: (L, width, width)."""
         return self.gram / self.count[:, None, None] - _outer(self._shift)
 
     @property
     def second(self) -> Tensor:
-        """The same, uncentred."""
+        """Mean of x xᵀ, not centered: (L, width, width)."""
         return self.about(torch.zeros_like(self.sum))
 
     def about(self, point: Tensor) -> Tensor:
@@ -73,23 +73,23 @@ class Moments:
 
 
 class Lengths:
-    """How long rows are, beside what is usual in their direction: √(xᵀ M⁻¹ x / width).
+    """Lengths of rows relative to the usual in their direction: √(xᵀ M⁻¹ x / width).
 
-    M is the mean of x xᵀ, centred or not, with `damping` times the mean of its diagonal added to
-    the diagonal. One factor of M⁻¹ is kept, in fp32: half of the sums that it is made from.
+    M is the mean of x xᵀ, centered or not, with `damping` times the mean of its diagonal added to
+    the diagonal. One factor of M⁻¹ is kept, in fp32, which takes half the bytes of the sums.
     """
 
-    def __init__(self, seen: Moments, centred: bool, damping: float):
-        """Raises torch.linalg.LinAlgError for sums that are of no rows, or not finite."""
-        m = seen.covariance if centred else seen.second
+    def __init__(self, moments: Moments, centered: bool, damping: float):
+        """Raises torch.linalg.LinAlgError for moments of no rows, or that are not finite."""
+        m = moments.covariance if centered else moments.second
         one = torch.eye(m.size(-1)).to(m)
-        noise = 1e-6 * float(usual(seen.second).max())  # of fp32 sums, where nothing varies
+        noise = 1e-6 * float(usual(moments.second).max())  # of fp32 sums, where nothing varies
         root = torch.linalg.cholesky(damped(m, damping) + noise * one)
         self.inverse = torch.linalg.solve_triangular(root, one.expand_as(m), upper=False).float()
-        self.origin = (seen.mean * centred).float()
+        self.origin = (moments.mean * centered).float()
 
     def of(self, x: Tensor) -> Tensor:
-        """Of rows (..., L * width), at least 0.001: (L, rows)."""
+        """Lengths of rows (..., L * width), at least 0.001: (L, rows)."""
         rows = _rows(x, self.origin) - self.origin[:, None]
         return (rows @ self.inverse.mT).square().mean(-1).sqrt().clamp(min=1e-3)
 
@@ -103,12 +103,19 @@ def _outer(x: Tensor) -> Tensor:
     return x[:, :, None] * x[:, None]
 
 
-class Statistics(NamedTuple):
-    """What one layer showed. Queries and gradients are present only if they were asked for.
+def given(moments: Moments | None) -> Moments:
+    """Statistics that a method needs. Raises ValueError if they were not taken."""
+    if moments is None:
+        raise ValueError("the statistics lack what this method needs: see METHODS")
+    return moments
 
-    Where one latent is to hold keys and values, k has both, side by side, and v is None. The
-    weighted ones are those of k, v and of their gradients where a row of x counts by the length
-    of its gradient, and a gradient by the length of its row: see `calibrate`.
+
+class Statistics(NamedTuple):
+    """The moments of one layer. Those of queries and gradients are None unless needed.
+
+    For joint latents k has keys and values side by side, and v is None. In weighted moments a row
+    has the length of its gradient as weight, and a gradient the length of its row: see
+    `calibrate`.
     """
 
     k: Moments  # keys before the rotation, biases included: (kv heads / heads per latent) blocks
@@ -120,23 +127,26 @@ class Statistics(NamedTuple):
     v_weighted: Moments | None
     k_grad_weighted: Moments | None
     v_grad_weighted: Moments | None
-    k_weight: Moments | None  # of a sequence's loss by the key weight, number by number
+    k_weight: Moments | None  # gradients of a sequence's loss by the key weight, number by number
     v_weight: Moments | None
 
     def split(self, k_parts: int, v_parts: int) -> "Statistics":
-        """The statistics of latents that so many times fewer heads share.
+        """The statistics for latents that are shared by so many times fewer heads.
 
-        Raises ValueError for those of gradients: weights are those of whole blocks.
+        Raises ValueError for those of gradients, whose weights belong to whole blocks.
         """
         gradients = any(m is not None for m in (self.k_grad, self.k_grad_weighted))
         if gradients and (k_parts, v_parts) != (1, 1):
-            raise ValueError("statistics of gradients are of one sharing: gather them for each")
+            raise ValueError(
+                "statistics of gradients belong to one number of heads per latent: gather "
+                "them for each"
+            )
         sides = 2 if self.v is None else 1
         return self._replace(k=self.k.split(k_parts, sides), v=self.v and self.v.split(v_parts))
 
 
 class Needs(NamedTuple):
-    """Which statistics: the arguments of `calibrate`."""
+    """Which statistics are needed: the arguments of `calibrate`."""
 
     heads_per_latent: tuple[int, int] = (1, 1)
     gradients: bool = False
@@ -144,5 +154,5 @@ class Needs(NamedTuple):
     joint: bool = False
     anchor: int = 1
     weights: bool = False
-    plain: bool = True
+    unweighted: bool = True
     weighted: bool = True

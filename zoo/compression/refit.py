@@ -1,4 +1,4 @@
-"""After the solve: projections fitted anew to what compressed layers give them.
+"""After the solve: output projections fitted anew to what compressed layers give them.
 
 The dense and the compressed model read the same tokens side by side, layer by layer. Every fit is
 a ridge regression towards the weights that are there: without evidence nothing changes.
@@ -6,7 +6,6 @@ a ridge regression towards the weights that are there: without evidence nothing 
 
 from collections.abc import Sequence
 from contextlib import suppress
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -14,47 +13,33 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.config import Config
 from ..models.model import Model
 from .allocate import Ranks
 from .basis import LayerBasis
-from .fold import fold, fold_attention
+from .fold import fold
 from .solve import damp, usual
 
-REFITS = {
-    "inputs": "query, key and value projections read compressed hidden states",
-    "heads": "every query head reads its values by a decoder of its own",
-    "output": "the output projection and its bias, all heads together",
-}
 RIDGE = 0.1  # in units of the mean diagonal of what is regressed on
-INPUTS = ("q_proj", "k_proj", "v_proj")
 ROWS = 1024  # of a weight in fp64 at a time
 
 
 @torch.no_grad()
 def refit(
-    model: Model,
-    tokens: Tensor,
-    bases: Sequence[LayerBasis],
-    ranks: Ranks,
-    anchor: int,
-    parts: Sequence[str],
+    model: Model, tokens: Tensor, bases: Sequence[LayerBasis], ranks: Ranks, anchor: int
 ) -> Model:
-    """As `fold`, and then what `parts` names of `REFITS` is fitted to tokens (N, T).
+    """As `fold`, and then the output projection and its bias are fitted to tokens (N, T).
 
-    One layer after the other, each behind compressed ones and towards the dense model. `inputs`:
-    queries, keys and values are what the dense model's are, before the basis is folded into their
-    projections. `heads`, `output`: attention gives what it gives in the dense model. One pass of
-    each model, and one more of attention. Memory is the hidden states of all
-    tokens, up to six times.
+    One layer after the other, each behind compressed ones: the output of attention approaches that
+    of the dense model. Each model runs once, attention once more. Memory: the hidden states of all
+    tokens, up to four times.
     """
     low = fold(model, bases, ranks, anchor)
     rows = [model.begin(row[None]) for row in tokens]
     want = have = [x for x, _, _ in rows]
     dense_at, low_at = rows[0][1:], low.begin(tokens[:1])[1:]
-    layers = list(zip(model.layers, low.layers, bases, strict=True))
-    for block, low_block, basis in tqdm(layers, desc="refitting", disable=None, leave=False):
-        want = refit_layer(block, low_block, low.config, basis, parts, want, have, dense_at, low_at)
+    layers = list(zip(model.layers, low.layers, strict=True))
+    for block, low_block in tqdm(layers, desc="refitting", disable=None, leave=False):
+        want = refit_layer(block, low_block, want, have, dense_at, low_at)
         have = [low_block(x, *low_at, None) for x in have]
     return low
 
@@ -62,79 +47,55 @@ def refit(
 def refit_layer(
     block: Any,
     low_block: Any,
-    config: Config,
-    basis: LayerBasis,
-    parts: Sequence[str],
     want: Sequence[Tensor],
     have: Sequence[Tensor],
     dense_at: tuple,
     low_at: tuple,
 ) -> list[Tensor]:
-    """Fit one layer, `low_block` of the folded config, to `block`: what the latter gives of `want`.
+    """Fit one layer, `low_block`, to `block`; return the outputs of the latter for `want`.
 
     want, have: what the layer reads in the dense model and behind compressed layers, (1, T, width)
-    a sequence; dense_at, low_at: slots and what `where` returns, as `Model.begin` gives them.
+    a sequence; dense_at, low_at: slots and attention metadata, as `Model.begin` gives them.
     """
-    device = block.attn.o_proj.weight.device
-    names = ["q_proj"] * ("inputs" in parts) + ["o_proj"]
-    dense = [_read(block, names, x, dense_at, whole=True) for x in want]
-    if "inputs" in parts:
-        attn = deepcopy(block.attn)
-        n = attn.q_proj.in_features
-        sums = _Sums(n, n, device)
-        for x, target in zip(have, dense, strict=True):
-            sums.add(_read(block, ["q_proj"], x, dense_at)["q_proj"], target["q_proj"])
-        for name in INPUTS:
-            sums.correct(getattr(attn, name), getattr(block.attn, name))
-        folded = fold_attention(config, attn, low_block.attn, basis)
-        low_block.attn.load_state_dict(folded, assign=True)
-    blocks = {"heads": block.attn.heads, "output": 1}
-    if not blocks.keys().isdisjoint(parts):
-        low_out, out = low_block.attn.o_proj, block.attn.o_proj
-        sums = _Sums(low_out.in_features, out.in_features, device)
-        for x, target in zip(have, dense, strict=True):
-            sums.add(_read(low_block, ["o_proj"], x, low_at)["o_proj"], target["o_proj"])
-        for part, count in blocks.items():
-            if part in parts:
-                sums.correct(low_out, out, count)
-    return [seen["y"] for seen in dense]
+    low_out, out = low_block.attn.o_proj, block.attn.o_proj
+    sums, outputs = _Sums(low_out.in_features, out.in_features, out.weight.device), []
+    for x, dense_x in zip(have, want, strict=True):
+        target, y = _read(block, dense_x, dense_at)
+        sums.add(_read(low_block, x, low_at, whole=False)[0], target)
+        outputs.append(y)
+    sums.correct(low_out, out)
+    return outputs
 
 
 class _Enough(Exception):  # noqa: N818
-    """What was asked for is seen, and nothing behind it is run."""
+    """The output projection is reached, and nothing behind it is run."""
 
 
-def _read(
-    block: Any, names: Sequence[str], x: Tensor, at: tuple, whole: bool = False
-) -> dict[str, Tensor]:
-    """What projections of attention read, (T, ...) by name, where the block reads x (1, T, width).
+def _read(block: Any, x: Tensor, at: tuple, whole: bool = True) -> tuple[Tensor, Any]:
+    """What the output projection reads, (T, ...), and what the block gives of x (1, T, width).
 
-    names: in the order in which they run. whole: run what is behind the last of them too, and
-    tell what the block gives, as `y`.
+    whole: otherwise nothing behind attention is run, and the second is None.
     """
-    seen: dict[str, Tensor] = {}
+    inputs, y = [], None
 
-    def keep(name: str, module: nn.Module, args: tuple) -> None:
-        seen[name] = args[0][0]
-        if name == names[-1] and not whole:
+    def keep(module: nn.Module, args: tuple) -> None:
+        inputs.append(args[0][0])
+        if not whole:
             raise _Enough
 
-    hooks = [
-        getattr(block.attn, name).register_forward_pre_hook(partial(keep, name)) for name in names
-    ]
+    hook = block.attn.o_proj.register_forward_pre_hook(keep)
     try:
         with suppress(_Enough):
-            seen["y"] = block(x, *at, None)
+            y = block(x, *at, None)
     finally:  # an interruption must leave no hook on the dense model
-        for hook in hooks:
-            hook.remove()
-    return seen
+        hook.remove()
+    return inputs[0], y
 
 
 class _Sums:
     """Sums over what linear layers read behind compressed layers, x, and in the dense model, t.
 
-    What they give of both is linear in these, and never made.
+    Their outputs are linear in these, and are never computed.
     """
 
     def __init__(self, n: int, m: int, device: torch.device):
@@ -151,38 +112,26 @@ class _Sums:
         self.xx.addmm_(x.mT, x)
         self.xt.addmm_(x.mT, t)
 
-    def correct(self, linear: nn.Linear, towards: nn.Linear, blocks: int = 1) -> None:
-        """Make `linear` give of x what `towards` gives of t, by a ridge regression.
-
-        Inputs are cut into blocks, each of which answers for a share of its own.
-        """
-        x, t = (v.unflatten(0, (blocks, -1))[:, None] / self.count for v in (self.x, self.t))
-        xx, xt = (_diagonal_blocks(m, blocks) for m in (self.xx, self.xt))
-        about = -self.count * x.mT * (linear.bias is not None)  # without one, about no mean
-        gram = xx.baddbmm(about, x)
-        ridge = RIDGE * usual(gram)[:, None, None]
-        root = torch.linalg.cholesky(damp(gram, RIDGE))
+    def correct(self, linear: nn.Linear, towards: nn.Linear) -> None:
+        """Fit `linear` of x to `towards` of t, by a ridge regression towards its own weight."""
+        x, t = self.x / self.count, self.t / self.count
+        about = -self.count * x * (linear.bias is not None)  # without one, about no mean
+        gram = self.xx.addr(about, x)
+        ridge = RIDGE * usual(gram[None])
+        root = torch.linalg.cholesky(damp(gram[None], RIDGE)[0])
         del gram
         weights, means = [], []
         both = (y.weight.split(ROWS) for y in (towards, linear))
         for wanted, old in zip(*both, strict=True):
-            w, v = (
-                y.double().unflatten(1, (blocks, -1)).permute(1, 2, 0) for y in (wanted, old)
-            )  # (blocks, m or n, rows)
+            w, v = wanted.double().mT, old.double().mT  # (m or n, rows)
             mean = t @ w
-            v = torch.cholesky_solve(xt @ w + about @ mean + ridge * v, root)
-            weights.append(v.permute(2, 0, 1).flatten(1).to(old.dtype))
-            means.append((mean - x @ v).sum((0, 1)))
+            v = torch.cholesky_solve((self.xt @ w).addr(about, mean) + ridge * v, root)
+            weights.append(v.mT.to(old.dtype))
+            means.append(mean - x @ v)
         _put(linear, "weight", torch.cat(weights))
         if linear.bias is not None:
             mean = torch.cat(means)
             _put(linear, "bias", mean if towards.bias is None else mean + towards.bias)
-
-
-def _diagonal_blocks(matrix: Tensor, blocks: int) -> Tensor:
-    """(b n, b m) -> (b, n, m)."""
-    parts = matrix.unflatten(1, (blocks, -1)).unflatten(0, (blocks, -1))  # (b, n, b, m)
-    return parts.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _put(linear: nn.Linear, name: str, new: Tensor) -> None:

@@ -1,9 +1,9 @@
 """Eigen Attention's choice of ranks: layer by layer, by the error of the layer's output.
 
-Saxena et al., arXiv 2408.05646. One error budget for all layers; a
-layer lowers its threshold, one for keys and values, while its output stays within the budget.
-Where the paper measures outputs on all calibration text, `compress` hands in its first 4096
-tokens, since the inputs of every layer are kept; and ranks are rounded up to a multiple.
+Saxena et al., arXiv 2408.05646. All layers have one error budget; a layer lowers its threshold, one
+for keys and values, while the error of its output stays within the budget. The paper measures
+outputs on all calibration text, `compress` on its first 4096 tokens, since the inputs of every
+layer are kept; and ranks are rounded up to a multiple.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ STEP = 0.02  # by which the threshold falls
 
 
 class Setting(NamedTuple):
-    """What a layer keeps: ranks at a threshold, and the relative error of its output."""
+    """The ranks of a layer at a threshold, and the relative error of its output."""
 
     threshold: float
     k_rank: int
@@ -34,7 +34,7 @@ class Setting(NamedTuple):
 class ErrorBudget:
     """Output errors of every layer at falling thresholds, measured when they are first needed.
 
-    What was measured for one budget, or one share to keep, serves the next.
+    Errors measured for one budget, or one share to keep, serve the next.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ErrorBudget:
         return float((got - want).norm() / want.norm())
 
     def choose(self, budget: float) -> list[Setting]:
-        """For every layer the last setting, stepping down, before the error exceeds the budget."""
+        """The last setting of every layer, stepping down, before its error exceeds the budget."""
         chosen = []
         layers = range(len(self.bases))
         for layer in tqdm(layers, "searching ranks", unit="layer", disable=None, leave=False):

@@ -1,7 +1,7 @@
-"""The latents that lose least under a metric.
+"""The latents with the least error under a metric.
 
-A basis holds every rank at once: its columns are sorted by importance, a smaller rank is a slice,
-and `spectrum` says what each column is worth.
+A basis serves every rank: its columns are sorted by importance, a smaller rank is a slice, and
+`spectrum` has the error that each column removes.
 """
 
 from typing import NamedTuple
@@ -13,15 +13,15 @@ from torch import Tensor
 class Basis(NamedTuple):
     """z = encoderᵀ x holds x, decoder z gives it back; L latents of up to n numbers, fp64.
 
-    At rank r only the first r columns are kept. What is lost of the mean of x is added back.
+    At rank r only the first r columns are kept. The error of the mean of x is added back.
     """
 
     encoder: Tensor  # (L, n, n)
     decoder: Tensor  # (L, n, n)
     spectrum: Tensor  # (L, n): the error, per token, that each column takes away
-    mean: Tensor  # (L, n): zero where the method does not centre
+    mean: Tensor  # (L, n): zero where the method does not center
     pairs: Tensor | None = None  # (L, n / 2): see `solve_pairs`
-    rounding: Tensor | None = None  # (n + 1,): what `quantise.rounding` found, where that was asked
+    rounding: Tensor | None = None  # (n + 1,): see `mixing.rounding`; None if not asked for
 
     def errors(self) -> Tensor:
         """Error per token left at rank 0, 1, ..., n, summed over the latents: (n + 1,)."""
@@ -48,7 +48,7 @@ def usual(matrix: Tensor) -> Tensor:
 def solve(covariance: Tensor, metric: Tensor, mean: Tensor, damping: float) -> Basis:
     """The latents that lose least of x under a metric, at every rank at once.
 
-    Minimises tr(F (I - P) C (I - P)ᵀ) over maps P = D Eᵀ of rank r, for C = covariance and
+    Minimizes tr(F (I - P) C (I - P)ᵀ) over maps P = D Eᵀ of rank r, for C = covariance and
     F = metric, both (L, n, n): with F = L Lᵀ and eigh(Lᵀ C L) = W Λ Wᵀ, E = L W and D = L⁻ᵀ W.
     `damping` times the mean of its diagonal is added to F, for directions no gradient has seen.
     """
@@ -70,12 +70,12 @@ def solve_pairs(second: Tensor, metric: Tensor, head_dim: int, damping: float) -
     """
     latents, half = len(second), head_dim // 2
     c, f = (_phase_average(x, half).flatten(0, 1) for x in (second, metric))
-    found = solve(c, f, c.new_zeros(c.shape[:2]), damping)
-    spectrum = found.spectrum.unflatten(0, (latents, half)).flatten(1)
+    complex_basis = solve(c, f, c.new_zeros(c.shape[:2]), damping)
+    spectrum = complex_basis.spectrum.unflatten(0, (latents, half)).flatten(1)
     spectrum, order = spectrum.sort(dim=1, descending=True, stable=True)
     encoder, decoder = (
         _real_columns(x.unflatten(0, (latents, half)), order)
-        for x in (found.encoder, found.decoder)
+        for x in (complex_basis.encoder, complex_basis.decoder)
     )
     spectrum = spectrum.repeat_interleave(2, dim=1)
     return Basis(encoder, decoder, spectrum, torch.zeros_like(spectrum), order // c.size(-1))

@@ -1,64 +1,51 @@
 """Compress a model that need not fit into memory: layer by layer, every step kept on disk.
 
-Three sweeps over the layers. Forward, for the hidden states of all text, and for statistics where
-no gradients are asked for. Backward, where they are: each layer is run once more from its inputs,
-and the gradient of the loss goes back through it. Then, with the ranks of all layers chosen, each
-is folded, and refitted behind the compressed ones. Memory is what is in no layer, two layers, and
-what one layer sees of all text. A step that was killed is taken again, from the same files.
+There are three sweeps over the layers. The forward sweep computes the hidden states of all text,
+and the statistics of methods without gradients. For methods with gradients a backward sweep runs
+each layer once more from its inputs, and takes the gradient of the loss back through it. When the
+ranks of all layers are chosen, the last sweep folds each layer, and refits it behind the compressed
+ones. Peak memory: the weights outside layers, two layers, and one layer's activations of all text.
 """
 
-import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from ..inference.perplexity import Perplexity, mean_perplexity, row_losses
 from ..inference.weights import LayerFiles
 from ..models.cache import LayerCache, StaticCache
 from ..models.families import model_of
 from ..models.model import Model
-from ..utils.resume import check_same
 from .allocate import Ranks
 from .basis import LayerBasis
 from .calibrate import gather_sums
 from .compress import choose_ranks, mixed, report
 from .fold import compressed_config, fold_attention
-from .methods import METHODS
+from .methods import METHODS, methods_that
 from .mixing import rounding
 from .moments import Statistics
 from .refit import refit_layer
 from .settings import Settings, needs
 from .solve import Basis
-
-PROGRESS = "progress.json"
+from .steps import Step, take_steps
 
 
 def check_stream(settings: Settings) -> None:
-    """Raise ValueError for what is not made layer by layer."""
-    method = METHODS[settings.method]
-    if settings.method == "eigen" or method.ranks is not None:
+    """Raise ValueError for a method whose ranks need all layers in memory."""
+    if not METHODS[settings.method].streamed:
         raise ValueError(
             f"{settings.method} finds its ranks by looking at all layers together, so the model "
-            "cannot be read layer by layer: leave --stream and --resume out, or choose another "
-            "method"
+            "cannot be read layer by layer: leave --stream and --resume out, or choose "
+            f"{methods_that(lambda m: m.streamed)}"
         )
-
-
-class Step(NamedTuple):
-    """A step of the work: `take` leaves files, and returns which are needed no more."""
-
-    name: str
-    cost: float  # in forward passes through a layer
-    take: Callable[[], Sequence[str]]
 
 
 class Stream:
@@ -74,11 +61,11 @@ class Stream:
         folder: Path,
         write: Callable[[int, dict[str, Tensor]], None],
     ):
-        """Nothing long is done yet.
+        """Nothing long happens yet.
 
         model: `files.model()`. tokens: (N, T) to calibrate on. windows: (M, W) to measure
-        perplexity on. settings: fitted to the model. write: keeps the weights of a folded layer,
-        given its number.
+        perplexity on. settings: fitted to the model. write: is given the number and the
+        weights of every folded layer.
         """
         self.files, self.model, self.settings, self.folder = files, model, settings, folder
         self.tokens, self.windows, self.write = tokens, windows, write
@@ -86,49 +73,24 @@ class Stream:
         self.needs, self.anchor = needs(settings, model.config), settings.anchor(model.config)
 
     def check_room(self) -> None:
-        """Raise ValueError if what the steps keep does not fit on the disk."""
+        """Raise ValueError if the files of the steps do not fit on the disk."""
         one = self.tokens.numel() * self.model.config.hidden_size * self.model.dtype.itemsize
         need = one * (self.count + 3 if self.method.gradients else 4)
         free = shutil.disk_usage(self.folder).free
         if need > free:
-            less = f", or --method attention, which needs {4 * one / 1e9:.1f} GB"
+            others = methods_that(lambda m: m.streamed and not m.gradients)
+            less = f", or --method {others}, which needs {4 * one / 1e9:.1f} GB"
             raise ValueError(
                 f"the hidden states of all layers take {need / 1e9:.1f} GB in {self.folder}, where "
                 f"{free / 1e9:.1f} GB are free: take fewer --samples" + less * self.method.gradients
             )
 
     def run(self, facts: Mapping[str, Any]) -> None:
-        """Take the steps that are not done yet. facts: what the work depends on, as JSON knows it.
+        """Take the steps that are not done yet. facts: what the work depends on, as JSON holds it.
 
         Raises ValueError if the folder was left by work on other facts, or the disk is too small.
         """
-        steps, state = self._steps(), self.folder / PROGRESS
-        if state.exists():
-            left = json.loads(state.read_text())
-            check_same(self.folder, facts, left["facts"])
-            done = left["done"]
-        else:
-            self.check_room()
-            done = 0
-        costs = [step.cost for step in steps]
-        shape = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} layer passes [{elapsed}<"
-        with tqdm(
-            total=sum(costs),
-            initial=sum(costs[:done]),
-            bar_format=shape + "{remaining}, {rate_fmt}]",
-            unit="pass",
-            disable=None,
-            leave=False,
-        ) as bar:
-            for number, step in enumerate(steps[done:], done + 1):
-                bar.set_description(step.name)
-                stale = step.take()
-                fresh = state.with_suffix(".part")
-                fresh.write_text(json.dumps({"facts": dict(facts), "done": number}))
-                fresh.replace(state)
-                for name in stale:
-                    self._path(name).unlink(missing_ok=True)
-                bar.update(step.cost)
+        take_steps(self.folder, self._steps(), facts, self.check_room, self._delete)
 
     def _steps(self) -> list[Step]:
         layers = range(self.count)
@@ -161,8 +123,8 @@ class Stream:
             if self.method.gradients:
                 read(1, "")
             else:
-                (seen,) = gather_sums(self.model, [block], self.needs, read, first=i)
-                self._solve(i, block, seen)
+                (statistics,) = gather_sums(self.model, [block], self.needs, read, first=i)
+                self._solve(i, block, statistics)
             self._put(f"dense-{i + 1}", text=made[0])
             self._put(f"test-{i + 1}", text=self._through(self.model, block, test))
         return [f"test-{i}"] if self.method.gradients else [f"test-{i}", f"dense-{i}"]
@@ -196,15 +158,15 @@ class Stream:
                     if step == 1:
                         below.append(x.grad[0])  # type: ignore[index]
 
-            (seen,) = gather_sums(self.model, [block], self.needs, read, first=i)
-            self._solve(i, block, seen)
+            (statistics,) = gather_sums(self.model, [block], self.needs, read, first=i)
+            self._solve(i, block, statistics)
         self._put(f"gradient-{i}", text=torch.stack(below))
         return [f"dense-{i}", f"gradient-{i + 1}"]
 
     @torch.no_grad()
-    def _solve(self, i: int, block: Any, seen: Statistics) -> None:
+    def _solve(self, i: int, block: Any, statistics: Statistics) -> None:
         options = self.settings.basis_options
-        basis = self.method.basis(self.model, block.attn, seen, **options)
+        basis = self.method.basis(self.model, block.attn, statistics, **options)
         tensors = {}
         for side, one in basis._asdict().items():
             if one and self.settings.rounded:  # ranks and bits are chosen without encoders
@@ -216,12 +178,12 @@ class Stream:
 
     @torch.no_grad()
     def _fold(self, i: int) -> list[str]:
-        low, basis, parts = self.low, mixed(self._basis(i), self.ranks, i), self.settings.refit
+        low, basis, refit = self.low, mixed(self._basis(i), self.ranks, i), self.settings.refit
         if i:
             rows = self._get(f"low-{i}")
         else:
             rows = {"test": self._begun(self.windows[:, :-1])}
-            rows |= {name: self._begun(self.tokens) for name in ("want", "have") if parts}
+            rows |= {name: self._begun(self.tokens) for name in ("want", "have") if refit}
         low_block = low.layers[i]
         with self.files.layer(self.model, i) as block:
             folded = fold_attention(low.config, block.attn, low_block.attn, basis)
@@ -229,18 +191,18 @@ class Stream:
             low_block.load_state_dict(
                 rest | {f"attn.{k}": x for k, x in folded.items()}, assign=True
             )
-            if parts:
+            if refit:
                 dense_at, low_at = (self._at(m, self.tokens.size(1)) for m in (self.model, low))
                 want, have = (list(rows[name][:, None]) for name in ("want", "have"))
-                layer = block, low_block, low.config, basis, parts
-                rows["want"] = torch.cat(refit_layer(*layer, want, have, dense_at, low_at))
+                outputs = refit_layer(block, low_block, want, have, dense_at, low_at)
+                rows["want"] = torch.cat(outputs)
         self.write(i, low_block.state_dict())
-        if parts:
+        if refit:
             rows["have"] = self._through(low, low_block, rows["have"])
-        kept = low.config.latents(i)  # what is measured is rounded, what is learned is not
+        kept = low.config.latents(i)  # perplexity is measured with rounding, the refit without
         if min(latent.bits for latent in kept) < 16:
-            where = 1, rows["test"].size(1), low.dtype, low.device
-            cache = StaticCache([kept], *where).layer(0)
+            slots = rows["test"].size(1)
+            cache = StaticCache([kept], 1, slots, low.dtype, low.device).layer(0)
         else:
             cache = None
         rows["test"] = self._through(low, low_block, rows["test"], cache)
@@ -262,7 +224,7 @@ class Stream:
 
     @cached_property
     def bases(self) -> list[LayerBasis]:
-        """Those of all layers, without the encoders and decoders: those stay on disk."""
+        """The bases of all layers, without encoders and decoders, which stay on disk."""
         return [self._basis(i, whole=False) for i in range(self.count)]
 
     @cached_property
@@ -272,12 +234,12 @@ class Stream:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """For every layer its ranks and errors, as `compress` tells them."""
+        """The ranks and errors of every layer, as in `Compressed`."""
         return report(self.bases, self.ranks)
 
     @property
     def perplexities(self) -> dict[str, Perplexity]:
-        """Of the dense and of the compressed model on the windows."""
+        """Perplexities of the dense and of the compressed model on the windows."""
         names = "dense", "compressed"
         return {name: mean_perplexity(self._get(f"loss-{name}")["losses"]) for name in names}
 
@@ -309,6 +271,9 @@ class Stream:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+    def _delete(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
 
     def _get(self, name: str) -> dict[str, Tensor]:
         return load_file(self._path(name), device=str(self.model.device))

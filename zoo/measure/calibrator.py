@@ -31,13 +31,13 @@ def kind(needs: Needs) -> Needs:
     and without them are kept apart, so that each equals what `gather` gives.
     """
     heads = needs.heads_per_latent if needs.gradients else (1, 1)
-    return needs._replace(heads_per_latent=heads, queries=False, plain=False, weighted=False)
+    return needs._replace(heads_per_latent=heads, queries=False, unweighted=False, weighted=False)
 
 
 def union(needs: Sequence[Needs]) -> Needs:
     """What serves all of these, which are of one kind: the blocks of all are diagonal in it."""
     k, v = (math.lcm(*(n.heads_per_latent[side] for n in needs)) for side in (0, 1))
-    asked = {f: any(getattr(n, f) for n in needs) for f in ("queries", "plain", "weighted")}
+    asked = {f: any(getattr(n, f) for n in needs) for f in ("queries", "unweighted", "weighted")}
     return needs[0]._replace(heads_per_latent=(k, v), **asked)
 
 

@@ -10,7 +10,7 @@ from matplotlib.colors import TABLEAU_COLORS, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from ..compression.allocate import NOISE
+from ..compression.cuts import NOISE
 from ..utils.jsonl import Row
 from .summary import Section, increase
 

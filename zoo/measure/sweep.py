@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..compression.basis import Basis, LayerBasis
 from ..compression.compress import compress, error_search
+from ..compression.methods import METHODS
 from ..compression.moments import Needs, Statistics
 from ..compression.search import ErrorBudget
 from ..compression.settings import Settings, needs
@@ -226,7 +227,7 @@ class Sweep:
         alike = settings._replace(keep=1.0)  # cells that differ in keep alone search together
         try:
             with interruptible():  # an interrupted cell is not a refused one
-                if settings.method == "eigen" and alike not in searches:
+                if METHODS[settings.method].searched and alike not in searches:
                     searches[alike] = error_search(self.model, source.tokens, settings, gathered)
                 search = searches.get(alike)
                 result = compress(self.model, source.tokens, settings, gathered, search)
