@@ -1,14 +1,95 @@
 """From a checkpoint to a compressed checkpoint on disk, with what was measured on the way."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from ..zoo.compression.compress import compress
 from ..zoo.compression.record import about, evaluation, texts
 from ..zoo.compression.settings import Settings
-from ..zoo.inference.checkpoint import Checkpoint
-from .export import export
+from ..zoo.inference.checkpoint import Checkpoint, load, open_layers, weight_bytes
+from ..zoo.inference.data import read_text
+from ..zoo.utils import memory
+from ..zoo.utils.interrupt import interruptible
+from .export import check_free, export
 from .plain import check_plain, export_plain
+from .stream import check_partial, partial_folder, stream_checkpoint
+
+
+class Source(NamedTuple):
+    """A checkpoint to read, and how: the arguments of `checkpoint.load`."""
+
+    name: str
+    dtype: torch.dtype | None
+    device: torch.device
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def compress_source(
+    source: Source,
+    out: Path,
+    settings: Settings,
+    calibration: str = "self",
+    samples: int = 32,
+    seq_len: int | None = None,
+    text: Path | None = None,
+    seed: int = 0,
+    force: bool = False,
+    shard_size: str = "5GB",
+    plain: bool = False,
+    stream: bool | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Read `source`, compress it into the folder `out`, and return the record in its config.json.
+
+    stream: `stream_checkpoint` instead of `compress_checkpoint`, which say what the other
+    arguments are; None: if the weights take more than half of the free memory, or on resume.
+    say: is told what was chosen, and after an interruption how to go on. Raises ValueError, before
+    the long work, for settings that are unsound or do not fit the model, and for a folder that may
+    not be written.
+    """
+    settings.check()
+    check_free(out, force)
+    check_partial(out, resume, force)
+    if text is not None:
+        read_text(text)  # fails before the long work
+    if stream is None:
+        stream = resume or (not plain and _exceeds_memory(source, say))
+    if resume and not stream:
+        raise ValueError("only work that was streamed can go on: leave --no-stream out")
+    if stream and plain:
+        raise ValueError("an ordinary checkpoint is made in memory: leave --stream or --plain out")
+    original, files = open_layers(*source) if stream else (load(*source), None)
+    settings = settings.fit(original.model.config, original.model.device.type)
+    if settings.keys_note is not None:
+        say(settings.keys_note)
+    how = settings, calibration, samples, seq_len, text, seed, force
+    try:
+        with interruptible():
+            if files is not None:
+                return stream_checkpoint(original, files, out, *how, resume)
+            return compress_checkpoint(original, out, *how, shard_size, plain)
+    except KeyboardInterrupt:
+        left = partial_folder(out)
+        say(
+            f"stopped; the same command with --resume goes on from {left}"
+            if left.exists()
+            else "stopped, and nothing was written; what is compressed with --stream can go on"
+        )
+        raise
+
+
+def _exceeds_memory(source: Source, say: Callable[[str], None]) -> bool:
+    """Whether the weights take more than half of the free memory."""
+    size = weight_bytes(source.name, source.dtype, source.revision)
+    if size <= memory.available(source.device) // 2:
+        return False
+    say(f"the weights take {size / 1e9:.1f} GB: reading them layer by layer (--stream)")
+    return True
 
 
 def compress_checkpoint(
@@ -24,21 +105,18 @@ def compress_checkpoint(
     shard_size: str = "5GB",
     plain: bool = False,
 ) -> dict[str, Any]:
-    """Compress `original` into the folder `out`; return what its config.json says about it.
+    """Compress `original` into the folder `out`; return the record in its config.json.
 
-    calibration, samples, seq_len: see `data.calibration_tokens`; sequences are 1024 tokens long,
-    or as long as the model can read, if not told. text: a file to measure
-    perplexity on, before and after; by default an eighth of the calibration sequences is held out
-    for that. For a method without data only what is measured on is read or sampled.
-    plain: write an ordinary grouped-query checkpoint, see `plain.py`; raises ValueError where
-    there is none.
+    calibration, samples, seq_len: see `data.calibration_tokens`; by default sequences have 1024
+    tokens, or as many as the model can read. text: a file to measure perplexity on, before and
+    after; by default an eighth of the calibration sequences is held out for that. A method without
+    data reads or samples only the text for perplexity. plain: write an ordinary grouped-query
+    checkpoint, see `plain.py`; raises ValueError where there is none.
     """
     model, tokenizer = original.model, original.tokenizer
     settings = settings.fit(model.config, model.device.type)  # before text is sampled or read
     if plain:
-        check_plain(model.config, settings.method)
-        if settings.rounded:
-            raise ValueError("an ordinary checkpoint has no bits of its own: leave kv bits out")
+        check_plain(model.config, settings)
     tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
     result = compress(model, tokens, settings)
     models = {"dense": model, "compressed": result.model}

@@ -1,4 +1,4 @@
-"""Write what kv-heads makes of an MPT as an ordinary grouped-query checkpoint.
+"""Write an MPT with merged heads as an ordinary grouped-query checkpoint.
 
 Merged heads need no latents: the folded weights are those of an MPT with fewer kv heads, which
 llm-foundry's config has a field for. Names and fused `Wqkv` are llm-foundry's as well.
@@ -12,6 +12,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
+from ..zoo.compression.methods import METHODS, methods_that
+from ..zoo.compression.settings import Settings
 from ..zoo.inference.checkpoint import Checkpoint
 from ..zoo.models.config import Config
 from ..zoo.models.model import Model
@@ -21,17 +23,22 @@ from .export import new_folder
 FOUNDRY = {ours: theirs for theirs, ours in NAMES.items()}
 
 
-def check_plain(config: Config, method: str) -> None:
-    """Raise ValueError unless what the method makes of such a model has an ordinary form."""
+def check_plain(config: Config, settings: Settings) -> None:
+    """Raise ValueError unless an ordinary checkpoint can hold such a model, compressed so."""
     reason = None
-    if method != "kv-heads":
-        reason = f"{method} keeps latents, which no ordinary model has: use --method kv-heads"
+    if not METHODS[settings.method].merged:
+        others = methods_that(lambda m: m.merged)
+        reason = (
+            f"{settings.method} keeps latents, which no ordinary model has: use --method {others}"
+        )
+    elif settings.rounded:
+        reason = "it has no bits of its own: leave kv bits out"
     elif config.rotary:
         reason = f"one basis of the keys does not fit all their rotations in {config.family}"
     elif not isinstance(config, MPTConfig):
         reason = f"the config of {config.family} has no field for fewer kv heads"
     elif any(config.nonlinear):
-        reason = "clip_qkv or qk_ln bends keys before they are merged"
+        reason = "clip_qkv or qk_ln changes keys before they are merged"
     if reason:
         raise ValueError(f"no plain checkpoint: {reason}; or leave --plain out")
 
@@ -47,7 +54,7 @@ def export_plain(
     """Write the folder `out`: weights, config and tokenizer of a dense MPT with fewer kv heads.
 
     Arguments as for `export.export`; `check_plain` must have passed. Raises ValueError if `out`
-    is taken; whatever goes wrong, no half-written folder stays.
+    is taken. After any error no half-written folder stays.
     """
     with new_folder(out, force) as folder:
         save_torch_state_dict(_weights(low), folder, max_shard_size=shard_size)
@@ -58,7 +65,7 @@ def export_plain(
 
 
 def _config(low: Model, raw: dict[str, Any]) -> dict[str, Any]:
-    """config.json. What transformers and llm-foundry have different defaults for is spelled out."""
+    """config.json, with every field that has other defaults in transformers than in llm-foundry."""
     c, dtype = low.config, str(low.dtype).removeprefix("torch.")
     assert isinstance(c, MPTConfig)
     whole, rest = divmod(c.ffn_hidden_size, c.hidden_size)
@@ -93,24 +100,24 @@ def _config(low: Model, raw: dict[str, Any]) -> dict[str, Any]:
 
 def _weights(low: Model) -> dict[str, Tensor]:
     """The weights by llm-foundry's names."""
-    found = {}
+    weights = {}
     for key, x in low.state_dict().items():
         parts = key.split(".")
         tied = parts[0] == "head" and low.config.tie_word_embeddings
-        # where the model has no biases, folding leaves one of zeros at the output
+        # folding a model without biases leaves an output bias of zeros
         empty = parts[-2:] == ["o_proj", "bias"] and not low.config.query_bias
         if not (tied or empty or parts[-2] in ("q_proj", "k_proj", "v_proj")):
             name = ".".join(FOUNDRY.get(part, part) for part in parts)
-            found[name if parts[0] == "head" else f"transformer.{name}"] = x.contiguous()
+            weights[name if parts[0] == "head" else f"transformer.{name}"] = x.contiguous()
     for i, layer in enumerate(low.layers):
         three = [getattr(layer.attn, f"{name}_proj") for name in "qkv"]
         place = f"transformer.blocks.{i}.attn.Wqkv"
-        found[f"{place}.weight"] = torch.cat([p.weight for p in three])
+        weights[f"{place}.weight"] = torch.cat([p.weight for p in three])
         if low.config.query_bias:
-            found[f"{place}.bias"] = torch.cat([_bias(p) for p in three])
-    return found
+            weights[f"{place}.bias"] = torch.cat([_bias(p) for p in three])
+    return weights
 
 
 def _bias(linear: nn.Linear) -> Tensor:
-    """The bias, zeros where folding has moved it."""
+    """The bias, zeros if folding has moved it."""
     return linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias

@@ -26,7 +26,7 @@ def original_of(low: Checkpoint) -> str:
 
 
 def state_file(out: Path) -> Path:
-    """Where the progress of a refinement to `out` is kept until it is done."""
+    """The file that holds the progress of a refinement to `out` until it is done."""
     return out.with_name(f"{out.name}.state.safetensors")
 
 
@@ -42,35 +42,35 @@ def refine_checkpoint(
     force: bool = False,
     shard_size: str = "5GB",
 ) -> dict[str, Any]:
-    """Refine `low` towards `dense`, write the folder `out`; return what its config.json says.
+    """Refine `low` towards `dense`, write the folder `out`; return the record in its config.json.
 
     calibration, samples, seq_len: the text to learn from, see `data.calibration_tokens`, by
-    default written by `dense`; sequences are 512 tokens long, or as long as the model can read, if
-    not told. An eighth of them is held out, to measure on. text: a file to measure perplexity on
-    instead. Interrupted work goes on when it is called again with the same arguments.
+    default sampled from `dense`; by default sequences have 512 tokens, or as many as the model can
+    read. An eighth of them is held out to measure on. text: a file to measure perplexity on
+    instead. After an interruption the same call continues.
     """
     check_pair(dense, low.model)  # before text is sampled or read
     seq_len = seq_len or min(512, dense.config.max_position_embeddings)
     tokens = calibration_tokens(calibration, dense, low.tokenizer, samples, seq_len, settings.seed)
     tokens, held_out = hold_out(tokens)
     state = state_file(out)
-    found = refine(dense, low.model, tokens, settings, held_out, state)
-    models = {"dense": dense, "before": low.model, "compressed": found.model}
+    refined = refine(dense, low.model, tokens, settings, held_out, state)
+    models = {"dense": dense, "before": low.model, "compressed": refined.model}
     measured = evaluation(models, low.tokenizer, text, held_out, calibration)
     before = measured.pop("before")
     run = {
         **settings._asdict(),
         "calibration": calibrated_on(calibration, tokens),
-        "kl_before": found.history[0]["held_out"],
-        "kl_after": found.best["held_out"],
+        "kl_before": refined.history[0]["held_out"],
+        "kl_after": refined.best["held_out"],
         "perplexity_before": before,
         "perplexity_after": measured["compressed"],
-        "best_step": found.best["step"],
-        "stopped": found.stopped,
-        "history": found.history,
+        "best_step": refined.best["step"],
+        "stopped": refined.stopped,
+        "history": refined.history,
     }
     record = low.config["compression"]
     record = record | {"evaluation": measured, "refined": [*record.get("refined", []), run]}
-    export(out, found.model, low, record, force, shard_size)
+    export(out, refined.model, low, record, force, shard_size)
     state.unlink(missing_ok=True)
     return record

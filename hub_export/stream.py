@@ -1,4 +1,4 @@
-"""From a checkpoint to a compressed checkpoint on disk, neither of which need fit into memory."""
+"""From a checkpoint to a compressed checkpoint on disk; neither needs to fit into memory."""
 
 import json
 import shutil
@@ -21,12 +21,12 @@ INDEX = "model.safetensors.index.json"
 
 
 def partial_folder(out: Path) -> Path:
-    """Where unfinished work towards `out` is kept."""
+    """The folder of unfinished work towards `out`."""
     return out.with_name(f"{out.name}.partial")
 
 
 def check_partial(out: Path, resume: bool, force: bool) -> None:
-    """Raise ValueError if there is unfinished work that may neither go on nor be thrown away."""
+    """Raise ValueError if there is unfinished work that may be neither resumed nor deleted."""
     left = partial_folder(out)
     if left.exists() and not (resume or force):
         raise ValueError(
@@ -47,11 +47,11 @@ def stream_checkpoint(
     force: bool = False,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """As `compress_checkpoint`, with one layer in memory at a time and one file of weights for it.
+    """As `compress_checkpoint`, with one layer in memory at a time, and a weight file for each.
 
-    original, files: see `checkpoint.open_layers`. What is done is kept in `partial_folder(out)`;
-    resume: go on there, with the same arguments, towards the same bytes. Raises ValueError also
-    where `calibration` is `self`, as text cannot be sampled so.
+    original, files: see `checkpoint.open_layers`. Progress is kept in `partial_folder(out)`;
+    resume: continue from there, with the same arguments, to the same bytes. Raises ValueError also
+    if `calibration` is `self`, since a model on disk cannot sample text.
     """
     model, work = original.model, partial_folder(out)
     settings = settings.fit(model.config, model.device.type)
@@ -106,7 +106,7 @@ def _save(folder: Path, number: int, count: int, weights: dict[str, Tensor]) -> 
 
 
 def _index(folder: Path) -> None:
-    """Write which weight is in which file."""
+    """Write the index: the file of every weight."""
     names: dict[str, str] = {}
     paths = sorted(folder.glob("model-*.safetensors"))
     for path in paths:

@@ -1,12 +1,17 @@
+import json
+
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 
+from eigenzoo.hub_export.card import card
+from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.zoo.compression.choices import REFITS
 from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.refit import RIDGE
 from eigenzoo.zoo.compression.settings import Settings
+from eigenzoo.zoo.inference.checkpoint import inspect, load, native_config
 
 
 def outputs(model, x, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,3 +86,16 @@ def test_unknown_refits_are_refused():
         Settings(refit=("everything",)).check()
     with pytest.raises(ValueError, match="lorc reads no text"):
         Settings("lorc", refit=("output",)).check()
+
+
+def test_checkpoints_with_refits_of_earlier_versions_load_and_show_them(dense, tmp_path):
+    folder, x = tmp_path / "low", tiny.tokens(2, 20)
+    compress_checkpoint(dense, folder, Settings(refit=("output",)), samples=4, seq_len=32)
+    want = load(str(folder)).model(x)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["compression"]["refit"] = ["inputs", "heads", "output"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert torch.equal(load(str(folder)).model(x), want)
+    text = card(native_config(raw), raw["compression"], torch.float32)
+    assert "Refitted to them after the solve: inputs, heads, output." in text
+    assert inspect(str(folder))["compression"]["refit"] == ["inputs", "heads", "output"]

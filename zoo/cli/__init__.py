@@ -63,9 +63,19 @@ def main() -> None:
     """Run the command line. Bad input ends in one line and exit code 2, Ctrl-C in 130."""
     try:
         with interruptible():
-            app()
+            code = app(standalone_mode=False)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except typer.Abort:
+        raise SystemExit(1) from None
+    except typer.TyperException as error:
+        raise SystemExit(_refuse(error.format_message(), error.exit_code)) from None
     except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
+        raise SystemExit(_refuse(str(error))) from None
+    raise SystemExit(code)
+
+
+def _refuse(message: str, code: int = 2) -> int:
+    if message:  # none where a missing command has printed help
+        typer.echo(f"error: {message}", err=True)
+    return code

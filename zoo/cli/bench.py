@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..models.bits import BITS
 from .options import (
     AnchorBlock,
     AsJson,
@@ -14,10 +15,13 @@ from .options import (
     DecodingDtype,
     Device,
     Keys,
+    Latent,
     Ops,
     Revision,
     Trust,
     Weights,
+    bits_help,
+    choice,
     command_line,
     decoding_dtype,
     preparation,
@@ -32,64 +36,63 @@ def bench(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Checkpoints; speeds are told over the first, the uncompressed. Or none, and "
-            "--shape."
+            help="Checkpoints; speeds are relative to the first, the uncompressed one. Or none, "
+            "with --shape."
         ),
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Random weights in a published shape, such as opt-1.3b.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="With --shape: so many layers only.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="With --shape: number of layers.", show_default="all")
+    ] = None,
     keep: Annotated[
         list[float] | None,
         typer.Option(
-            help="With --shape: share of the KV bytes kept; repeat for more. [default: 0.5]"
+            help="With --shape: share of the KV bytes kept; repeat for more.", show_default="0.5"
         ),
     ] = None,
     heads_per_latent: Annotated[
         int, typer.Option(help="With --shape: kv heads that share a latent.")
     ] = 1,
-    latent: Annotated[str, typer.Option(help="With --shape: separate or joint-kv.")] = "separate",
+    latent: Latent = "separate",
     keys: Keys = "auto",
     anchor_block: AnchorBlock = None,
     kv_bits: Annotated[
         list[int] | None,
-        typer.Option(
-            help="Every model once more with numbers of so many bits in its cache, 8 or 4; repeat "
-            "for more."
-        ),
+        choice("--kv-bits", BITS, f"Every model also with this. {bits_help()} Repeat for more."),
     ] = None,
     transformers: Annotated[
         bool,
         typer.Option(
             "--transformers",
-            help="The first model in transformers as well, by its generate: with the dynamic "
-            "cache, and with a static one and compiled.",
+            help="The first model in transformers as well: with the dynamic cache, and with a "
+            "static cache, compiled.",
         ),
     ] = False,
     context: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens in the cache at the end; repeat for more. [default: 2048]"),
+        typer.Option(help="Tokens in the cache at the end; repeat for more.", show_default="2048"),
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(help="Sequences decoded together; repeat for more. [default: 1]"),
+        typer.Option(help="Sequences decoded together; repeat for more.", show_default="1"),
     ] = None,
     buffer: Annotated[
-        int, typer.Option(help="Static caches have so many times the slots of the context.")
+        int, typer.Option(help="Slots of static caches, as a multiple of the context.")
     ] = 1,
     steps: Annotated[int, typer.Option(help="Decoding steps in a round.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds; the models take turns.")] = 3,
     compile: Compile = True,
     ops: Ops = "auto",
     dtype: DecodingDtype = "auto",
-    weights: Weights = "plain",
+    weights: Weights = "native",
     device: Device = "auto",
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for bench.jsonl, written as rows come, and plots (extra `plot`). The "
-            "same command goes on where it was stopped."
+            help="Folder for bench.jsonl, written row by row, and plots (extra `plot`). The same "
+            "command resumes after an interruption."
         ),
     ] = None,
     as_json: AsJson = False,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..utils.interrupt import interruptible
+from ..compression.methods import methods_that
 from .options import (
     AnchorBlock,
     AsJson,
@@ -16,20 +16,22 @@ from .options import (
     Force,
     Keep,
     Keys,
+    Latent,
     Method,
     Refit,
     Revision,
     Samples,
     Seed,
     SeqLen,
+    ShardSize,
     Source,
     Trust,
-    load,
+    bits_help,
+    hide_bars,
     parse_bits,
     parse_refit,
     parse_shared,
     say,
-    say_keys,
     torch_device,
     torch_dtype,
 )
@@ -48,30 +50,29 @@ def compress(
     ] = "auto",
     error_budget: Annotated[
         float | None,
-        typer.Option(help="eigen: relative output error a layer may have, instead of --keep."),
+        typer.Option(
+            help=f"{methods_that(lambda m: m.searched)}: relative output error that a layer may "
+            "have, instead of --keep."
+        ),
     ] = None,
     keys: Keys = "auto",
     anchor_block: AnchorBlock = None,
-    latent: Annotated[
-        str,
-        typer.Option(
-            help="separate, or joint-kv: one latent for keys and values (models without rotation)."
-        ),
-    ] = "separate",
+    latent: Latent = "separate",
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
     rank_pairs: Annotated[
         int | None,
         typer.Option(
-            help="At most so many distinct pairs of ranks, of keys and of values, over the layers: "
-            "fewer compile faster. [default: any]"
+            help="Largest number of distinct pairs of ranks, of keys and of values, over the "
+            "layers: fewer compile faster.",
+            show_default="any",
         ),
     ] = None,
     kv_bits: Annotated[
         str,
         typer.Option(
-            help="Bits of a number in the cache: 16 (the model's dtype), 8 or 4, for which latents "
-            "are mixed so that rounding costs least; or auto: what --keep buys most with, layer by "
-            "layer, for keys and values."
+            help=f"{bits_help()} Below 16, latents are mixed so that rounding costs least. Several "
+            "as in 8,4, or auto for all: each layer gets those that reduce the error most per "
+            "byte of --keep."
         ),
     ] = "16",
     refit: Refit = "auto",
@@ -80,27 +81,32 @@ def compress(
     seq_len: SeqLen = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="File to measure perplexity on. [default: held-out calibration text]"),
+        typer.Option(
+            help="File to measure perplexity on.", show_default="held-out calibration text"
+        ),
     ] = None,
     plain: Annotated[
         bool,
-        typer.Option("--plain", help="kv-heads of an MPT: an ordinary checkpoint, fewer kv heads."),
+        typer.Option(
+            "--plain",
+            help=f"{methods_that(lambda m: m.merged)} of an MPT: write an ordinary checkpoint with "
+            "fewer kv heads.",
+        ),
     ] = False,
     stream: Annotated[
         bool | None,
         typer.Option(
             "--stream/--no-stream",
-            help="Read and write one layer at a time, for models larger than memory; progress is "
-            "kept beside OUT. [default: where the weights take more than half of what is free]",
+            help="Read and write one layer at a time, in one file each, for models larger than "
+            "memory; progress is kept beside OUT.",
+            show_default="if the weights take more than half of the free memory",
         ),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="With --stream: go on with what an interruption left."),
+        typer.Option("--resume", help="With --stream: continue after an interruption."),
     ] = False,
-    shard_size: Annotated[
-        str, typer.Option(help="Largest weight file. With --stream a file holds a layer.")
-    ] = "5GB",
+    shard_size: ShardSize = "5GB",
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Seed = 0,
@@ -110,70 +116,35 @@ def compress(
     trust_remote_code: Trust = False,
 ) -> None:
     """Compress the KV cache of SOURCE and write a checkpoint to OUT."""
-    from ...hub_export.compress import compress_checkpoint
-    from ...hub_export.export import check_free
-    from ...hub_export.stream import check_partial, partial_folder, stream_checkpoint
+    from ...hub_export import compress as library
     from ..compression.settings import Settings
-    from ..inference.checkpoint import open_layers, weight_bytes
-    from ..inference.data import read_text
-    from ..measure import tables as report
-    from ..utils.memory import available
+    from ..measure import tables
 
     settings = Settings(
         method,
         keep,
         error_budget,
-        rank_multiple=rank_multiple,
-        latent=latent,
-        keys=keys,
-        anchor_block=anchor_block,
+        parse_shared(heads_per_latent),
+        rank_multiple,
+        latent,
+        keys,
+        anchor_block,
         refit=parse_refit(refit),
         rank_pairs=rank_pairs,
         kv_bits=parse_bits(kv_bits),
     )
-    settings.check()
-    check_free(out, force)
-    check_partial(out, resume, force)
-    if text is not None:
-        read_text(text)  # a missing file is found before the long work
-    place = torch_device(device)
-    if stream is None:
-        size = weight_bytes(source, torch_dtype(dtype), revision)
-        stream = resume or (size > available(place) // 2 and not plain)
-        if stream and not resume:
-            say(f"the weights take {size / 1e9:.1f} GB: reading them layer by layer (--stream)")
-    if resume and not stream:
-        raise ValueError("only work that was streamed can go on: leave --no-stream out")
-    if stream and plain:
-        raise ValueError("an ordinary checkpoint is made in memory: leave --stream or --plain out")
-    if stream:
-        kind = torch_dtype(dtype)
-        original, files = open_layers(source, kind, place, revision, trust_remote_code)
-    else:
-        original = load(source, dtype, device, revision, trust_remote_code)
-    model = original.model
-    shared = parse_shared(heads_per_latent, model.config.num_key_value_heads)
-    settings = settings._replace(heads_per_latent=shared).fit(model.config, model.device.type)
-    say_keys(settings)
-    texts = calibration, samples, seq_len, text, seed, force
-    try:
-        with interruptible():
-            if stream:
-                record = stream_checkpoint(original, files, out, settings, *texts, resume)
-            else:
-                record = compress_checkpoint(original, out, settings, *texts, shard_size, plain)
-    except KeyboardInterrupt:
-        left = partial_folder(out)
-        say(
-            f"stopped; the same command with --resume goes on from {left}"
-            if left.exists()
-            else "stopped, and nothing was written; what is compressed with --stream can go on"
-        )
-        raise
+    model = library.Source(
+        source, torch_dtype(dtype), torch_device(device), revision, trust_remote_code
+    )
+    hide_bars()
+    record = library.compress_source(
+        *(model, out, settings, calibration, samples, seq_len, text, seed, force),
+        *(shard_size, plain, stream, resume, say),
+    )
     if as_json:
         print(json.dumps({"out": str(out)} | record))
         return
-    report.layers(record["layers"])
+    tables.layers(record["layers"])
     measured = record["evaluation"]
     typer.echo(
         f"kept {record['share']:.1%} of the KV bytes; perplexity {measured['dense']:.2f} -> "

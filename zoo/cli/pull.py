@@ -18,7 +18,7 @@ def pull(
 ) -> None:
     """Fetch a checkpoint from the Hugging Face Hub into the folder OUT.
 
-    A download that breaks goes on with the same command.
+    After a broken download the same command continues.
     """
     from ...hub_export.hub import pull as fetch
 

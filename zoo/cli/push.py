@@ -11,12 +11,12 @@ from .options import AsJson, say
 
 def push(
     folder: Annotated[Path, typer.Argument(help="Checkpoint folder, as eigenzoo compress wrote.")],
-    repo_id: Annotated[str, typer.Argument(help="Hub id, org/name; made if it is not there.")],
+    repo_id: Annotated[str, typer.Argument(help="Hub id, org/name; created if missing.")],
     private: Annotated[
-        bool, typer.Option("--private", help="A repository that is made is private.")
+        bool, typer.Option("--private", help="Make a new repository private.")
     ] = False,
     revision: Annotated[
-        str | None, typer.Option(help="Branch; made if it is not there. [default: main]")
+        str | None, typer.Option(help="Branch; created if missing.", show_default="main")
     ] = None,
     message: Annotated[
         str | None, typer.Option("--message", "-m", help="First line of the commit.")
@@ -27,15 +27,15 @@ def push(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Only say which files would change, with their sizes and the card."
+            "--dry-run", help="Only show the files that would change, their sizes, and the card."
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Publish the checkpoint FOLDER on the Hugging Face Hub as REPO_ID.
 
-    Log in with `hf auth login`, or set HF_TOKEN. An upload that breaks goes on with the same
-    command; of what has not changed nothing is sent.
+    Log in with `hf auth login`, or set HF_TOKEN. After a broken upload the same command
+    continues; unchanged files are not sent.
     """
     from ...hub_export import hub
     from ..inference.hub import split

@@ -6,33 +6,47 @@ from typing import Annotated
 
 import typer
 
-from .options import AsJson, Calibration, Device, Force, Revision, Samples, Seed, Trust, load, say
+from ..compression.choices import PRECISIONS
+from .options import (
+    AsJson,
+    Calibration,
+    Device,
+    Force,
+    Revision,
+    Samples,
+    Seed,
+    ShardSize,
+    Trust,
+    choice,
+    load,
+    say,
+)
 
 
 def refine(
-    source: Annotated[str, typer.Argument(help="What eigenzoo compress wrote: folder or Hub id.")],
+    source: Annotated[str, typer.Argument(help="Compressed checkpoint: folder or Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder for the refined checkpoint.")],
     original: Annotated[
         str | None,
-        typer.Option(help="The uncompressed model. [default: the Hub id that SOURCE names]"),
+        typer.Option(help="The uncompressed model.", show_default="the Hub id that SOURCE names"),
     ] = None,
-    steps: Annotated[int, typer.Option(help="At most so many steps.")] = 200,
-    minutes: Annotated[float | None, typer.Option(help="Stop learning after so long.")] = None,
+    steps: Annotated[int, typer.Option(help="Largest number of steps.")] = 200,
+    minutes: Annotated[float | None, typer.Option(help="Stop learning after this time.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences a step.")] = 2,
     lr: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 2e-5,
     warmup: Annotated[float, typer.Option(help="Share of the run in which it rises.")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
     every: Annotated[
-        int, typer.Option(help="Measure on held-out text and save progress every so many steps.")
+        int,
+        typer.Option(help="Steps between measurements, which also save progress."),
     ] = 20,
-    patience: Annotated[int, typer.Option(help="Measurements without a new best, to stop.")] = 5,
+    patience: Annotated[
+        int, typer.Option(help="Measurements without a new best before it stops.")
+    ] = 5,
     precision: Annotated[
         str,
-        typer.Option(
-            help="Of the arithmetic: float32, bfloat16, or auto (bfloat16 on CUDA). Weights learn "
-            "in float32."
-        ),
+        choice("--precision", PRECISIONS, "Of the arithmetic; weights learn in float32."),
     ] = "auto",
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Less memory, more time in the backward pass.")
@@ -41,13 +55,15 @@ def refine(
     samples: Samples = 128,
     seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens of a sequence. [default: 512, or what the model can read]"),
+        typer.Option(help="Tokens of a sequence.", show_default="512, or what the model can read"),
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="File to measure perplexity on. [default: held-out calibration text]"),
+        typer.Option(
+            help="File to measure perplexity on.", show_default="held-out calibration text"
+        ),
     ] = None,
-    shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    shard_size: ShardSize = "5GB",
     device: Device = "auto",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -55,10 +71,10 @@ def refine(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Bring a compressed SOURCE nearer to its original, and write a checkpoint to OUT.
+    """Train a compressed SOURCE towards its original, and write a checkpoint to OUT.
 
-    Learns from what the original predicts; quality on held-out text never gets worse. Progress is
-    kept beside OUT: after an interruption the same command goes on.
+    It learns the predictions of the original; quality on held-out text never gets worse. Progress
+    is kept beside OUT: after an interruption the same command continues.
     """
     from ...hub_export.export import check_free
     from ...hub_export.refine import original_of, refine_checkpoint, state_file
@@ -72,7 +88,7 @@ def refine(
     settings.check()
     check_free(out, force)
     if text is not None:
-        read_text(text)  # a missing file is found before the long work
+        read_text(text)  # fails before the long work
     low = load(source, "auto", device, revision, trust_remote_code)
     kind = str(low.model.dtype).removeprefix("torch.")
     dense = load(original or original_of(low), kind, device, None, trust_remote_code).model

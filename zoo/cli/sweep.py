@@ -9,7 +9,11 @@ from typing import Annotated
 
 import typer
 
+from ..compression.choices import BUDGETS, LATENTS
+from ..compression.keys import BLOCK, KEYS
+from ..compression.methods import METHODS
 from .options import (
+    REFIT,
     AsJson,
     Device,
     Dtype,
@@ -20,6 +24,7 @@ from .options import (
     SeqLen,
     Source,
     Trust,
+    choice,
     fuse,
     load,
     parse_bits,
@@ -28,70 +33,73 @@ from .options import (
     say,
 )
 
+MORE = "repeat for more."
+
 
 def sweep(
     source: Source,
     out: Annotated[Path, typer.Argument(help="File for the results, one JSON object a line.")],
     keep: Annotated[
         list[float] | None,
-        typer.Option(help="Share of the KV bytes that stay; repeat for more. [default: 0.8, 0.6]"),
+        typer.Option(help=f"Share of the KV bytes that stay; {MORE}", show_default="0.8, 0.6"),
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="As in compress; repeat for more. [default: fisher]")
+        list[str] | None, choice("--method", METHODS, MORE.capitalize(), "fisher")
     ] = None,
     heads_per_latent: Annotated[
-        list[str] | None, typer.Option(help="As in compress; repeat for more. [default: auto]")
+        list[str] | None, typer.Option(help=f"As in compress; {MORE}", show_default="auto")
     ] = None,
     keys: Annotated[
-        list[str] | None, typer.Option(help="With RoPE; repeat for more. [default: auto]")
+        list[str] | None, choice("--keys", KEYS, f"How keys are held; {MORE}", "auto")
     ] = None,
     anchor_block: Annotated[
-        list[int] | None, typer.Option(help="With anchored keys; repeat for more. [default: 16]")
+        list[int] | None,
+        typer.Option(help=f"Slots of a block of anchored keys; {MORE}", show_default=str(BLOCK)),
     ] = None,
     latent: Annotated[
-        list[str] | None, typer.Option(help="As in compress; repeat for more. [default: separate]")
+        list[str] | None, choice("--latent", LATENTS, MORE.capitalize(), "separate")
     ] = None,
     rank_multiple: Annotated[
-        list[int] | None, typer.Option(help="As in compress; repeat for more. [default: 8]")
+        list[int] | None, typer.Option(help=f"As in compress; {MORE}", show_default="8")
     ] = None,
     rank_pairs: Annotated[
-        list[int] | None, typer.Option(help="As in compress; repeat for more. [default: any]")
+        list[int] | None, typer.Option(help=f"As in compress; {MORE}", show_default="any")
     ] = None,
     kv_bits: Annotated[
-        list[str] | None, typer.Option(help="As in compress; repeat for more. [default: 16]")
+        list[str] | None, typer.Option(help=f"As in compress; {MORE}", show_default="16")
     ] = None,
     budget: Annotated[
-        list[str] | None,
-        typer.Option(help="global or uniform ranks; repeat for both. [default: global]"),
+        list[str] | None, choice("--budget", BUDGETS, MORE.capitalize(), "global")
     ] = None,
     damping: Annotated[
         list[float] | None,
-        typer.Option(help="Of fisher's metric; repeat for more. [default: 0.3]"),
+        typer.Option(help=f"Of the Fisher metric; {MORE}", show_default="0.3"),
     ] = None,
     refit: Annotated[
-        list[str] | None, typer.Option(help="As in compress; repeat for more. [default: auto]")
+        list[str] | None, choice("--refit", REFIT, f"As in compress; {MORE}", "auto")
     ] = None,
     calibration: Annotated[
-        list[str] | None, typer.Option(help="As in compress; repeat for more. [default: self]")
+        list[str] | None, typer.Option(help=f"As in compress; {MORE}", show_default="self")
     ] = None,
     samples: Samples = 32,
     seq_len: SeqLen = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="File to measure perplexity on. [default: Python's own help]"),
+        typer.Option(help="File to measure perplexity on.", show_default="Python's own help"),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="As in evaluate. [default: 2048, or what the model can read]")
+        int | None,
+        typer.Option(help="As in evaluate.", show_default="2048, or what the model can read"),
     ] = None,
     windows: Annotated[int, typer.Option(help="How many windows; 0 for all of the text.")] = 0,
     decode: Annotated[
         int | None,
         typer.Option(
-            metavar="SLOTS",
-            help="Time decoding at the end of a cache of so many slots, in turns with the "
-            "uncompressed model, with the fused ops unless --ops says else; neither is compiled "
-            "(bench does that), so a cell takes seconds. "
-            "Rows in OUT that lack it are made again. [default: not timed]",
+            metavar="<slots>",
+            help="Time decoding at the end of a cache of this many slots, in turns with the "
+            "uncompressed model. Neither is compiled (bench compiles), so a cell takes seconds. "
+            "Rows in OUT without it are measured again.",
+            show_default="not timed",
         ),
     ] = None,
     ops: Ops = "fused",
@@ -106,7 +114,7 @@ def sweep(
     seed: Seed = 0,
     as_json: AsJson = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Start OUT and what it keeps anew.")
+        bool, typer.Option("--force", help="Delete OUT and its statistics first.")
     ] = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,

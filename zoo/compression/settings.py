@@ -157,6 +157,14 @@ class Settings(NamedTuple):
         return set(self.kv_bits) != {16}
 
     @property
+    def keys_note(self) -> str | None:
+        """How `auto` decided to hold keys, and why, as one line; None if it was not asked."""
+        if self.keys_reason is None:
+            return None
+        block = f" in blocks of {self.anchor_block}" * (self.keys == "anchored")
+        return f"keys: {self.keys}{block}, since {self.keys_reason}"
+
+    @property
     def basis_options(self) -> dict[str, Any]:
         """Arguments of the method's function beside statistics."""
         options: dict[str, Any] = {"pairs": True} if self.keys == "pairs" else {}
