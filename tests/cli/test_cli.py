@@ -55,7 +55,7 @@ def test_help_lists_the_choices_and_what_they_mean(run, monkeypatch):
     for table in (KEYS, LATENTS, REFITS):
         assert all(f"{name}: {meaning}" in text for name, meaning in table.items())
     assert all(f"{name}: {method.source}" in text for name, method in METHODS.items())
-    assert "<auto|float32|bfloat16|float16>" in text
+    assert "One of auto, float32, bfloat16 or float16." in text
     assert "[default: (any)]" in text  # of an option that is not given
 
 

@@ -95,7 +95,7 @@ def test_transformers_own_mpt_refuses_it(tmp_path):
         ("opt", {}, "kv-heads", "config of opt has no field for fewer kv heads"),
         ("llama", {}, "kv-heads", "does not fit all their rotations in llama"),
         ("qwen2", {}, "kv-heads", "does not fit all their rotations in qwen2"),
-        ("mpt", {"attn_config": {"clip_qkv": 0.4}}, "kv-heads", "clip_qkv or qk_ln bends"),
+        ("mpt", {"attn_config": {"clip_qkv": 0.4}}, "kv-heads", "clip_qkv or qk_ln changes"),
     ],
 )
 def test_what_has_no_plain_form_is_refused_and_nothing_written(

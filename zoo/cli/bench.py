@@ -9,6 +9,7 @@ import typer
 
 from ..models.bits import BITS
 from .options import (
+    BITS_HELP,
     AnchorBlock,
     AsJson,
     Compile,
@@ -20,7 +21,6 @@ from .options import (
     Revision,
     Trust,
     Weights,
-    bits_help,
     choice,
     command_line,
     decoding_dtype,
@@ -60,7 +60,7 @@ def bench(
     anchor_block: AnchorBlock = None,
     kv_bits: Annotated[
         list[int] | None,
-        choice("--kv-bits", BITS, f"Every model also with this. {bits_help()} Repeat for more."),
+        choice("--kv-bits", BITS, f"Every model also with this. {BITS_HELP} Repeat for more."),
     ] = None,
     transformers: Annotated[
         bool,

@@ -6,8 +6,11 @@ from typing import Annotated
 
 import typer
 
+from ..compression.choices import listed
 from ..compression.methods import methods_that
+from ..models.bits import BITS
 from .options import (
+    BITS_HELP,
     AnchorBlock,
     AsJson,
     Calibration,
@@ -26,7 +29,6 @@ from .options import (
     ShardSize,
     Source,
     Trust,
-    bits_help,
     hide_bars,
     parse_bits,
     parse_refit,
@@ -70,9 +72,9 @@ def compress(
     kv_bits: Annotated[
         str,
         typer.Option(
-            help=f"{bits_help()} Below 16, latents are mixed so that rounding costs least. Several "
-            "as in 8,4, or auto for all: each layer gets those that reduce the error most per "
-            "byte of --keep."
+            help=f"{BITS_HELP} {listed(map(str, BITS))}; several as in 8,4, or auto for all: each "
+            "layer gets those that reduce the error most per byte of --keep. Below 16, latents are "
+            "mixed so that rounding costs least."
         ),
     ] = "16",
     refit: Refit = "auto",

@@ -34,7 +34,7 @@ def choice(
 ) -> Any:
     """An option whose values are the names in `table`: help lists them, others are refused.
 
-    table: names, or a mapping of names to their meaning or to what has a `source`.
+    table: names, or a mapping of names to their meaning, or to what has it as `source`.
     """
 
     def parse(text: Any) -> Any:
@@ -44,11 +44,12 @@ def choice(
             raise typer.BadParameter(f"{text!r} is unknown: expected one of {expected}")
         return names[str(text)]
 
-    metavar = f"<{'|'.join(map(str, table))}>"
     if isinstance(table, Mapping):
         meanings = (f"{name}: {getattr(x, 'source', x)}" for name, x in table.items())
-        help, metavar = f"{help} {'; '.join(meanings)}.".strip(), "<name>"
-    return typer.Option(flag, parser=parse, metavar=metavar, help=help, show_default=show_default)
+        help = f"{help} {'; '.join(meanings)}.".lstrip()
+    else:
+        help = f"{help} One of {listed(map(str, table))}."
+    return typer.Option(flag, parser=parse, metavar="<name>", help=help, show_default=show_default)
 
 
 def _own_refits() -> str:
@@ -56,11 +57,7 @@ def _own_refits() -> str:
     return ", ".join(f"{', '.join(m.refit)} with {name}" for name, m in METHODS.items() if m.refit)
 
 
-def bits_help() -> str:
-    """The bits of a number in the cache."""
-    return f"Bits of a number in the cache, {listed(map(str, BITS))}: 16 is the model's dtype."
-
-
+BITS_HELP = "Bits of a number in the cache; 16 stands for the model's dtype."
 REFIT = {"auto": f"{_own_refits()}, else none", "none": "nothing", **REFITS}
 Source = Annotated[str, typer.Argument(help="Folder, GGUF file or Hugging Face id.")]
 Method = Annotated[str, choice("--method", METHODS)]
@@ -92,7 +89,7 @@ SeqLen = Annotated[
         show_default="1024, or what the model can read",
     ),
 ]
-Dtype = Annotated[str, choice("--dtype", ("auto", *DTYPES), "auto is the checkpoint's.")]
+Dtype = Annotated[str, choice("--dtype", ("auto", *DTYPES), "auto is that of the checkpoint.")]
 DecodingDtype = Annotated[
     str,
     choice(
@@ -104,7 +101,7 @@ DecodingDtype = Annotated[
 ]
 Weights = Annotated[str, choice("--weights", WEIGHTS, "How weights are held.")]
 KvBits = Annotated[
-    int | None, choice("--kv-bits", BITS, bits_help(), show_default="as the checkpoint says")
+    int | None, choice("--kv-bits", BITS, BITS_HELP, show_default="as the checkpoint says")
 ]
 ShardSize = Annotated[str, typer.Option("--shard-size", help="Largest weight file.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
