@@ -86,12 +86,15 @@ def test_commands_have_the_options_that_are_shown(page):
     assert not [word for call in calls(page) for word in unknown(*call)]
 
 
-def test_options_alone_belong_to_some_command():
-    known = {word for command in COMMANDS.values() for word in options(command)}
-    others = {"--version", "--no-deps"}
+def test_options_alone_belong_to_some_command_or_script():
+    known = {"--version", "--no-deps"}  # of eigenzoo itself and of pip
+    for command in COMMANDS.values():
+        known |= options(command)
+    for script in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]:
+        known |= {*re.findall(r'"(--[a-z-]+)"', script.read_text())}
     for page in PAGES:
         words = [span.split()[0] for span in SPAN.findall(prose(page)) if span.startswith("--")]
-        assert {*words} <= known | others, page
+        assert {*words} <= known, page
 
 
 @every_page
