@@ -68,7 +68,7 @@ def options(command: Any) -> set[str]:
 def unknown(name: str, rest: str) -> list[str]:
     """What of a call does not exist."""
     if name not in COMMANDS:
-        return [] if name == "COMMAND" else [name]
+        return [name]
     return [
         f"{name} {word}" for word in OPTION.findall(rest) if word not in options(COMMANDS[name])
     ]
