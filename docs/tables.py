@@ -1,6 +1,6 @@
 """Write the tables of result pages from rows: `python docs/tables.py [--check] [FOLDER]`.
 
-A page has a table wherever it has the markers `<!-- table: NAME -->` and `<!-- end -->`. NAME is a
+A page in FOLDER, or the README two folders above it, has a table wherever it has the markers `<!-- table: NAME -->` and `<!-- end -->`. NAME is a
 section of FOLDER/tables.toml, see `Spec`; FOLDER/*.jsonl hold the rows. Below each table stand the
 model, texts, device, versions and date of its rows, and the commands that measured them. --check
 writes nothing: it shows what is stale as a diff, and exits with status 1.
@@ -169,7 +169,7 @@ def commands(rows: Sequence[Row]) -> str:
 
 
 def pages(folder: Path) -> dict[Path, str]:
-    """What the pages should hold. Raises ValueError for a table that tables.toml does not have."""
+    """What the pages and the README should hold. Raises ValueError for a table that tables.toml does not have."""
     rows, specs = read_rows(folder), read_specs(folder)
 
     def table(match: re.Match[str]) -> str:
@@ -177,7 +177,8 @@ def pages(folder: Path) -> dict[Path, str]:
             raise ValueError(f"a page has a table {match[2]}: expected a section of tables.toml")
         return match[1] + build(match[2], specs[match[2]], rows)[0] + match[3]
 
-    return {path: BLOCK.sub(table, path.read_text()) for path in sorted(folder.glob("*.md"))}
+    paths = [*sorted(folder.glob("*.md")), *folder.absolute().parents[1].glob("README.md")]
+    return {path: BLOCK.sub(table, path.read_text()) for path in paths}
 
 
 def main() -> int:
