@@ -1,5 +1,6 @@
-"""The README's Python runs as it is printed."""
+"""The README is short, its Python runs as it is printed, and so does the Python of the guides."""
 
+import ast
 import os
 import re
 import subprocess
@@ -10,11 +11,14 @@ import pytest
 import tiny
 
 from eigenzoo.hub_export.compress import compress_checkpoint
-from eigenzoo.zoo.compression.settings import Settings
-from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo import Settings, load
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+SNIPPETS = BLOCK.findall(README)
+GUIDES = {s for page in (ROOT / "docs").rglob("*.md") for s in BLOCK.findall(page.read_text())}
+ALL = [*SNIPPETS, *sorted(GUIDES - {*SNIPPETS})]
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +33,27 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+@pytest.mark.parametrize("number", range(len(ALL)))
 def test_snippets_run(place, number):
     env = os.environ | {"HF_HOME": str(place / "hub")}
     done = subprocess.run(
-        [sys.executable, "-c", SNIPPETS[number]], capture_output=True, text=True, cwd=place, env=env
+        [sys.executable, "-c", ALL[number]], capture_output=True, text=True, cwd=place, env=env
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_it_stays_short():
+    assert len(README.splitlines()) <= 250
+    assert [len(code.split("\n\n", 1)[-1].splitlines()) <= 10 for code in SNIPPETS] == [True, True]
+
+
+def test_its_python_needs_the_public_names_only():
+    imported = {
+        node.module
+        for code in SNIPPETS
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert imported == {"eigenzoo.zoo", "transformers"}
+    assert "import eigenzoo.zoo." not in "".join(SNIPPETS)

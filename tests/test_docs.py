@@ -1,0 +1,135 @@
+"""What README and docs name exists: files, commands and their options, public Python names."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from eigenzoo import zoo
+from eigenzoo.zoo.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+FORMS = sorted((ROOT / ".github").rglob("*.yml"))
+COMMANDS = get_command(app).commands
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+SPAN = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+CALL = re.compile(r"\beigenzoo ([a-z][\w-]*)([^\n`\"|;#&]*)")
+OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
+FOLDERS = "zoo|kernels|hub_export|tests|benchmarks|examples|docs|figures"
+FILE = re.compile(rf"(?:{FOLDERS})/[\w./-]*\w/?")
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return FENCE.sub("", page.read_text())
+
+
+def shell(text: str) -> str:
+    """A block of shell, a line a command, with its variables filled in."""
+    text = text.replace("\\\n", " ")
+    variables: dict[str, str] = {}
+    lines = []
+    for line in text.splitlines():
+        for name, value in variables.items():
+            line = re.sub(rf"\${name}\b", lambda _, value=value: value, line)
+        if assigned := re.match(r'(\w+)="([^"]*)"$', line.strip()):
+            variables[assigned[1]] = assigned[2]
+            continue
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def calls(page: Path) -> list[tuple[str, str]]:
+    """Every command that a page names after `eigenzoo`, in code, and the rest of its line."""
+    blocks = [shell(code) for _, kind, code in FENCE.findall(page.read_text()) if kind == "bash"]
+    spans = SPAN.findall(prose(page))
+    found = [call for text in (*blocks, *spans) for call in CALL.findall(text)]
+    for span in spans:  # `compress --keep`
+        name, _, rest = span.partition(" ")
+        if name in COMMANDS and rest:
+            found.append((name, rest))
+    return found
+
+
+def options(command: Any) -> set[str]:
+    """All spellings of the options of a command."""
+    words = {word for p in command.params for word in (*p.opts, *p.secondary_opts)}
+    return words | {"--help", "-h"}
+
+
+def unknown(name: str, rest: str) -> list[str]:
+    """What of a call does not exist."""
+    if name not in COMMANDS:
+        return [name]
+    return [
+        f"{name} {word}" for word in OPTION.findall(rest) if word not in options(COMMANDS[name])
+    ]
+
+
+@every_page
+def test_links_and_images_lead_to_files(page):
+    targets = [link.partition("#")[0] for link in LINK.findall(prose(page)) if "://" not in link]
+    missing = [target for target in targets if target and not (page.parent / target).exists()]
+    assert not missing
+
+
+@every_page
+def test_commands_have_the_options_that_are_shown(page):
+    assert not [word for call in calls(page) for word in unknown(*call)]
+
+
+def test_options_alone_belong_to_some_command_or_script():
+    known = {"--version", "--no-deps"}  # of eigenzoo itself and of pip
+    for command in COMMANDS.values():
+        known |= options(command)
+    for script in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]:
+        known |= {*re.findall(r'"(--[a-z-]+)"', script.read_text())}
+    for page in PAGES:
+        words = [span.split()[0] for span in SPAN.findall(prose(page)) if span.startswith("--")]
+        assert {*words} <= known, page
+
+
+@every_page
+def test_files_that_are_named_exist(page):
+    """In code between backticks, such as `zoo/cli/` or `tests/test_docs.py: name`."""
+    named = [FILE.match(span) for span in SPAN.findall(prose(page))]
+    assert not [found[0] for found in named if found and not (ROOT / found[0]).exists()]
+
+
+def test_scripts_that_are_run_exist():
+    for page in PAGES:
+        for _, _, code in FENCE.findall(page.read_text()):
+            for script in re.findall(r"(?:benchmarks|examples)/\w+\.py", code):
+                assert (ROOT / script).exists(), page
+
+
+def test_a_command_that_is_not_there_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        '```bash\nS="eigenzoo sweep MODEL OUT \\\n    --nope 1"\n$S --keep 0.5 --gone\n'
+        "eigenzoo vanish x | cat --not-ours\n```\nand `compress --lost`.\n"
+    )
+    found = [word for call in calls(page) for word in unknown(*call)]
+    assert found == ["sweep --nope", "sweep --gone", "vanish", "compress --lost"]
+
+
+def test_the_reference_has_every_public_name_and_command():
+    names = re.findall(
+        r"^::: eigenzoo\.zoo\.(\w+)$", (DOCS / "reference/python.md").read_text(), re.M
+    )
+    assert sorted(names) == sorted(zoo.PUBLIC)
+    readme = "\n".join(code for _, _, code in FENCE.findall((ROOT / "README.md").read_text()))
+    assert {*COMMANDS} == {name for name, _ in CALL.findall(readme)}
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda p: p.name)
+def test_forms_and_workflows_are_yaml(path):
+    assert yaml.safe_load(path.read_text())
