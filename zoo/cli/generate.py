@@ -2,7 +2,8 @@
 
 import json
 import sys
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -71,7 +72,6 @@ def generate(
     checkpoint = load(source, decoding_dtype(dtype, device), device, revision, trust_remote_code)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     ids = [encode_prompt(tokenizer, p, chat) for p in prompts]
-    stop = stop_tokens(checkpoint)
     slots = max(len(i) for i in ids) + max_new_tokens
     prepare(model)
     generator = Generator(model, len(ids), slots, compile, compile_prefill, kv_bits)
@@ -81,12 +81,13 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if live else None
     show = (lambda tokens: streamer.put(tokens.cpu())) if streamer else None
     reset_peak(model.device)  # loading may have held more
-    rows, speed, first, compiled = answer(generator, ids, max_new_tokens, sampling, stop, show)
+    rows, speed, first, compiled = answer(
+        generator, ids, max_new_tokens, sampling, stop_tokens(checkpoint), show
+    )
     if streamer:
         streamer.end()
-    outputs = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-    found = {
-        "outputs": outputs,
+    result = {
+        "outputs": [tokenizer.decode(row, skip_special_tokens=True) for row in rows],
         "new_tokens": [len(row) for row in rows],
         "decode_tokens_per_second": speed,
         "first_token_seconds": first,
@@ -96,18 +97,23 @@ def generate(
         "cache_bytes": generator.cache.nbytes,
     } | kv_bytes(model.config, model.dtype, kv_bits)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(result))
         return
-    for number, output in enumerate(outputs if not live else [], start=1):
+    for number, output in enumerate(result["outputs"] if not live else [], start=1):
         typer.echo(f"--- {number}\n{output}")
-    say(
-        f"{sum(found['new_tokens'])} tokens"
+    say(_summary(result))
+
+
+def _summary(x: Mapping[str, Any]) -> str:
+    """How much was generated, how fast, and with how much memory, as a line."""
+    speed, compiled = x["decode_tokens_per_second"], x["compile_seconds"]
+    return (
+        f"{sum(x['new_tokens'])} tokens"
         + (f", {speed:.1f} tokens/s" if speed else "")
-        + f", the first after {first:.1f} s"
+        + f", the first after {x['first_token_seconds']:.1f} s"
         + (f", {compiled:.1f} s of all in the compiler" if compiled else "")
-        + f"; {found['peak_memory'] / 2**20:.0f} MiB at most, {slots} cache slots, "
-        f"{found['cache_bytes']} bytes, "
-        f"{found['kv_share']:.1%} of the uncompressed"
+        + f"; {x['peak_memory'] / 2**20:.0f} MiB at most, {x['cache_slots']} cache slots, "
+        f"{x['cache_bytes']} bytes, {x['kv_share']:.1%} of the uncompressed"
     )
 
 

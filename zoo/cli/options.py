@@ -40,8 +40,7 @@ def choice(
     def parse(text: Any) -> Any:
         names = {str(name): name for name in table}
         if str(text) not in names:
-            expected = ", ".join(names)
-            raise typer.BadParameter(f"{text!r} is unknown: expected one of {expected}")
+            raise typer.BadParameter(f"{text!r} is unknown: expected one of {', '.join(names)}")
         return names[str(text)]
 
     if isinstance(table, Mapping):
