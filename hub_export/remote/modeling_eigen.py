@@ -237,11 +237,11 @@ class EigenPreTrainedModel(PreTrainedModel):
     ) -> Tensor:
         """The same without a cache, of which backward keeps nothing but each layer's input."""
         valid = _valid_slots(attention_mask, input_ids.size(1))
-        x, pos, where = self.model.begin(input_ids, None, None, valid)
+        x, pos, attn_metadata = self.model.begin(input_ids, None, None, valid)
         if position_ids is not None:
             _check_positions(position_ids, valid, pos)
         for layer in self.model.layers:
-            x = self._gradient_checkpointing_func(layer, x, pos, where, None)
+            x = self._gradient_checkpointing_func(layer, x, pos, attn_metadata, None)
         return self.model.finish(x)
 
 

@@ -57,17 +57,19 @@ def _step(
 
 # compiled once for all layers of equal shapes; no limit to how many differ
 @torch.compiler.nested_compile_region(max_reuse_entries=sys.maxsize)
-def _layer(layer: nn.Module, x: Tensor, pos: Tensor, where: Any, cache: LayerCache) -> Tensor:
-    return layer(x, pos, where, cache)
+def _layer(
+    layer: nn.Module, x: Tensor, pos: Tensor, attn_metadata: Any, cache: LayerCache
+) -> Tensor:
+    return layer(x, pos, attn_metadata, cache)
 
 
 def _decode(
     model: Model, tokens: Tensor, pos: Tensor, cache: StaticCache, valid: Tensor | None
 ) -> Tensor:
     """`_step` for one token a sequence, as it is compiled: layer by layer in one graph."""
-    x, pos, where = model.begin(tokens, pos, cache, valid)
+    x, pos, attn_metadata = model.begin(tokens, pos, cache, valid)
     for i, layer in enumerate(model.layers):
-        x = _layer(layer, x, pos, where, cache.layer(i))
+        x = _layer(layer, x, pos, attn_metadata, cache.layer(i))
     return model.head(model.finish(x))[:, -1]
 
 

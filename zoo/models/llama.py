@@ -96,17 +96,20 @@ class LlamaConfig(Config):
 Angles = tuple[Tensor, Tensor]  # cos, sin: (B or 1, 1, positions, D / 2)
 
 
-class Where(NamedTuple):
-    """What attention needs of positions: of every slot, of the new tokens, and who sees whom.
+class AttentionMetadata(NamedTuple):
+    """Rotation angles and the mask of one step, made once and used by all layers.
 
-    Where keys are anchored, a prompt's `slots` are the centres of their blocks.
+    slot_angles: of every slot; for a prompt with anchored keys, of the center of the slot's block.
+    new_angles: of the T new tokens. mask: which slots each new token sees. block_angles: of the
+    new tokens, measured from the centers of their blocks. center_angles: of the one new token,
+    measured from the center of every block. The last two are for anchored keys, else None.
     """
 
-    slots: Angles
-    new: Angles
+    slot_angles: Angles
+    new_angles: Angles
     mask: Mask
-    offset: Angles | None = None  # of the new tokens within their blocks
-    ahead: Angles | None = None  # of the one new token from the centre of every block
+    block_angles: Angles | None = None
+    center_angles: Angles | None = None
 
 
 class Attention(LatentAttention):
@@ -139,49 +142,53 @@ class Attention(LatentAttention):
         self.register_buffer("k_pairs", pairs)
         self.v_up = parameter(v.heads, v.width, shared[1] * d) if v_up else None
 
-    def forward(self, x: Tensor, pos: Tensor, where: Where, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, pos: Tensor, attn_metadata: AttentionMetadata, cache: LayerCache | None
+    ) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
-        k = self._cached(self.k_proj(x), where)  # (B, L, T, R)
+        k = self._cached(self.k_proj(x), attn_metadata)  # (B, L, T, R)
         v = self.v_proj(x).unflatten(-1, (self.v.heads, -1)).transpose(1, 2)  # (B, L, T, R)
         keys, values = (k, v) if cache is None else cache.update(pos, k, v)
         prompt = x.size(1) > 1  # for one token, lifting what it read is less work than all values
         if self.v_up is not None and prompt:
             values = lift(values, self.v_up, self.head_dim)
-        y = self._read(q, keys, values, where)
+        y = self._read(q, keys, values, attn_metadata)
         if self.v_up is not None and not prompt:
             y = lift_heads(y, self.v_up, self.head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def _cached(self, k: Tensor, where: Where) -> Tensor:
+    def _cached(self, k: Tensor, metadata: AttentionMetadata) -> Tensor:
         """What the cache keeps of keys as they are projected, (B, T, width): (B, L, T, R)."""
-        if self.k_down is not None and where.offset is not None:
-            turned = rotate(k.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), *where.offset)
+        if self.k_down is not None and metadata.block_angles is not None:
+            heads = k.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            turned = rotate(heads, *metadata.block_angles)
             grouped = turned.unflatten(1, (self.k.heads, -1))  # (B, L, G / L, T, D)
             return grouped.transpose(2, 3).flatten(3) @ self.k_down
         k = k.unflatten(-1, (self.k.heads, -1)).transpose(1, 2)
         if self.k_pairs is not None:
             pairs = self.own(self.k_pairs)
-            cos, sin = (x[:, 0][..., pairs].transpose(1, 2) for x in where.new)
+            cos, sin = (x[:, 0][..., pairs].transpose(1, 2) for x in metadata.new_angles)
             return rotate(k, cos, sin)
-        return rotate(k, *where.new) if self.k_up is None else k
+        return rotate(k, *metadata.new_angles) if self.k_up is None else k
 
-    def _read(self, q: Tensor, k: Buffer, v: Buffer, where: Where) -> Tensor:
+    def _read(self, q: Tensor, k: Buffer, v: Buffer, metadata: AttentionMetadata) -> Tensor:
         """What queries (B, H, T, D), not yet rotated, read of cached keys and values."""
-        seen, up, mean = where.mask, self.k_up, self.k_mean
-        if self.k_down is not None and where.ahead is not None and isinstance(seen, Seen):
+        seen, up, mean = metadata.mask, self.k_up, self.k_mean
+        angles = metadata.center_angles
+        if self.k_down is not None and angles is not None and isinstance(seen, Seen):
             return self.anchored_decode(
-                *(q, k, v, seen.span, self.scale, *where.ahead, up, mean, self.anchor, seen.bias)
+                *(q, k, v, seen.span, self.scale, *angles, up, mean, self.anchor, seen.bias)
             )
-        q = rotate(q, *where.new)
+        q = rotate(q, *metadata.new_angles)
         if self.k_pairs is not None and up is not None:
             q = absorb(q, up, self.head_dim)
         elif up is not None and isinstance(seen, Seen):
             return self.rotary_decode(
-                *(q, k, v, seen.span, self.scale, *where.slots, up, mean, seen.bias)
+                *(q, k, v, seen.span, self.scale, *metadata.slot_angles, up, mean, seen.bias)
             )
         elif up is not None:
-            k = rebuild(k, *where.slots, up, mean)
+            k = rebuild(k, *metadata.slot_angles, up, mean)
         return self.attend(q, k, v, seen)
 
 
@@ -210,9 +217,11 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, pos: Tensor, where: Where, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, pos: Tensor, attn_metadata: AttentionMetadata, cache: LayerCache | None
+    ) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
-        x = x + self.attn(self.attn_norm(x), pos, where, cache)
+        x = x + self.attn(self.attn_norm(x), pos, attn_metadata, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -276,20 +285,21 @@ class Llama(Model):
         """Tokens (B, T) as vectors (B, T, width)."""
         return self.embed(tokens)
 
-    def where(self, position: Tensor, pos: Tensor, mask: Mask) -> Where:
+    def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> AttentionMetadata:
         """Angles of every slot and of the new tokens, and the mask."""
         new = position[:, pos]
         cos, sin = self.rope(position, new)
-        where = Where((cos, sin), (cos[:, :, pos], sin[:, :, pos]), mask)
+        metadata = AttentionMetadata((cos, sin), (cos[:, :, pos], sin[:, :, pos]), mask)
         anchor = self.config.anchor
         if anchor == 1:
-            return where
+            return metadata
         centre, offset = self.offset(position, pos, anchor)
-        where = where._replace(offset=offset)
+        metadata = metadata._replace(block_angles=offset)
         if len(pos) > 1:
-            return where._replace(slots=self.rope(centre, new))
+            return metadata._replace(slot_angles=self.rope(centre, new))
         cos, sin = self.rope(new - centre[:, ::anchor], new)
-        return where._replace(ahead=(cos * self.rope_scale, sin * self.rope_scale))
+        angles = cos * self.rope_scale, sin * self.rope_scale
+        return metadata._replace(center_angles=angles)
 
     def finish(self, x: Tensor) -> Tensor:
         """The final norm."""

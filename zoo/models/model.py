@@ -66,14 +66,14 @@ class Model(nn.Module):
 
     config: Config
     embed: nn.Embedding
-    layers: Sequence[Any]  # blocks: block(x, pos, where, cache) -> x, with attention in block.attn
+    layers: Sequence[Any]  # block(x, pos, attn_metadata, cache) -> x; attention is block.attn
     head: nn.Linear
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Tokens (B, T) at positions (B or 1, T) as vectors (B, T, width)."""
         raise NotImplementedError
 
-    def where(self, position: Tensor, pos: Tensor, mask: Mask) -> Any:
+    def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> Any:
         """What the layers' attention needs of positions and masks, made once for all of them.
 
         position: (B or 1, S) of every slot; pos: (T,) slots of the new tokens; mask: for one
@@ -104,7 +104,7 @@ class Model(nn.Module):
         cache: StaticCache | None = None,
         valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
-        """What the first layer is given: x (B, T, width), slots (T,), and what `where` returns."""
+        """The first layer's arguments: x (B, T, width), slots (T,) and the attention metadata."""
         slots = tokens.size(1) if cache is None else cache.slots
         last = pos is None or slots == tokens.size(1)  # then the new tokens take the last slots
         if pos is None:
@@ -119,8 +119,8 @@ class Model(nn.Module):
             mask = one_token(pos, None if valid is None else valid | (slot == pos))
         else:
             mask = Causal(valid) if last else causal_mask(pos, slots, valid)
-        where = self.where(position, pos, mask)
-        return self.start(tokens, position[:, pos]), pos, where
+        attn_metadata = self.attention_metadata(position, pos, mask)
+        return self.start(tokens, position[:, pos]), pos, attn_metadata
 
     def hidden(
         self,
@@ -130,9 +130,9 @@ class Model(nn.Module):
         valid: Tensor | None = None,
     ) -> Tensor:
         """What the head reads, (B, T, width). Arguments as in `forward`."""
-        x, pos, where = self.begin(tokens, pos, cache, valid)
+        x, pos, attn_metadata = self.begin(tokens, pos, cache, valid)
         for i, layer in enumerate(self.layers):
-            x = layer(x, pos, where, None if cache is None else cache.layer(i))
+            x = layer(x, pos, attn_metadata, None if cache is None else cache.layer(i))
         return self.finish(x)
 
     def forward(

@@ -282,7 +282,7 @@ class MPT(Model):
         x = self.embed(tokens)
         return x if self.positions is None else x + self.positions(position)
 
-    def where(self, position: Tensor, pos: Tensor, mask: Mask) -> Mask:
+    def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> Mask:
         """With ALiBi its slopes, or what they add to the scores: (B or 1, H, T, S) in fp32."""
         if not self.config.alibi:
             return mask

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention import Causal, Mask, Seen, causal_mask, one_token
 from .cache import LayerCache
-from .llama import Block, Llama, LlamaConfig, Where
+from .llama import AttentionMetadata, Block, Llama, LlamaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +39,14 @@ class WindowedBlock(Block):
         self.window = config.windows[layer]
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, pos: Tensor, where: dict[int, Where], cache: LayerCache | None
+        self,
+        x: Tensor,
+        pos: Tensor,
+        attn_metadata: dict[int, AttentionMetadata],
+        cache: LayerCache | None,
     ) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
-        return super().forward(x, pos, where[self.window], cache)
+        return super().forward(x, pos, attn_metadata[self.window], cache)
 
 
 class Qwen2(Llama):
@@ -51,11 +55,11 @@ class Qwen2(Llama):
     config: Qwen2Config
     block = WindowedBlock
 
-    def where(  # type: ignore[override]
+    def attention_metadata(  # type: ignore[override]
         self, position: Tensor, pos: Tensor, mask: Mask
-    ) -> dict[int, Where]:
+    ) -> dict[int, AttentionMetadata]:
         """What Llama's attention needs, for every window there is."""
-        full = super().where(position, pos, mask)
+        full = super().attention_metadata(position, pos, mask)
         found = {0: full}
         for window in set(self.config.windows) - {0}:
             ahead = position[:, None] - position[:, pos, None]  # (B or 1, T, S)
