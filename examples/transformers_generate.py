@@ -1,4 +1,4 @@
-"""Generate with a compressed checkpoint in plain transformers, which needs no eigenzoo.
+"""Generate with a compressed checkpoint in transformers, without eigenzoo.
 
     python examples/transformers_generate.py OUT "Once upon a time"
 

@@ -95,11 +95,11 @@ def parts(generator: Generator, tokens: torch.Tensor, *ends: int) -> torch.Tenso
 @compiled_by([], ["lifted", "alibi", "windows"])
 def test_later_parts_of_a_prompt_take_one_graph_of_any_length(model, backend):
     tokens = tiny.tokens(2, 40)
-    generator, plain = Generator(model, 2, 41), Generator(model, 2, 41, compile=False)
+    generator, eager = Generator(model, 2, 41), Generator(model, 2, 41, compile=False)
     parts(generator, tokens, 9, 20)
     with torch.compiler.set_stance("fail_on_recompile"):
         got = parts(generator, tokens, 11, 14, 40)
-    close(got, parts(plain, tokens, 40))
+    close(got, parts(eager, tokens, 40))
 
 
 def test_a_long_prompt_is_run_in_parts(model, monkeypatch):
@@ -130,12 +130,12 @@ def test_one_graph_holds_every_kind_of_layer_once():
     model = random_model(config, torch.float32, "cpu")
     torch._dynamo.reset()
     backend = EagerAndRecordGraphs()
-    generator, plain = (Generator(model, 1, 40, compile=False) for _ in range(2))
+    generator, eager = (Generator(model, 1, 40, compile=False) for _ in range(2))
     generator.decode = torch.compile(generate._decode, fullgraph=True, backend=backend)
-    assert tokens_of(generator, PROMPTS[:1], 9) == tokens_of(plain, PROMPTS[:1], 9)
+    assert tokens_of(generator, PROMPTS[:1], 9) == tokens_of(eager, PROMPTS[:1], 9)
     with torch.compiler.set_stance("fail_on_recompile"):
         for prompt in PROMPTS[1:]:
-            assert tokens_of(generator, [prompt], 9) == tokens_of(plain, [prompt], 9)
+            assert tokens_of(generator, [prompt], 9) == tokens_of(eager, [prompt], 9)
     (graph,) = backend.graphs
     regions = [n for n in graph.graph.nodes if n.target is torch.ops.higher_order.invoke_subgraph]
     assert len(regions) == 6

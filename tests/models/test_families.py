@@ -128,8 +128,8 @@ def test_positions_that_were_not_learned_are_refused(variant, tmp_path):
 def test_transformers_ignores_what_llm_foundry_means(ignored):
     # why FoundryMPT, not transformers alone, says what an MPT with these fields computes
     x = tokens(20)
-    plain, changed = tiny.hf("mpt"), tiny.hf("mpt", **ignored)
-    assert torch.equal(plain(x).logits, changed(x).logits)
+    default, changed = tiny.hf("mpt"), tiny.hf("mpt", **ignored)
+    assert torch.equal(default(x).logits, changed(x).logits)
 
 
 @pytest.mark.parametrize(

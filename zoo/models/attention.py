@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import Buffer, plain
+from .cache import Buffer, unpacked
 from .rope import rotate
 
 HIDDEN = -3e4  # what a score of padding is lowered by: enough, and fp16 holds it
@@ -42,7 +42,7 @@ def alibi_slopes(heads: int, bias_max: float = 8.0) -> Tensor:
 
 def lift(z: Buffer, up: Tensor, head_dim: int) -> Tensor:
     """Latents back to heads. z: (B, L, S, R), up: (L, R, G / L * D) -> (B, G, S, D)."""
-    return (plain(z, up.dtype) @ up).unflatten(-1, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
+    return (unpacked(z, up.dtype) @ up).unflatten(-1, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
 
 
 def absorb(q: Tensor, up: Tensor, head_dim: int) -> Tensor:
@@ -118,7 +118,7 @@ def latent_attention(
     scores; `Causal` says the same of the last T slots, and needs no such matrix. What is packed is
     read as the numbers that it stands for, here as in what follows.
     """
-    k, v = plain(k, q.dtype), plain(v, q.dtype)
+    k, v = unpacked(k, q.dtype), unpacked(v, q.dtype)
     if isinstance(mask, Causal):
         q, k = _with_columns(q, k, mask, scale)
     # equal shapes keep SDPA on its flash path; multiples of 8 are faster
@@ -208,7 +208,7 @@ def latent_decode(
     span, bias, slopes: see `Seen`. The span ends behind the last of the T tokens, and each sees
     as far as itself.
     """
-    k, v = plain(k, q.dtype), plain(v, q.dtype)
+    k, v = unpacked(k, q.dtype), unpacked(v, q.dtype)
     grouped = (q * scale).unflatten(1, (k.size(1), -1)).flatten(2, 3)  # queries of one key head
     # k.mT would be one more input of a layer compiled by itself, beside the k it aliases
     scores = (
@@ -238,7 +238,7 @@ def anchored_decode(
     `latent_decode`; cos, sin: of the angles of i - c_b, (B or 1, 1, N, D / 2) for
     N = ceil(S / block) blocks; up: (L, R, G / L * D); mean: (G, 1, D). Returns (B, H, 1, W).
     """
-    z, v = plain(z, q.dtype), plain(v, q.dtype)
+    z, v = unpacked(z, q.dtype), unpacked(v, q.dtype)
     blocks, slots = cos.size(2), z.size(2)
     block = min(block, slots)
     turned = rotate(q.expand(-1, -1, blocks, -1), cos, sin) * scale  # (B, H, N, D)

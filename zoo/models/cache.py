@@ -70,8 +70,8 @@ def pack(x: Tensor, bits: int) -> Packed:
 Buffer = Tensor | Packed
 
 
-def plain(x: Buffer, dtype: torch.dtype) -> Tensor:
-    """Numbers (B, heads, S, width), whatever they are kept as."""
+def unpacked(x: Buffer, dtype: torch.dtype) -> Tensor:
+    """Numbers (B, heads, S, width) of a buffer, in `dtype` if they were packed."""
     return x.unpack(dtype) if isinstance(x, Packed) else x
 
 

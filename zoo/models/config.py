@@ -132,13 +132,13 @@ class Config:
         return k, k if self.joint_kv else v
 
     def latents(self, layer: int) -> tuple[Latent, Latent]:
-        """What the cache keeps of keys and of values per token. Full rank keeps plain heads."""
+        """What the cache keeps of keys and of values per token; at full rank, whole heads."""
         heads = self.num_key_value_heads
         low_k, low_v = self.compressed(layer)
         k = Latent(heads // self.k_heads_per_latent, self.k_ranks[layer])
         v = Latent(heads // self.v_heads_per_latent, self.v_ranks[layer])
-        plain = Latent(heads, self.head_dim)
-        k, v = k if low_k else plain, v if low_v else plain
+        whole = Latent(heads, self.head_dim)
+        k, v = k if low_k else whole, v if low_v else whole
         if self.k_bits:
             k = k._replace(bits=self.k_bits[layer])
         if self.v_bits:

@@ -30,28 +30,28 @@ def frequencies(rope: Mapping[str, Any], head_dim: int, context: int) -> tuple[T
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor other than 1 is not supported for Llama")
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    plain = 1.0 / rope["rope_theta"] ** exponent
+    inv_freq = 1.0 / rope["rope_theta"] ** exponent
     if kind == "linear":
-        return (plain / rope["factor"])[None], 1.0
+        return (inv_freq / rope["factor"])[None], 1.0
     if kind == "llama3":
-        return _llama3(plain, rope)[None], 1.0
+        return _llama3(inv_freq, rope)[None], 1.0
     if kind == "yarn":
-        return _yarn(plain, rope, head_dim, context)
+        return _yarn(inv_freq, rope, head_dim, context)
     if kind == "longrope":
         return _longrope(rope, exponent, context)
-    return plain[None], 1.0
+    return inv_freq[None], 1.0
 
 
-def _llama3(plain: Tensor, rope: Mapping[str, Any]) -> Tensor:
+def _llama3(inv_freq: Tensor, rope: Mapping[str, Any]) -> Tensor:
     """Long wavelengths slowed by `factor`, short ones kept, a ramp between (Llama 3.1)."""
-    turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
+    turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return plain * (keep + (1 - keep) / rope["factor"])
+    return inv_freq * (keep + (1 - keep) / rope["factor"])
 
 
 def _yarn(
-    plain: Tensor, rope: Mapping[str, Any], head_dim: int, context: int
+    inv_freq: Tensor, rope: Mapping[str, Any], head_dim: int, context: int
 ) -> tuple[Tensor, float]:
     """YaRN (arXiv 2309.00071): interpolate slow dimensions, keep fast ones, ramp between."""
     original = rope["original_max_position_embeddings"]
@@ -76,7 +76,7 @@ def _yarn(
         mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
         both = mscale and all_dim
         scale = temperature(mscale) / temperature(all_dim) if both else temperature(1.0)
-    return (plain / factor * slow + plain * (1 - slow))[None], scale
+    return (inv_freq / factor * slow + inv_freq * (1 - slow))[None], scale
 
 
 def _longrope(rope: Mapping[str, Any], exponent: Tensor, context: int) -> tuple[Tensor, float]:
