@@ -24,7 +24,7 @@ from transformers import (
 from ..models.config import Config, kv_bytes
 from ..models.families import FAMILIES
 from ..models.model import Model
-from .hub import FAILURES, licence, reason, split
+from .hub import FAILURES, card_license, reason, split
 from .weights import LayerFiles, build, opened, read_folder
 
 MODEL_TYPE = "eigen"  # what config.json of a compressed checkpoint says
@@ -47,7 +47,7 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any]
     generation: GenerationConfig
     name: str  # the Hub id, or the last part of a path
-    licence: str | None  # as its card says
+    license: str | None  # as its card says
 
 
 def load(
@@ -107,7 +107,7 @@ def _checkpoint(
         raise ValueError(f"{folder} holds no tokenizer that can be read: {reason}") from error
     local = path.stem if gguf else path.name  # a whole path would tell of the machine
     name = local if Path(source).expanduser().exists() else split(source)[0]
-    return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name, licence(folder))
+    return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name, card_license(folder))
 
 
 def stop_tokens(checkpoint: Checkpoint) -> list[int]:

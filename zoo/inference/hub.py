@@ -60,8 +60,8 @@ def reason(error: BaseException) -> str:
     return said[0] if said else type(error).__name__
 
 
-def licence(folder: Path) -> str | None:
-    """What the card in a checkpoint folder says of its licence; None if it says nothing."""
+def card_license(folder: Path) -> str | None:
+    """What the card in a checkpoint folder says of its license; None if it says nothing."""
     file = folder / "README.md"
     if not file.exists():
         return None
