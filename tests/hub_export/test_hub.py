@@ -13,7 +13,7 @@ from loopback import TOKEN, serve
 
 from eigenzoo.hub_export.hub import STALE
 from eigenzoo.zoo.compression.settings import Settings
-from eigenzoo.zoo.inference.hub import split
+from eigenzoo.zoo.inference.hub import parse_hub_id
 
 REPO = "tester/small"
 
@@ -244,7 +244,7 @@ def test_a_folder_that_is_no_whole_checkpoint_is_not_pushed(run, hub, folder):
 @pytest.mark.parametrize("name", ["small", "a/b/c", "a/b@", "a b/c", "/a/b"])
 def test_what_is_no_hub_id_is_refused(name):
     with pytest.raises(ValueError, match="is no Hub id: expected org/name"):
-        split(name)
+        parse_hub_id(name)
 
 
 def test_files_that_go_with_the_weights_are_all_that_is_removed():

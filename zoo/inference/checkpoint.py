@@ -24,7 +24,7 @@ from transformers import (
 from ..models.config import Config, kv_bytes
 from ..models.families import FAMILIES
 from ..models.model import Model
-from .hub import FAILURES, card_license, reason, split
+from .hub import FAILURES, card_license, failure_reason, parse_hub_id
 from .weights import LayerFiles, build, opened, read_folder
 
 MODEL_TYPE = "eigen"  # what config.json of a compressed checkpoint says
@@ -106,7 +106,7 @@ def _checkpoint(
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} holds no tokenizer that can be read: {reason}") from error
     local = path.stem if gguf else path.name  # a whole path would tell of the machine
-    name = local if Path(source).expanduser().exists() else split(source)[0]
+    name = local if Path(source).expanduser().exists() else parse_hub_id(source)[0]
     return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name, card_license(folder))
 
 
@@ -159,7 +159,7 @@ def locate(source: str, revision: str | None = None, files: Sequence[str] = FILE
         raise ValueError(f"{source} is a file: expected a folder, a .gguf file or a Hub id")
     if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") != 1:
         raise ValueError(f"{source} does not exist: expected a folder, a .gguf file or a Hub id")
-    name, revision = split(source, revision)
+    name, revision = parse_hub_id(source, revision)
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
         if files is FILES and not list(folder.glob("*.safetensors")):
@@ -167,7 +167,7 @@ def locate(source: str, revision: str | None = None, files: Sequence[str] = FILE
         return folder
     except FAILURES as error:
         raise ValueError(
-            f"{source} is no folder here, and the Hub did not give it: {reason(error)}"
+            f"{source} is no folder here, and the Hub did not give it: {failure_reason(error)}"
         ) from error
 
 

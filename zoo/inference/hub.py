@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 FAILURES = (HTTPError, HFValidationError, OSError)  # of a connection, of a name, of a disk
 
 
-def split(source: str, revision: str | None = None) -> tuple[str, str | None]:
+def parse_hub_id(source: str, revision: str | None = None) -> tuple[str, str | None]:
     """The repository and the revision that `org/name@revision` says, or `revision` beside a name.
 
     Raises ValueError for what is no name of a repository, and where two revisions are given.
@@ -34,7 +34,7 @@ def split(source: str, revision: str | None = None) -> tuple[str, str | None]:
     return name, own or revision
 
 
-def reason(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """Why the Hub did not serve, and what to do, in a line; there is never a token in it."""
     if isinstance(error, RuntimeError):  # of an upload: what went wrong stands behind it
         error = error.__cause__ or error
