@@ -333,7 +333,7 @@ def test_few_bits_give_the_tokens_of_the_native_cache_in_every_cache(few):
 def test_other_bits_may_be_asked_for_at_loading(few):
     native = load(str(few)).model
     if any(x.width % 2 for i in range(3) for x in native.config.latents(i)):
-        pytest.skip("four bits of odd widths leave half a byte")
+        pytest.skip("odd widths do not fill whole bytes at four bits")
     stream = Generator(native, 2, 32, compile=False, bits=4).stream(IDS.tolist(), 12)
     want = torch.stack(list(stream), 1).tolist()
     bits = [4] * native.config.num_hidden_layers

@@ -83,5 +83,7 @@ def test_packed_writes_land_in_their_slots_in_place(bits):
 def test_bits_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"bits is 3: expected one of 16, 8, 4"):
         StaticCache(LATENTS, 1, 5, bits=3)
-    with pytest.raises(ValueError, match="a latent of 7 numbers leaves half a byte at 4 bits"):
+    with pytest.raises(
+        ValueError, match="a latent of 7 numbers does not fill whole bytes at 4 bits"
+    ):
         StaticCache([(Latent(1, 7), Latent(1, 8))], 1, 5, bits=4)

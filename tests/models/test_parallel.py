@@ -121,7 +121,7 @@ def test_it_is_saved_again_as_it_was(folder):
 @pytest.mark.parametrize(
     ("way", "reason"),
     {
-        "llama grouped": "layer 0 holds 1 latents of keys and 4 of values, which 2 processes",
+        "llama grouped": "layer 0 has 1 latents of keys and 4 of values, which 2 processes",
         "foundry qk_ln": "qk_ln norms queries and keys over all heads",
     }.items(),
 )

@@ -1,7 +1,6 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864) in the halves convention of Llama.
+"""Rotary position embedding (RoPE; RoFormer, arXiv 2104.09864), with halves as in Llama.
 
-Frequencies follow the definitions of transformers' `modeling_rope_utils.py`, so that a checkpoint
-means the same here and there.
+Frequencies follow transformers' `modeling_rope_utils.py`.
 """
 
 import math
@@ -15,20 +14,22 @@ TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def frequencies(rope: Mapping[str, Any], head_dim: int, context: int) -> tuple[Tensor, float]:
-    """Inverse frequencies and the factor on cos and sin, for one `rope_parameters` of a config.
+    """Inverse frequencies, and the factor on cosines and sines.
 
-    Returns (N, head_dim / 2) in fp32, radians per position, and the factor. N is 1, or 2 for
-    longrope: one row for short and one for long sequences. `context` is the model's
-    `max_position_embeddings`. Raises ValueError for a type that is not in `TYPES`.
+    rope: `rope_parameters` of a config. context: the model's `max_position_embeddings`. Returns
+    (N, head_dim / 2) in fp32, in radians per position, and the factor. N is 1, or 2 for longrope:
+    one row for short and one for long sequences. Raises ValueError for a type not in `TYPES`, and
+    for a rotation of only a part of the head.
     """
     kind = rope.get("rope_type", "default")
     if kind not in TYPES:
+        dynamic = "; its angles would change with the length of the text" * (kind == "dynamic")
         raise ValueError(
-            f"rope_type {kind!r} is not supported: expected one of {', '.join(TYPES)}. "
-            + ("Its angles change with the length." if kind == "dynamic" else "")
+            f"rope_type {kind!r} is not supported: expected one of {', '.join(TYPES)}{dynamic}"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor other than 1 is not supported for Llama")
+        part = rope["partial_rotary_factor"]
+        raise ValueError(f"partial_rotary_factor {part} is not supported: expected 1")
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     inv_freq = 1.0 / rope["rope_theta"] ** exponent
     if kind == "linear":
@@ -43,7 +44,7 @@ def frequencies(rope: Mapping[str, Any], head_dim: int, context: int) -> tuple[T
 
 
 def _llama3(inv_freq: Tensor, rope: Mapping[str, Any]) -> Tensor:
-    """Long wavelengths slowed by `factor`, short ones kept, a ramp between (Llama 3.1)."""
+    """Llama 3.1: divide low frequencies by `factor`, keep high ones, interpolate between."""
     turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -53,11 +54,11 @@ def _llama3(inv_freq: Tensor, rope: Mapping[str, Any]) -> Tensor:
 def _yarn(
     inv_freq: Tensor, rope: Mapping[str, Any], head_dim: int, context: int
 ) -> tuple[Tensor, float]:
-    """YaRN (arXiv 2309.00071): interpolate slow dimensions, keep fast ones, ramp between."""
+    """YaRN (arXiv 2309.00071): divide low frequencies by `factor`, keep high ones, ramp between."""
     original = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or context / original
 
-    def dimension(turns: float) -> float:  # the dimension that turns so often within `original`
+    def dimension(turns: float) -> float:  # which dimension makes so many turns in `original`
         ratio = math.log(original / (turns * 2 * math.pi))
         return head_dim * ratio / (2 * math.log(rope["rope_theta"]))
 
@@ -80,7 +81,7 @@ def _yarn(
 
 
 def _longrope(rope: Mapping[str, Any], exponent: Tensor, context: int) -> tuple[Tensor, float]:
-    """LongRoPE (arXiv 2402.13753): one searched factor per dimension, for short and for long."""
+    """LongRoPE (arXiv 2402.13753): one factor per dimension, for short and for long sequences."""
     original = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or context / original
     stretch = torch.tensor([rope["short_factor"], rope["long_factor"]], dtype=torch.float32)
@@ -91,6 +92,6 @@ def _longrope(rope: Mapping[str, Any], exponent: Tensor, context: int) -> tuple[
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (..., T, D) by the angles whose cosines and sines are (..., T, D / 2), in fp32."""
+    """Rotate x (..., T, D) by angles with cosines and sines (..., T, D / 2); computes in fp32."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
