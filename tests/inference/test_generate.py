@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.settings import Settings
-from eigenzoo.zoo.inference import generate
+from eigenzoo.zoo.inference import generate, steps
 from eigenzoo.zoo.inference.generate import Generator, Sampling, answer, choose, sample_text
 from eigenzoo.zoo.measure.shapes import random_model
 from eigenzoo.zoo.models.llama import LlamaConfig
@@ -119,7 +119,7 @@ def test_parts_of_a_prompt_lead_where_the_whole_does(model, padding):
 def test_layers_as_they_are_compiled_say_what_recomputing_says(model):
     torch._dynamo.reset()
     generator = Generator(model, 3, 40, compile=False)
-    generator.decode = torch.compile(generate._decode, fullgraph=True, backend="eager")
+    generator.decode = torch.compile(steps.decode_by_layer, fullgraph=True, backend="eager")
     assert tokens_of(generator, PROMPTS, 9) == [recomputed(model, p, 9) for p in PROMPTS]
 
 
@@ -131,7 +131,7 @@ def test_one_graph_holds_every_kind_of_layer_once():
     torch._dynamo.reset()
     backend = EagerAndRecordGraphs()
     generator, eager = (Generator(model, 1, 40, compile=False) for _ in range(2))
-    generator.decode = torch.compile(generate._decode, fullgraph=True, backend=backend)
+    generator.decode = torch.compile(steps.decode_by_layer, fullgraph=True, backend=backend)
     assert tokens_of(generator, PROMPTS[:1], 9) == tokens_of(eager, PROMPTS[:1], 9)
     with torch.compiler.set_stance("fail_on_recompile"):
         for prompt in PROMPTS[1:]:
@@ -195,9 +195,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(model, prompts,
 
 def test_a_missing_compiler_is_named(monkeypatch):
     def absent():
-        raise generate.InvalidCxxCompiler
+        raise steps.InvalidCxxCompiler
 
-    monkeypatch.setattr(generate, "get_cpp_compiler", absent)
+    monkeypatch.setattr(steps, "get_cpp_compiler", absent)
     with pytest.raises(ValueError, match="--no-compile"):
         Generator(tiny.native(), 1, 8)
 
