@@ -71,10 +71,10 @@ def test_zeros_stay_zero_when_packed(bits):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_writes_land_in_their_slots_in_place(bits):
     cache = StaticCache(LATENTS, batch=1, slots=5, bits=bits)
-    where = [x.data_ptr() for x in cache.keys[1]]
+    addresses = [x.data_ptr() for x in cache.keys[1]]
     x = torch.randn(1, 4, 2, 8)
     keys, _ = cache.layer(1).update(torch.tensor([1, 3]), x, torch.randn(1, 1, 2, 40))
-    assert [x.data_ptr() for x in keys] == where
+    assert [x.data_ptr() for x in keys] == addresses
     got = keys.unpack(torch.float32)
     assert torch.equal(got[:, :, [1, 3]], pack(x, bits).unpack(torch.float32))
     assert not got[:, :, [0, 2, 4]].any()

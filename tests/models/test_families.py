@@ -78,11 +78,11 @@ def test_last_returns_the_last_logits(pair):
 def test_a_cache_serves_the_next_prompt_as_it_is(pair):
     _, ours = pair
     cache = ours.new_cache(2, 30)
-    where = [x.data_ptr() for x in cache.keys + cache.values]
+    addresses = [x.data_ptr() for x in cache.keys + cache.values]
     ours(tokens(30), torch.arange(30), cache)
     second = tokens(30).flip(1)[:, :11]
     close(ours(second, torch.arange(11), cache), ours(second))
-    assert where == [x.data_ptr() for x in cache.keys + cache.values]
+    assert addresses == [x.data_ptr() for x in cache.keys + cache.values]
 
 
 def test_writing_past_the_end_raises_before_anything_is_overwritten(pair):
