@@ -189,11 +189,11 @@ def test_lm_eval_scores_it_as_the_native_model_does(folder):
         assert float(logs[-new:].sum()) == pytest.approx(score, abs=1e-3)
 
 
-def test_other_positions_than_the_mask_gives_are_refused(alone):
+def test_positions_other_than_the_mask_s_raise_an_error(alone):
     assert "attention_mask" in alone["positions"]
 
 
-def test_what_it_cannot_give_is_refused(alone):
+def test_unsupported_options_raise_an_error_that_names_them(alone):
     assert "output_attentions is not supported" in alone["attentions"]
     assert "two names of one input" in alone["two caches"]
 
@@ -305,8 +305,8 @@ def few(request, tmp_path_factory):
 
 
 def tokens_of(model, **options) -> list[list[int]]:
-    found = model.generate(IDS, do_sample=False, eos_token_id=None, max_new_tokens=12, **options)
-    return found[:, 20:].tolist()
+    tokens = model.generate(IDS, do_sample=False, eos_token_id=None, max_new_tokens=12, **options)
+    return tokens[:, 20:].tolist()
 
 
 def test_few_bits_give_the_tokens_of_the_native_cache_in_every_cache(few):
@@ -365,7 +365,7 @@ def test_a_cache_that_would_round_few_bits_once_more_is_refused(few):
 
     cache = DynamicCache()
     cache.layers = [QuantizedLayer()]
-    with pytest.raises(ValueError, match="fewer bits already"):
+    with pytest.raises(ValueError, match="quantizes its cache already"):
         EigenForCausalLM.from_pretrained(few)(IDS, past_key_values=cache)
 
 

@@ -155,7 +155,7 @@ def test_without_a_compiler_the_reference_decodes_and_it_says_so(folder, monkeyp
     monkeypatch.setattr(modeling_eigen, "install", lacking)
     monkeypatch.setattr(modeling_eigen.logger, "warning_once", said.append)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert said == ["decoding by the reference ops: there is no g++"]
+    assert said == ["decoding with the reference ops: there is no g++"]
     assert model.generate(IDS, max_new_tokens=3).shape == (2, 23)
 
 
