@@ -14,7 +14,7 @@ from eigenzoo.zoo.inference.checkpoint import inspect, load, locate
 
 @pytest.fixture
 def folder(tmp_path, dense_folder):
-    """A copy of the dense checkpoint, to damage."""
+    """A copy of the dense checkpoint, for tests that damage it."""
     return shutil.copytree(dense_folder, tmp_path / "copy")
 
 
@@ -53,10 +53,10 @@ def test_dtype_is_the_checkpoint_s_own_unless_asked(tmp_path):
 
 def test_inspect_tells_bytes_without_reading_weights(folder):
     (folder / "model.safetensors").unlink()
-    found = inspect(str(folder))
-    assert found["kv_bytes_per_token"] == found["kv_bytes_per_token_dense"] == 3 * 2 * 4 * 16 * 4
-    assert found["kv_share"] == 1
-    assert found["compression"] is None
+    info = inspect(str(folder))
+    assert info["kv_bytes_per_token"] == info["kv_bytes_per_token_dense"] == 3 * 2 * 4 * 16 * 4
+    assert info["kv_share"] == 1
+    assert info["compression"] is None
 
 
 def test_a_hub_id_is_downloaded_at_its_revision(monkeypatch, dense_folder):

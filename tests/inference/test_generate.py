@@ -19,7 +19,7 @@ PROMPTS = [[5, 9, 33, 7, 120], [8, 41], [99, 3, 17, 200, 12, 77, 64, 5, 31]]
 
 
 def close(got, want):
-    # fp32 logits of two ways to sum: columns instead of a mask, parts weighed by their sums
+    # fp32 logits of two ways to add: mask columns or a matrix, parts or a whole prompt
     assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
@@ -35,7 +35,7 @@ LOW = {  # family, changes, settings of the compression
 
 
 def compiled_by(inductor: list[str], aot_eager: list[str]):
-    """Parameters of a test that compiles: models, and what compiles them."""
+    """Parametrize a test by models and the backends that compile them."""
     kinds = [(k, "inductor") for k in inductor] + [(k, "aot_eager") for k in aot_eager]
     return pytest.mark.parametrize(("model", "backend"), kinds, indirect=True)
 
@@ -51,7 +51,7 @@ def model(request):
 
 
 def recomputed(model, prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens, each from the whole text anew."""
+    """Greedy tokens, each computed from the whole text without a cache."""
     text = list(prompt)
     for _ in range(count):
         text.append(int(model(torch.tensor([text]), last=1).argmax()))
@@ -85,7 +85,7 @@ def test_a_compiled_batch_of_different_lengths_answers_each_as_alone(model, back
 
 
 def parts(generator: Generator, tokens: torch.Tensor, *ends: int) -> torch.Tensor:
-    """What a prompt that comes in parts, as a chat does, leads to."""
+    """Logits after a prompt that is processed in parts, as in a chat."""
     for start, end in pairwise((0, *ends)):
         logits = generator.advance(tokens[:, start:end].clone(), start)
     return logits
@@ -153,7 +153,7 @@ def test_models_of_other_ranks_are_compiled_one_after_the_other(monkeypatch):
         model = random_model(one, torch.float32, torch.device("cpu"))
         generator = Generator(model, 1, 40, compile_prefill=False)
         assert tokens_of(generator, PROMPTS[:1], 4) == [recomputed(model, PROMPTS[0], 4)]
-    for slots in range(41, 51):  # dynamo's own limit is 8
+    for slots in range(41, 51):  # dynamo's default limit of recompilations is 8
         generator = Generator(model, 1, slots, compile_prefill=False)
         assert tokens_of(generator, PROMPTS[:1], 4) == [recomputed(model, PROMPTS[0], 4)]
 

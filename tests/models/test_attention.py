@@ -72,13 +72,13 @@ def test_slopes_without_a_bias_count_slots():
 
 
 def prompt(heads=6, new=11, slots=29, dtype=torch.float32, batch=2):
-    """Queries, keys and values of three numbers of heads and two widths."""
+    """Queries, keys and values with different numbers of heads, and values of another width."""
     shapes = (heads, new, 10), (heads // 3, slots, 10), (heads, slots, 13)
     return [torch.randn(batch, *shape).to(dtype) for shape in shapes]
 
 
 def defined(q, k, v, seen: CausalMask, scale: float):
-    """The same in fp64, with a matrix of what is added to the scores."""
+    """Attention in fp64 with the mask as a matrix."""
     new, slots = q.size(2), k.size(2)
     mask = causal_matrix(torch.arange(slots - new, slots), slots, seen.valid)
     if seen.slopes is not None:
@@ -109,7 +109,7 @@ def test_alibi_is_as_exact_far_from_the_first_position(dtype, heads, first):
     q, k, v = prompt(heads, 50, 8192, dtype, batch=1)
     seen = CausalMask(None, torch.arange(8192)[None] + first, alibi_slopes(heads))
     want = defined(q, k, v, seen, 0.3)
-    # a few roundings of outputs of about 1, in the dtype: columns add none that grow with positions
+    # a few rounding errors of outputs of about 1: the columns' errors do not grow with positions
     atol = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     got = latent_attention(q, k, v, seen, 0.3).double()
     torch.testing.assert_close(got, want, atol=atol, rtol=0)

@@ -1,4 +1,4 @@
-"""Every family in every published shape, beside transformers, from the same folder."""
+"""Every variant of every family, compared with transformers on the same checkpoint."""
 
 import pytest
 import tiny
@@ -126,7 +126,7 @@ def test_positions_that_were_not_learned_are_refused(variant, tmp_path):
     ids=str,
 )
 def test_transformers_ignores_what_llm_foundry_means(ignored):
-    # why FoundryMPT, not transformers alone, says what an MPT with these fields computes
+    # so the reference for MPTs with these fields is FoundryMPT, not transformers alone
     x = tokens(20)
     default, changed = tiny.hf("mpt"), tiny.hf("mpt", **ignored)
     assert torch.equal(default(x).logits, changed(x).logits)
