@@ -26,7 +26,7 @@ class CausalMask(NamedTuple):
 
 
 class DecodeMask(NamedTuple):
-    """The mask of one new token a sequence, made once a step for all layers.
+    """The mask of one new token per sequence, made once per step for all layers.
 
     span: (B or 1, 2), the first slot that is read and the slot after the last one; the last is the
     token's own. bias: (B or 1, S) in fp32, added to the scores of every head, -inf where a slot
@@ -39,7 +39,7 @@ class DecodeMask(NamedTuple):
     slopes: Tensor | None = None
 
 
-# A tensor is (B or 1, H or 1, T, S): bool, true where a token attends, or added to the scores.
+# a tensor (B or 1, H or 1, T, S) is bool, true where a token attends, or fp32, added to the scores
 Mask = Tensor | CausalMask | DecodeMask
 
 

@@ -76,7 +76,7 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> Any:
-        """What attention needs to know about positions and mask, made once a step for all layers.
+        """What attention needs to know about positions and mask, made once per step.
 
         position: (B or 1, S), of every slot. pos: (T,), slots of the new tokens. mask: `DecodeMask`
         for one token; `CausalMask` for a prompt in the last slots, else `causal_matrix`. Families
