@@ -21,7 +21,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from eigenzoo.kernels.install import install
-from eigenzoo.zoo.inference.generate import Generator, _step, compile_seconds
+from eigenzoo.zoo.inference.generate import Generator
+from eigenzoo.zoo.inference.steps import compile_seconds, decode_step
 from eigenzoo.zoo.measure.shapes import random_model
 from eigenzoo.zoo.models.llama import LlamaConfig
 from eigenzoo.zoo.models.model import Model
@@ -57,7 +58,7 @@ def measure(layers: int, pairs: int, way: str) -> dict[str, float]:
     """What this process's first step takes, and its others."""
     generator = Generator(model(layers, pairs), 1, STEPS + 1, compile_prefill=False)
     if way == "whole":
-        generator.decode = torch.compile(_step, fullgraph=True)
+        generator.decode = torch.compile(decode_step, fullgraph=True)
     times = []
     for slot in range(STEPS + 1):
         start = time.perf_counter()

@@ -15,7 +15,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..zoo.inference.checkpoint import native_config, read_config
-from ..zoo.inference.hub import FAILURES, reason, split
+from ..zoo.inference.hub import FAILURES, failure_reason, parse_hub_id
 from .export import check_free, put
 
 STALE = ["*.safetensors", "*.safetensors.index.json", "*.py"]  # go when the folder has none such
@@ -62,7 +62,9 @@ def changes(folder: Path, repo_id: str, revision: str | None = None) -> list[Cha
     except (RepositoryNotFoundError, RevisionNotFoundError):
         pass  # all is new
     except FAILURES as error:
-        raise ValueError(f"the Hub does not tell what {repo_id} holds: {reason(error)}") from error
+        raise ValueError(
+            f"the Hub does not tell what {repo_id} holds: {failure_reason(error)}"
+        ) from error
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -127,7 +129,7 @@ def push(
             )
             url = commit.pr_url or commit.commit_url
     except (*FAILURES, RuntimeError) as error:
-        raise ValueError(f"{wanted}: {reason(error)}") from error
+        raise ValueError(f"{wanted}: {failure_reason(error)}") from error
     return Pushed(found, url)
 
 
@@ -138,7 +140,7 @@ def pull(source: str, out: Path, revision: str | None = None, force: bool = Fals
     goes on with it: `out` itself is whole or not there. Raises ValueError if `out` is taken, or
     the Hub does not serve.
     """
-    repo_id, revision = split(source, revision)
+    repo_id, revision = parse_hub_id(source, revision)
     check_free(out, force)
     doing = f"{source} cannot be fetched"
     try:
@@ -147,7 +149,7 @@ def pull(source: str, out: Path, revision: str | None = None, force: bool = Fals
         doing = f"{source} has not come whole, and the same command goes on from there"
         snapshot_download(repo_id, revision=commit, local_dir=part)
     except FAILURES as error:
-        raise ValueError(f"{doing}: {reason(error)}") from error
+        raise ValueError(f"{doing}: {failure_reason(error)}") from error
     shutil.rmtree(part / ".cache", ignore_errors=True)
     (part / ".gitattributes").unlink(missing_ok=True)
     old = part.with_suffix(".old")

@@ -340,7 +340,12 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
     cases = {
         ("evaluate", tmp_path / "none"): "does not exist",
         ("evaluate", dense_folder, "--text", tmp_path / "none.txt"): "none.txt does not exist",
-        ("evaluate", dense_folder, "--text", tmp_path / "short.txt"): "less than one window",
+        (
+            "evaluate",
+            dense_folder,
+            "--text",
+            tmp_path / "short.txt",
+        ): "expected at least one window",
         ("evaluate", dense_folder, "--length", "64"): "goes with --retrieval",
         ("evaluate", dense_folder, "--limit", "3"): "goes with --retrieval",
         ("evaluate", dense_folder, "--retrieval", "--length", "20"): "length is 20",

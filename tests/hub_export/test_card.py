@@ -192,7 +192,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(run, low):
     (low / "config.json").write_text(json.dumps(raw | {"format_version": 2}))
     code, _, error = run("inspect", low)
     assert code == 2
-    assert "is of format 2, and this eigenzoo reads up to 1: upgrade" in error
+    assert "has format 2, but this eigenzoo reads formats up to 1: upgrade" in error
 
 
 OLDEST = Path(__file__).parents[1] / "fixtures" / "format-0"

@@ -89,7 +89,7 @@ def test_lengths_that_do_not_fit_are_refused():
         plant(words, [5] * 1000, 40, 0.5, Random(0))
     with pytest.raises(ValueError, match="longer --text"):
         plant(words, [5] * 100, 1000, 0.5, Random(0))
-    with pytest.raises(ValueError, match="knows 256 positions"):
+    with pytest.raises(ValueError, match="has 256 learned positions"):
         retrieval(tiny.native("opt"), words, TEXT, [200, 300])
 
 

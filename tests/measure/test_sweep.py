@@ -9,10 +9,10 @@ from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.moments import Needs
 from eigenzoo.zoo.compression.search import ErrorBudget
 from eigenzoo.zoo.compression.settings import Settings, needs
-from eigenzoo.zoo.inference import generate
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import calibration_tokens, encode
 from eigenzoo.zoo.inference.perplexity import perplexity
+from eigenzoo.zoo.inference.steps import decode_step, prefill
 from eigenzoo.zoo.measure import calibrator as passes
 from eigenzoo.zoo.measure import sweep as sweeping
 from eigenzoo.zoo.measure.calibrator import Calibration, kind, narrow, union
@@ -236,8 +236,8 @@ def test_decoding_is_timed_beside_the_dense_model(sweep, dense, monkeypatch):
 
     def timed(generators, steps):
         given.append([(g.model.config.kv_width, g.slots) for g in generators])
-        assert all(g.decode is generate._step for g in generators)  # not compiled
-        assert all(g.prompt is generate._prompt for g in generators)
+        assert all(g.decode is decode_step for g in generators)  # not compiled
+        assert all(g.prefill is prefill for g in generators)
         assert decode_speed(generators, steps, rounds=1)[1] > 0
         return [4.0, 5.0]
 

@@ -51,7 +51,7 @@ def about(
     """What a record says of how it was compressed."""
     return {
         "base_model": original.name,
-        "base_license": original.licence,
+        "base_license": original.license,
         **settings._asdict(),
         "share": kv_bytes(low, torch.bfloat16)["kv_share"],  # as keep counts, whatever the dtype
         "calibration": calibrated_on(calibration, tokens) if len(tokens) else None,

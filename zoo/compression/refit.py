@@ -73,7 +73,7 @@ def refit_layer(
     """Fit one layer, `low_block` of the folded config, to `block`: what the latter gives of `want`.
 
     want, have: what the layer reads in the dense model and behind compressed layers, (1, T, width)
-    a sequence; dense_at, low_at: slots and what `where` returns, as `Model.begin` gives them.
+    a sequence; dense_at, low_at: slots and attention metadata, as `Model.begin` gives them.
     """
     device = block.attn.o_proj.weight.device
     names = ["q_proj"] * ("inputs" in parts) + ["o_proj"]
