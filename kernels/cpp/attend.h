@@ -35,7 +35,7 @@ inline void add_bias(float* scores, int64_t n, const OptionalTensor& bias,
 }
 
 // Adds the values of n slots from t on to the sums of a task's rows. weights: (rows, TILE), which
-// this function changes; `narrow` is memory for a copy of them.
+// this function changes; keep: (rows,), from Softmax::add; `narrow`: memory for a copy of weights.
 template <class T>
 void add_values(const Cache& v, const Layout& layout, const Task& task, int64_t t, int64_t n,
                 std::vector<float>& weights, std::vector<Factor<T>>& narrow, const float* keep,

@@ -46,13 +46,13 @@ struct Layout {
   int64_t column(int64_t j) const { return j < stored ? j : round_up(stored) + j - stored; }
 };
 
-// First slot of sequence b and the one behind its last, for span (B or 1, 2)
+// The first slot of sequence b, and the one after its last, for span (B or 1, 2)
 inline const int64_t* bounds(const Tensor& span, int64_t b) {
   return span.const_data_ptr<int64_t>() + (span.size(0) == 1 ? 0 : 2 * b);
 }
 
-// The number of splits of a sequence's slots: enough for about four tasks a thread, because
-// sequences differ in length
+// Into how many splits to cut the slots of a sequence: enough for about four tasks per thread, so
+// that threads finish at nearly the same time
 inline int64_t count_splits(const Layout& layout, const Tensor& span) {
   int64_t longest = 1;
   for (int64_t b = 0; b < layout.batch; ++b)
@@ -62,7 +62,7 @@ inline int64_t count_splits(const Layout& layout, const Tensor& span) {
   return std::max<int64_t>(1, std::min(wanted, longest / MIN_SPLIT));
 }
 
-// out (B, H, T, width) from the softmax of every split, which lie one behind another in `parts`
+// out (B, H, T, width) from the softmax of every split, stored one after another in `parts`
 template <class T>
 void merge(std::vector<float>& parts, int64_t splits, const Layout& layout, T* out) {
   const int64_t rows = layout.rows, width = layout.width;
