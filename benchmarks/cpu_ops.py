@@ -1,4 +1,4 @@
-"""Attention of one new token on this CPU: the ops of kernels/cpu.cpp beside PyTorch's SDPA.
+"""Attention of one new token on this CPU: the ops of kernels/cpp beside PyTorch's SDPA.
 
     python benchmarks/cpu_ops.py [--threads 1] [--slots 8192] [--dtype float32] [--dtype bfloat16]
 
