@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from ..zoo.inference.checkpoint import FORMAT, Checkpoint
 from ..zoo.models.model import Model
+from ..zoo.utils.records import CompressionRecord
 from . import card, code
 from .remote.configuration_eigen import EigenConfig
 
@@ -60,7 +60,7 @@ def export(
     out: Path,
     low: Model,
     original: Checkpoint,
-    compression: dict[str, Any],
+    compression: CompressionRecord,
     force: bool = False,
     shard_size: str = "5GB",
 ) -> None:
@@ -84,7 +84,7 @@ def weights_of(low: Model) -> dict[str, Tensor]:
 
 
 def write_about(
-    folder: Path, low: Model, original: Checkpoint, compression: dict[str, Any]
+    folder: Path, low: Model, original: Checkpoint, compression: CompressionRecord
 ) -> None:
     """All of a checkpoint but its weights, which `low` need not hold. Arguments as in `export`."""
     config = EigenConfig(

@@ -24,7 +24,7 @@ from eigenzoo.zoo.models.config import kv_bytes
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A checkpoint that says its licence."""
+    """A checkpoint that says its license."""
     folder = tmp_path_factory.mktemp("cards") / "dense"
     tiny.save(folder, max_position_embeddings=2048)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# A model\n")
@@ -43,7 +43,7 @@ def text(folder) -> str:
     return (folder / "README.md").read_text()
 
 
-def test_a_card_says_licence_and_bytes(low):
+def test_a_card_says_license_and_bytes(low):
     config = load(str(low)).model.config
     data = ModelCard.load(low / "README.md").data
     assert (data.license, data.library_name) == ("mit", "transformers")
@@ -74,7 +74,7 @@ def test_a_card_of_a_model_from_the_hub_names_it(low):
     raw = json.loads((low / "config.json").read_text())
     raw["compression"]["base_model"] = "org/model"
     (low / "config.json").write_text(json.dumps(raw))
-    from eigenzoo.hub_export.card import add
+    from eigenzoo.hub_export.measurements import add
 
     add(low, [])
     data = ModelCard.load(low / "README.md").data
@@ -132,7 +132,7 @@ def test_what_is_no_measurement_is_refused(run, dense, low, tmp_path):
     before = text(low)
     code, _, error = run("card", low, tmp_path / "x.json")
     assert code == 2
-    assert "is none of `eigenzoo evaluate --json`" in error
+    assert "x.json, line 1: expected what `eigenzoo evaluate --json` printed, or a row" in error
     code, _, error = run("card", dense)
     assert code == 2
     assert "was not written by eigenzoo compress" in error

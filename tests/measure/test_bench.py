@@ -11,8 +11,8 @@ from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import native_config
 from eigenzoo.zoo.measure import tables as report
 from eigenzoo.zoo.measure.bench import _serve, bench
-from eigenzoo.zoo.measure.contestants import Cell, Native, Transformers, weight_bytes
 from eigenzoo.zoo.measure.shapes import SHAPES, random_model, shaped, uniform
+from eigenzoo.zoo.measure.timed_models import Cell, Native, Transformers, weight_bytes
 from eigenzoo.zoo.models.families import new_model
 
 BILLIONS = {

@@ -16,9 +16,10 @@ from eigenzoo.zoo.inference.perplexity import perplexity
 from eigenzoo.zoo.measure import calibrator as passes
 from eigenzoo.zoo.measure import sweep as sweeping
 from eigenzoo.zoo.measure.calibrator import Calibration, kind, narrow, union
-from eigenzoo.zoo.measure.evaluate import decode_speed
-from eigenzoo.zoo.measure.sweep import Evaluation, Sweep, grid
-from eigenzoo.zoo.utils.jsonl import read_rows
+from eigenzoo.zoo.measure.evaluate import Evaluation, decode_speed
+from eigenzoo.zoo.measure.grid import distinct, grid
+from eigenzoo.zoo.measure.sweep import Sweep
+from eigenzoo.zoo.utils import jsonl
 
 METHODS = ["fisher", "attention", "eigen"]
 
@@ -44,7 +45,7 @@ def sweep(dense, texts, tmp_path):
             [Calibration(str(texts / words), 6, seq_len)],
             **options,
         )
-        return list(work.rows(work.distinct(grid(axes))))
+        return list(work.rows(distinct(grid(axes), model.model.config)))
 
     return call
 
@@ -68,6 +69,10 @@ def calls(monkeypatch):
 
 def out(tmp_path):
     return (tmp_path / "out.jsonl").read_bytes()
+
+
+def read_rows(path):
+    return jsonl.read_rows(path, jsonl.SWEEP)
 
 
 def test_rows_from_before_a_setting_are_taken_over(sweep, calls, tmp_path):
@@ -330,7 +335,9 @@ def test_rows_of_another_run_are_left_alone_unless_forced(sweep, dense, tmp_path
 def test_a_file_of_something_else_is_never_touched(sweep, tmp_path):
     for text in (b"my notes", b'{"a": 1}\n', b"one\ntwo\n", b'{"versions": {}\n{"versions": 1}\n'):
         (tmp_path / "out.jsonl").write_bytes(text)
-        with pytest.raises(ValueError, match=r"something else|damaged"):
+        with pytest.raises(
+            ValueError, match=r"out\.jsonl, line 1: expected a row that eigenzoo sweep wrote"
+        ):
             sweep({"keep": [0.5]})
         assert out(tmp_path) == text
 
@@ -392,7 +399,7 @@ def test_the_command_writes_rows_and_prints_them(run, dense_folder, texts, tmp_p
     assert "--force" in error
     code, _, error = run("sweep", dense_folder, texts / "a.txt", *words)
     assert code == 2
-    assert "something else" in error
+    assert "a.txt, line 1: expected a row that eigenzoo sweep wrote, but it is no JSON" in error
 
 
 def test_the_command_times_decoding(run, dense_folder, texts, tmp_path):

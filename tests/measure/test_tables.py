@@ -7,11 +7,17 @@ import tiny
 from PIL import Image
 
 from eigenzoo.zoo.inference.checkpoint import load
-from eigenzoo.zoo.measure import plots, summary
+from eigenzoo.zoo.measure import plots
 from eigenzoo.zoo.measure.calibrator import Calibration
-from eigenzoo.zoo.measure.summary import sections
-from eigenzoo.zoo.measure.sweep import Evaluation, Sweep, grid
-from eigenzoo.zoo.utils.jsonl import read_rows
+from eigenzoo.zoo.measure.evaluate import Evaluation
+from eigenzoo.zoo.measure.grid import grid
+from eigenzoo.zoo.measure.sweep import Sweep
+from eigenzoo.zoo.measure.sweep_table import increase, label, sections
+from eigenzoo.zoo.utils import jsonl
+
+
+def read_rows(path):
+    return jsonl.read_rows(path, jsonl.SWEEP)
 
 
 def swept(model, path, axes, decode=None):
@@ -109,9 +115,9 @@ def test_figures_show_the_rows_numbers(llama, opt):
     (found,) = sections(read_rows(llama))
     drawn = plots.quality(found, "title").axes[0]
     shown = {line.get_label(): line.get_xydata().tolist() for line in drawn.get_lines()}
-    for label, cells in found.table.items():
-        want = sorted([r["kv_share"], 100 * summary.increase(r)] for r in cells.values())
-        assert shown[label] == want
+    for name, cells in found.table.items():
+        want = sorted([r["kv_share"], 100 * increase(r)] for r in cells.values())
+        assert shown[name] == want
     row = found.table["fisher, keys rebuild"][0.5]
     texts = [t.get_text() for t in plots.ranks(row, "title").axes[0].texts]
     assert texts == [str(r) for r in (*row["k_ranks"], *row["v_ranks"])]
@@ -159,10 +165,10 @@ def test_the_figure_of_cost_has_a_point_a_row(timed):
         (section,) = sections(rows)
         axes = plots.cost(section, 0.5, "title").axes[0]
         points = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
-        for row, increase in ((one, 20), (two, 100 * (worse - 1))):
-            ((x, y),) = points[summary.label(row)]
+        for row, more in ((one, 20), (two, 100 * (worse - 1))):
+            ((x, y),) = points[label(row)]
             assert x == row["decode"]["speedup"]
-            assert y == pytest.approx(increase)
+            assert y == pytest.approx(more)
         assert axes.get_yscale() == scale
         assert [1, 0] in [line.get_xydata()[0].tolist() for line in axes.get_lines()]
         assert "32 slots" in axes.get_xlabel()
@@ -190,7 +196,8 @@ def test_nothing_is_replaced_unless_forced(run, llama, tmp_path):
 
 
 def test_without_matplotlib_the_extra_is_named(run, llama, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "eigenzoo.zoo.measure.plots")
+    for name in ("plots", "report"):
+        monkeypatch.delitem(sys.modules, f"eigenzoo.zoo.measure.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, error = run("report", llama, "--out", tmp_path / "report")
     assert code == 2
@@ -211,7 +218,7 @@ def test_what_is_no_sweep_ends_in_one_line(run, llama, tmp_path):
     (tmp_path / "headless.jsonl").write_text("".join(lines[1:]))
     for name, named in {
         "empty": "no rows yet",
-        "other": "something else",
+        "other": "other.jsonl, line 1: expected a row that eigenzoo sweep wrote, but it lacks",
         "headless": "no row is of the uncompressed",
         "missing": "does not exist",
     }.items():

@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from ..models.model import Model
+from ..utils.records import TaskRow
 from .lm_eval_model import NativeLM
 
 
@@ -59,19 +60,19 @@ def run_tasks(
     stop: Sequence[int] = (),
     trust_remote_code: bool = False,
     bits: int | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Metrics of what `load_tasks` gave, by task, named `METRIC,FILTER` as lm-eval does.
+) -> dict[str, TaskRow]:
+    """Metrics of what `load_tasks` returned, by task, named `METRIC,FILTER` as lm-eval does.
 
     limit: documents to take of each task at most; stop, bits: as in `NativeLM`. Raises ValueError
     for tasks that would run code which the model writes.
     """
     lm = NativeLM(model, tokenizer, batch_size, stop, bits)
     with _hub_metrics(trust_remote_code):
-        found = evaluate(lm, tasks, limit=limit)
-    rows = {}
-    for name, row in found["results"].items():
+        results = evaluate(lm, tasks, limit=limit)
+    rows: dict[str, TaskRow] = {}
+    for name, row in results["results"].items():
         metrics = {key: value for key, value in row.items() if key not in ("name", "alias")}
-        facts = {"version": found["versions"].get(name), "shots": found["n-shot"].get(name)}
+        facts = {"version": results["versions"].get(name), "shots": results["n-shot"].get(name)}
         rows[name] = facts | metrics
     return rows
 
