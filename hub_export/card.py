@@ -1,4 +1,4 @@
-"""The README.md of a compressed checkpoint: what was measured, and how to use it."""
+"""The card of a compressed checkpoint, its README.md: what was measured, and how to use it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ def card(config: Config, compression: CompressionRecord, dtype: torch.dtype) -> 
 # {title}
 
 Made by eigenzoo {c["versions"]["eigenzoo"]} from `{base}`{_license(c)}: {source}.
-The cache holds low-rank latents of keys and values and is that much smaller wherever it lives.
+The cache holds low-rank latents of keys and values, which take fewer bytes in memory.
 
 {_sizes(config, c, dtype)}
 
@@ -62,7 +62,7 @@ Keys and values differ in width, so FlashAttention 2 and paged caches do not app
 
 
 def _metadata(c: CompressionRecord, title: str) -> str:
-    """The Hub's YAML."""
+    """Metadata for the Hub, as YAML."""
     base, results = c["base_model"], []
     if quality := c.get("evaluation"):
         results.append(_result(quality["text"], "perplexity", quality["compressed"]))
@@ -110,7 +110,7 @@ def _license(c: CompressionRecord) -> str:
 
 
 def _sizes(config: Config, c: CompressionRecord, dtype: torch.dtype) -> str:
-    """What the cache takes, and what was lost at compression."""
+    """The table of cache sizes and perplexity, before and after."""
     size = kv_bytes(config, dtype)
     before, after = size["kv_bytes_per_token_dense"], size["kv_bytes_per_token"]
     rows = [
@@ -136,7 +136,7 @@ def _made(c: CompressionRecord) -> str:
     made = "Made from the weights alone, without calibration."
     if text := c["calibration"]:
         made = f"Calibrated on {text['tokens']} tokens ({text['source']}), seed {c['seed']}."
-        if parts := c.get("refit"):  # older checkpoints do not say
+        if parts := c.get("refit"):  # old checkpoints do not say
             made += f" Refitted to them after the solve: {', '.join(parts)}."
     versions = ", ".join(f"{name} {number}" for name, number in c["versions"].items())
     made += f" With {versions}.\n"
@@ -190,7 +190,7 @@ def _latents(config: Config) -> str:
     if config.joint_kv:
         return (
             f"One latent holds keys and values of {config.k_heads_per_latent} kv heads; its rank "
-            "stands under keys."
+            "is listed under keys."
         )
     shared = (
         f"{config.k_heads_per_latent} kv heads share a key latent, "

@@ -97,15 +97,13 @@ def test_measurements_go_into_the_card_with_their_commands(run, dense, low, tmp_
     code, output, error = run("card", low, *files, tmp_path / "b" / "bench.jsonl")
     assert code == 0, error
     assert output.strip() == text(low).strip()
-    found = [json.loads(file.read_text()) for file in files]
-    names = f"{found[0]['kv_share']:.2f} of the KV bytes", "original"
-    for x, name in zip(found, names, strict=True):
+    evaluations = [json.loads(file.read_text()) for file in files]
+    names = f"{evaluations[0]['kv_share']:.2f} of the KV bytes", "original"
+    for x, name in zip(evaluations, names, strict=True):
         row = f"| {name} | {x['tokens']} tokens of text.txt | perplexity | {x['perplexity']:.4f} |"
         assert row in output
         assert x["command"] in output
-    assert (
-        "eigenzoo evaluate low --text text.txt --window 64" in output
-    )  # no folder of this machine
+    assert "eigenzoo evaluate low --text text.txt --window 64" in output  # no local folders
     assert str(tmp_path) not in output
     assert (low / "figures" / "speed.png").stat().st_size > 1000
     assert "![speed](figures/speed.png)" in output
@@ -114,7 +112,7 @@ def test_measurements_go_into_the_card_with_their_commands(run, dense, low, tmp_
         assert f"| {x['model']} | 20 | 1 | 20 | {x['tokens_per_second']:.2f} |" in output
         assert x["processor"] in output
     raw = json.loads((low / "config.json").read_text())
-    assert raw["compression"]["measured"]["evaluations"] == found
+    assert raw["compression"]["measured"]["evaluations"] == evaluations
     load(str(low))
     code, output, error = run("card", low, "--json")
     assert code == 0, error
@@ -157,9 +155,9 @@ def test_the_snippet_of_a_card_runs_where_the_card_lies(low, tmp_path):
 def test_inspect_tells_whose_code_a_checkpoint_brings(run, low, dense):
     code, output, error = run("inspect", low, "--json")
     assert code == 0, error
-    found = json.loads(output)
-    assert found["format_version"] == 1
-    assert re.fullmatch(r"as eigenzoo [\d.]+ writes it, not released", found["code"])
+    about = json.loads(output)
+    assert about["format_version"] == 1
+    assert re.fullmatch(r"as eigenzoo [\d.]+ writes it, not released", about["code"])
     with (low / "cache.py").open("a") as file:
         file.write("print('who?')\n")
     _, output, _ = run("inspect", low, "--json")
@@ -202,9 +200,9 @@ def test_the_earliest_checkpoints_are_still_read():
     checkpoint = load(str(OLDEST))
     known = load_file(OLDEST / "logits.safetensors")
     with torch.inference_mode():
-        found = checkpoint.model(known["tokens"])
+        logits = checkpoint.model(known["tokens"])
     # fp32 logits of 0.4 that another version, maybe another processor, summed in another order
-    torch.testing.assert_close(found, known["logits"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, known["logits"], atol=1e-5, rtol=1e-5)
 
 
 def test_the_earliest_checkpoints_get_a_card_of_today(run, tmp_path):

@@ -56,7 +56,7 @@ def difference(other):
     want = model(ids).logits
     return float((other(ids).logits.float() - want).std() / want.std())
 
-found = {
+results = {
     "logits": model(ids).logits.tolist(),
     "dynamic": model.generate(**batch, **greedy)[:, -12:].tolist(),
     "uncached": model.generate(**batch, **greedy, use_cache=False)[:, -12:].tolist(),
@@ -86,19 +86,19 @@ found = {
 try:
     model(ids, position_ids=torch.arange(20)[None] + 3)
 except ValueError as error:
-    found["positions"] = str(error)
+    results["positions"] = str(error)
 try:
     model(ids, output_attentions=True)
 except ValueError as error:
-    found["attentions"] = str(error)
+    results["attentions"] = str(error)
 try:
     model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
 except ValueError as error:
-    found["two caches"] = str(error)
+    results["two caches"] = str(error)
 model.save_pretrained(folder + "-again")
 again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
-found["again"] = torch.equal(again(ids).logits, model(ids).logits)
-print(json.dumps(found))
+results["again"] = torch.equal(again(ids).logits, model(ids).logits)
+print(json.dumps(results))
 """
 IDS = torch.arange(2, 42).view(2, 20)
 
@@ -305,8 +305,8 @@ def few(request, tmp_path_factory):
 
 
 def tokens_of(model, **options) -> list[list[int]]:
-    found = model.generate(IDS, do_sample=False, eos_token_id=None, max_new_tokens=12, **options)
-    return found[:, 20:].tolist()
+    tokens = model.generate(IDS, do_sample=False, eos_token_id=None, max_new_tokens=12, **options)
+    return tokens[:, 20:].tolist()
 
 
 def test_few_bits_give_the_tokens_of_the_native_cache_in_every_cache(few):

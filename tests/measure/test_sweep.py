@@ -309,11 +309,11 @@ def test_an_interrupt_loses_the_cell_that_runs_and_no_other(sweep, monkeypatch, 
 
 def test_settings_that_do_not_fit_are_refused_and_the_sweep_goes_on(sweep):
     rows = sweep({"method": ["kv-heads", "fisher"], "keep": [0.6, 0.5, 0.01]})
-    found = {(r["settings"]["method"], r["settings"]["keep"]): r for r in rows[1:]}
-    assert "merges whole heads" in found["kv-heads", 0.6]["refused"]
-    assert "expected at least" in found["fisher", 0.01]["refused"]
-    assert all("perplexity" in found[name] for name in (("kv-heads", 0.5), ("fisher", 0.6)))
-    assert len(found) == 6
+    by_cell = {(r["settings"]["method"], r["settings"]["keep"]): r for r in rows[1:]}
+    assert "merges whole heads" in by_cell["kv-heads", 0.6]["refused"]
+    assert "expected at least" in by_cell["fisher", 0.01]["refused"]
+    assert all("perplexity" in by_cell[name] for name in (("kv-heads", 0.5), ("fisher", 0.6)))
+    assert len(by_cell) == 6
 
 
 def test_rows_of_another_run_are_left_alone_unless_forced(sweep, dense, tmp_path):
@@ -324,7 +324,7 @@ def test_rows_of_another_run_are_left_alone_unless_forced(sweep, dense, tmp_path
     other = dense._replace(model=tiny.native(seed=5, head_dim=16, attention_bias=True))
     with pytest.raises(ValueError, match="holds rows with weights"):
         sweep({"keep": [0.5]}, model=other)
-    with pytest.raises(ValueError, match=r"none\.txt does not exist"):  # found before all else
+    with pytest.raises(ValueError, match=r"none\.txt does not exist"):  # fails before all else
         sweep({"keep": [0.5]}, words="none.txt", force=True)
     assert out(tmp_path) == text
     rows = sweep({"keep": [0.5]}, windows=1, force=True)
@@ -421,9 +421,11 @@ def test_the_model_is_loaded_as_evaluate_loads_it(run, dense_folder, texts, tmp_
     quick = ["--samples", "2", "--seq-len", "16", "--keep", "0.5"]
     code, text, _ = run("sweep", dense_folder, tmp_path / "rows.jsonl", *words, *quick)
     assert code == 0
-    found = json.loads(run("evaluate", dense_folder, *words)[1])
+    evaluated = json.loads(run("evaluate", dense_folder, *words)[1])
     dense = json.loads(text)[0]
-    assert load(str(dense_folder)).model.config.max_position_embeddings == found["window"] == 256
+    assert (
+        load(str(dense_folder)).model.config.max_position_embeddings == evaluated["window"] == 256
+    )
     assert dense["evaluation"]["window"] == 256
     assert dense["dtype"] == "bfloat16"
-    assert all(dense[name] == found[name] for name in ("perplexity", "tokens", "kv_share"))
+    assert all(dense[name] == evaluated[name] for name in ("perplexity", "tokens", "kv_share"))

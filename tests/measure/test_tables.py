@@ -56,9 +56,9 @@ def opt(tmp_path_factory):
 
 def test_numbers_of_the_report_are_those_of_the_rows(run, llama, opt, tmp_path):
     code, text, _ = run("report", llama, opt, "--out", tmp_path / "report", "--json")
-    found = json.loads(text)
+    printed = json.loads(text)
     assert code == 0
-    for section, file in zip(found, (llama, opt), strict=True):
+    for section, file in zip(printed, (llama, opt), strict=True):
         dense, *rows = read_rows(file)
         assert section["perplexity"] == dense["perplexity"]
         told = {(x["keep"], x["perplexity"], x["kv_share"]) for x in section["table"]}
@@ -67,15 +67,15 @@ def test_numbers_of_the_report_are_those_of_the_rows(run, llama, opt, tmp_path):
         assert len(section["table"]) == len(done)
         for x in section["table"]:
             assert x["increase"] == pytest.approx(x["perplexity"] / dense["perplexity"] - 1)
-    labels = {x["label"] for x in found[0]["table"]}
+    labels = {x["label"] for x in printed[0]["table"]}
     assert labels == {"fisher, keys rebuild", "fisher, keys anchored", "eigen, keys rebuild"}
-    assert {x["label"] for x in found[1]["table"]} == {"fisher"}
-    reason = found[0]["refused"]["eigen, keys anchored, keep 0.5"]
+    assert {x["label"] for x in printed[1]["table"]} == {"fisher"}
+    reason = printed[0]["refused"]["eigen, keys anchored, keep 0.5"]
     assert "eigen rebuilds its keys" in reason
     text = (tmp_path / "report" / "report.md").read_text()
     assert reason in text
     assert "latent joint-kv" in text
-    for x in (x for section in found for x in section["table"]):
+    for x in (x for section in printed for x in section["table"]):
         assert (
             f"{x['perplexity']:.2f} ({100 * x['increase']:+.1f} %) at {x['kv_share']:.3f}" in text
         )
@@ -112,13 +112,13 @@ def test_every_figure_in_the_report_is_a_picture_of_something(run, llama, opt, t
 
 
 def test_figures_show_the_rows_numbers(llama, opt):
-    (found,) = sections(read_rows(llama))
-    drawn = plots.quality(found, "title").axes[0]
+    (section,) = sections(read_rows(llama))
+    drawn = plots.quality(section, "title").axes[0]
     shown = {line.get_label(): line.get_xydata().tolist() for line in drawn.get_lines()}
-    for name, cells in found.table.items():
+    for name, cells in section.table.items():
         want = sorted([r["kv_share"], 100 * increase(r)] for r in cells.values())
         assert shown[name] == want
-    row = found.table["fisher, keys rebuild"][0.5]
+    row = section.table["fisher, keys rebuild"][0.5]
     texts = [t.get_text() for t in plots.ranks(row, "title").axes[0].texts]
     assert texts == [str(r) for r in (*row["k_ranks"], *row["v_ranks"])]
     panels = plots.errors(row, "title").axes[:2]
@@ -135,10 +135,10 @@ def test_figures_show_the_rows_numbers(llama, opt):
 
 def test_speeds_of_decoding_are_in_the_table(run, timed, tmp_path):
     code, text, _ = run("report", timed, "--out", tmp_path / "report", "--json")
-    (found,) = json.loads(text)
+    (section,) = json.loads(text)
     assert code == 0
     rows = [r for r in read_rows(timed) if "decode" in r]
-    assert [x["decode"] for x in found["table"]] == [r["decode"] for r in rows]
+    assert [x["decode"] for x in section["table"]] == [r["decode"] for r in rows]
     text = (tmp_path / "report" / "report.md").read_text()
     for row in rows:
         assert f"at {row['kv_share']:.3f}, {row['decode']['speedup']:.2f}x" in text

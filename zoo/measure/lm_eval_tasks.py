@@ -38,7 +38,7 @@ def load_tasks(
             f"task {', '.join(unknown)!r} is unknown: expected names that `lm-eval ls tasks` "
             "lists, or of YAML files in the folder --include-path"
         )
-    random.seed(DEFAULT_RANDOM_SEED)  # the seeds of lm-eval's own command line
+    random.seed(DEFAULT_RANDOM_SEED)  # as lm-eval's own command line seeds
     np.random.seed(DEFAULT_OTHER_SEED)
     with _hub_metrics(trust_remote_code):
         try:
@@ -79,7 +79,7 @@ def run_tasks(
 
 @contextmanager
 def _hub_metrics(trusted: bool) -> Iterator[None]:
-    """Metrics that are scripts on the Hub, which lm-eval fetches and runs unasked, or none."""
+    """Refuse metrics that are scripts on the Hub, which lm-eval fetches and runs without asking."""
     if trusted:
         yield
         return
@@ -93,7 +93,7 @@ def _hub_metrics(trusted: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            if wanted:  # lm-eval may have swallowed the error, to stumble over what is missing
+            if wanted:  # lm-eval may have caught the error, and failed later without the metric
                 raise ValueError(
                     f"the metric {wanted[0]} is a script on the Hub: pass --trust-remote-code to "
                     "fetch and run it, or choose other tasks"
