@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,16 @@ from ..inference.perplexity import perplexity
 from ..models.config import Config, kv_bytes
 from ..models.model import Model
 from ..utils.provenance import fingerprint
-from ..utils.records import Comparison, EvaluationText, KvBytes
+from ..utils.records import KvBytes
+from ..utils.sweep_rows import EvaluationText, PerplexityRecord
+
+
+class Comparison(PerplexityRecord, KvBytes):
+    """One of several models, as `compare` measures them."""
+
+    answer: Any  # token ids; the command line puts their text in their place
+    cache_bytes: int
+    decode_tokens_per_second: float
 
 
 class Evaluation(NamedTuple):

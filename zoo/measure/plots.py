@@ -18,7 +18,8 @@ except ModuleNotFoundError:
     raise ValueError("plots need matplotlib: pip install 'eigenzoo[plot]'") from None
 
 from ..compression.allocate import NOISE
-from ..utils.records import BenchRow, CompressedRow, TimedRow
+from ..utils.records import BenchRow, TimedRow
+from ..utils.sweep_rows import CompressedRow
 from .sweep_table import Section, increase
 
 COLORS, MARKS = list(TABLEAU_COLORS.values()), "osD^vPX"

@@ -22,7 +22,7 @@ from ..inference.perplexity import perplexity
 from ..models.model import Model
 from ..utils.interrupt import interruptible
 from ..utils.provenance import device_name, fingerprint, versions
-from ..utils.records import (
+from ..utils.sweep_rows import (
     CompressedResult,
     DecodeRecord,
     DenseResult,

@@ -8,13 +8,13 @@ from rich.table import Table
 
 from ..utils.records import (
     BenchResult,
-    Comparison,
     EvaluationResult,
     LayerRecord,
     PositionRecord,
     RetrievalRecord,
     TaskRow,
 )
+from .evaluate import Comparison
 from .sweep_table import Section, caption, cells
 
 
