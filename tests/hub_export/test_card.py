@@ -125,6 +125,19 @@ def test_measurements_go_into_the_card_with_their_commands(run, dense, low, tmp_
     assert "| low | 20 |" in text(low)
 
 
+def test_speeds_from_before_rows_said_the_processor_go_into_the_card(run, low, tmp_path):
+    cell = {"model": "low", "context": 20, "batch": 1, "slots": 20, "dtype": "float32"}
+    figures = ("tokens_per_second", "seconds_per_step", "floor_seconds", "weight_bytes_read")
+    figures += ("kv_bytes_read", "kv_read_share", "bandwidth", "peak_memory", "start_seconds")
+    origin = {"threads": 1, "device": "cpu", "ops": "auto", "compiled": False, "command": "bench"}
+    row = cell | dict.fromkeys(figures, 2.0) | origin
+    (tmp_path / "bench.jsonl").write_text(json.dumps(row) + '\n{"model": "cut')
+    code, output, error = run("card", low, tmp_path / "bench.jsonl")
+    assert code == 0, error
+    assert "Decoding in float32:" in output
+    assert "| low | 20 | 1 | 20 | 2.00 |" in output
+
+
 def test_what_is_no_measurement_is_refused(run, dense, low, tmp_path):
     (tmp_path / "x.json").write_text('{"perplexity": 3}')
     before = text(low)
