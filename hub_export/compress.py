@@ -1,12 +1,12 @@
 """From a checkpoint to a compressed checkpoint on disk, with what was measured on the way."""
 
 from pathlib import Path
-from typing import Any
 
 from ..zoo.compression.compress import compress
 from ..zoo.compression.record import about, evaluation, texts
 from ..zoo.compression.settings import Settings
 from ..zoo.inference.checkpoint import Checkpoint
+from ..zoo.utils.records import CompressionRecord
 from .export import export
 from .plain import check_plain, export_plain
 
@@ -23,7 +23,7 @@ def compress_checkpoint(
     force: bool = False,
     shard_size: str = "5GB",
     plain: bool = False,
-) -> dict[str, Any]:
+) -> CompressionRecord:
     """Compress `original` into the folder `out`; return what its config.json says about it.
 
     calibration, samples, seq_len: see `data.calibration_tokens`; sequences are 1024 tokens long,
@@ -42,7 +42,7 @@ def compress_checkpoint(
     tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
     result = compress(model, tokens, settings)
     models = {"dense": model, "compressed": result.model}
-    record = {
+    record: CompressionRecord = {
         **about(original, result.settings, result.model.config, calibration, tokens, seed),
         "evaluation": evaluation(models, tokenizer, text, held_out, calibration),
         "layers": result.layers,

@@ -1,13 +1,14 @@
 """From a compressed checkpoint to a refined one on disk."""
 
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from ..zoo.compression.record import calibrated_on, evaluation
 from ..zoo.compression.refine import RefineSettings, check_pair, refine
 from ..zoo.inference.checkpoint import MODEL_TYPE, Checkpoint
 from ..zoo.inference.data import calibration_tokens, hold_out
 from ..zoo.models.model import Model
+from ..zoo.utils.records import CompressionRecord, RefineRecord
 from .export import export
 
 
@@ -41,7 +42,7 @@ def refine_checkpoint(
     text: Path | None = None,
     force: bool = False,
     shard_size: str = "5GB",
-) -> dict[str, Any]:
+) -> CompressionRecord:
     """Refine `low` towards `dense`, write the folder `out`; return what its config.json says.
 
     calibration, samples, seq_len: the text to learn from, see `data.calibration_tokens`, by
@@ -54,23 +55,24 @@ def refine_checkpoint(
     tokens = calibration_tokens(calibration, dense, low.tokenizer, samples, seq_len, settings.seed)
     tokens, held_out = hold_out(tokens)
     state = state_file(out)
-    found = refine(dense, low.model, tokens, settings, held_out, state)
-    models = {"dense": dense, "before": low.model, "compressed": found.model}
+    refined = refine(dense, low.model, tokens, settings, held_out, state)
+    models = {"dense": dense, "before": low.model, "compressed": refined.model}
     measured = evaluation(models, low.tokenizer, text, held_out, calibration)
     before = measured.pop("before")
     run = {
         **settings._asdict(),
         "calibration": calibrated_on(calibration, tokens),
-        "kl_before": found.history[0]["held_out"],
-        "kl_after": found.best["held_out"],
+        "kl_before": refined.history[0]["held_out"],
+        "kl_after": refined.best["held_out"],
         "perplexity_before": before,
         "perplexity_after": measured["compressed"],
-        "best_step": found.best["step"],
-        "stopped": found.stopped,
-        "history": found.history,
+        "best_step": refined.best["step"],
+        "stopped": refined.stopped,
+        "history": refined.history,
     }
-    record = low.config["compression"]
-    record = record | {"evaluation": measured, "refined": [*record.get("refined", []), run]}
-    export(out, found.model, low, record, force, shard_size)
+    record = cast(CompressionRecord, dict(low.config["compression"]))
+    record["evaluation"] = measured
+    record["refined"] = [*record.get("refined", []), cast(RefineRecord, run)]
+    export(out, refined.model, low, record, force, shard_size)
     state.unlink(missing_ok=True)
     return record

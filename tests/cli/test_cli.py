@@ -221,7 +221,7 @@ def test_bench_sets_checkpoints_side_by_side_and_goes_on_where_it_stopped(
     names = {"bench.jsonl", "speed.png", "memory.png"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     file = tmp_path / "out" / "bench.jsonl"
-    file.write_text(file.read_text() + '{"half')
+    file.write_text(file.read_text() + '{"model": "ha')
     assert json.loads(run(*words)[1]) == rows  # nothing was measured anew
     text = run(*words[:-1])[1]
     assert "context 64, batch 1, 128 slots" in text

@@ -94,12 +94,12 @@ def test_only_what_has_changed_is_sent_and_old_weights_go(run, hub, folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     code, output, error = run("push", folder, REPO, "--json")
     assert code == 0, error
-    found = states(output)
-    assert found.pop("README.md") == "changed"
-    assert found.pop("model.safetensors") == "removed"
-    assert found.pop("model-00001-of-00001.safetensors") == "new"
-    assert found.pop("model.safetensors.index.json") == "new"
-    assert set(found.values()) == {"same"}
+    by_path = states(output)
+    assert by_path.pop("README.md") == "changed"
+    assert by_path.pop("model.safetensors") == "removed"
+    assert by_path.pop("model-00001-of-00001.safetensors") == "new"
+    assert by_path.pop("model.safetensors.index.json") == "new"
+    assert set(by_path.values()) == {"same"}
     files = hub.repos[REPO].commits[hub.repos[REPO].names["main"]]
     assert "model.safetensors" not in files
     assert len([r for r in hub.requests if r.startswith("PUT /large/")]) == 2  # not the weights

@@ -8,7 +8,7 @@ from eigenzoo.kernels import ops
 from eigenzoo.kernels.install import install
 from eigenzoo.zoo.inference.generate import Generator, fastest_dtype
 from eigenzoo.zoo.inference.int8 import quantize
-from eigenzoo.zoo.measure.contestants import weight_bytes
+from eigenzoo.zoo.measure.timed_models import weight_bytes
 from eigenzoo.zoo.models import linear
 from eigenzoo.zoo.models.linear import Linear
 

@@ -1,12 +1,13 @@
 """The main job in one call: calibrate, solve, choose ranks, fold."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
 from ..models.config import Config
 from ..models.model import Model
+from ..utils.records import LayerRecord
 from .allocate import Ranks, few_pairs, proportional
 from .basis import LayerBasis
 from .calibrate import calibrate
@@ -26,7 +27,7 @@ class Compressed(NamedTuple):
     """A model with a smaller cache, and for every layer its ranks and errors, ready for JSON."""
 
     model: Model
-    layers: list[dict[str, Any]]
+    layers: list[LayerRecord]
     settings: Settings  # with what was chosen filled in
     bases: list[LayerBasis]
 
@@ -90,7 +91,7 @@ def compress(
         low = refit(model, tokens, bases, ranks, anchor, settings.refit)
     else:
         low = fold(model, bases, ranks, anchor)
-    return Compressed(low, layers, settings, bases)
+    return Compressed(low, cast(list[LayerRecord], layers), settings, bases)
 
 
 def choose_ranks(

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from ..inference.weights import LayerFiles
 from ..models.cache import LayerCache, StaticCache
 from ..models.families import model_of
 from ..models.model import Model
+from ..utils.records import LayerRecord
+from ..utils.replace import replacing
 from ..utils.resume import check_same
 from .allocate import Ranks
 from .basis import LayerBasis
@@ -123,9 +125,8 @@ class Stream:
             for number, step in enumerate(steps[done:], done + 1):
                 bar.set_description(step.name)
                 stale = step.take()
-                fresh = state.with_suffix(".part")
-                fresh.write_text(json.dumps({"facts": dict(facts), "done": number}))
-                fresh.replace(state)
+                with replacing(state) as part:
+                    part.write_text(json.dumps({"facts": dict(facts), "done": number}))
                 for name in stale:
                     self._path(name).unlink(missing_ok=True)
                 bar.update(step.cost)
@@ -271,9 +272,9 @@ class Stream:
         return choose_ranks(self.model.config, self.bases, self.settings)
 
     @property
-    def layers(self) -> list[dict[str, Any]]:
+    def layers(self) -> list[LayerRecord]:
         """For every layer its ranks and errors, as `compress` tells them."""
-        return report(self.bases, self.ranks)
+        return cast(list[LayerRecord], report(self.bases, self.ranks))
 
     @property
     def perplexities(self) -> dict[str, Perplexity]:
