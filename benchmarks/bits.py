@@ -1,19 +1,20 @@
-"""What a cache loses by fewer numbers, fewer bits, both, and by transformers' quantised cache.
+"""Perplexity of caches with fewer numbers, fewer bits, both, and of transformers' quantized cache.
 
     python benchmarks/bits.py MODEL --calibration FILE --text FILE [--windows 8] [--plot bits.png]
 
-All in memory on one calibration: perplexity on windows of 2048 tokens of the text, beside the bytes
-that a token takes, scales included, as a share of 16 bits a number. Ranks alone, 8 and 4 bits with
+All in memory on one calibration: perplexity on windows of 2048 tokens of the text, and the bytes
+per token, scales included, as a share of those at 16 bits a number. Ranks alone, 8 and 4 bits with
 the ranks that fit, and both as `compress --kv-bits auto` chooses. transformers' `QuantizedCache`
-reads the same windows in parts of 32 tokens, of which the newest stay as they are and are not
-counted; its groups of 64 numbers have a scale and a zero point of 16 bits each. It wants
-optimum-quanto, and is left out where that is not installed. Prints a line of JSON a cache.
+reads the same windows in parts of 32 tokens; the newest part is not quantized and not counted, and
+groups of 64 numbers have a scale and a zero point of 16 bits each. It needs optimum-quanto, and is
+left out where that is not installed. Prints a line of JSON a cache.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def ours(original: Checkpoint, tokens: Tensor, text: Tensor, windows: int) -> It
 
 @torch.inference_mode()
 def losses(model: PreTrainedModel, row: Tensor, make: Callable[[], QuantizedCache]) -> Tensor:
-    """Of the tokens (T,) of a window, read in parts behind what a cache of transformers holds."""
+    """Losses (T - 1,) of the tokens (T,) of a window, read in parts over a transformers cache."""
     cache, logits = make(), []
     for part in row[None, :-1].split(PART, dim=1):
         logits.append(model(part, past_key_values=cache, use_cache=True).logits[0].float())
@@ -75,17 +76,17 @@ def theirs(model: PreTrainedModel, text: Tensor, windows: int) -> Iterator[dict[
     for bits in (4, 2):
         options = {"nbits": bits, "q_group_size": GROUP, "residual_length": PART}
         make = partial(QuantizedCache, "quanto", model.config, **options)
-        found = torch.stack([losses(model, row, make) for row in rows])
+        of_windows = torch.stack([losses(model, row, make) for row in rows])
         yield {
             "cache": "transformers, quanto",
             "share": (bits + 32 / GROUP) / 16,
-            "perplexity": mean_perplexity(found).perplexity,
+            "perplexity": mean_perplexity(of_windows).perplexity,
             "bits": {bits: 2 * model.config.num_hidden_layers},
         }
 
 
 def draw(rows: list[dict[str, Any]], dense: float, path: Path) -> None:
-    """Increase of the perplexity against the share of bytes, a line for every kind of cache."""
+    """Plot the increase of perplexity over the share of bytes, a line for every kind of cache."""
     figure = Figure(figsize=(7, 5), layout="constrained", dpi=150)
     axes = figure.subplots()
     for name in dict.fromkeys(row["cache"] for row in rows):
@@ -123,14 +124,10 @@ def main() -> None:
     folder = path.parent if gguf else path
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
     rows = []
-    for found in (
-        theirs(hf, text, args.windows),
-        ours(original, tokens, text, args.windows),
-    ):
-        for row in found:
-            row["increase"] = 100 * (row["perplexity"] / dense - 1)
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+    for row in chain(theirs(hf, text, args.windows), ours(original, tokens, text, args.windows)):
+        row["increase"] = 100 * (row["perplexity"] / dense - 1)
+        print(json.dumps(row), flush=True)
+        rows.append(row)
     if args.plot:
         draw(rows, dense, args.plot)
 

@@ -1,10 +1,10 @@
-"""What calibration costs, beside the forward and backward passes that it cannot do without.
+"""What calibration costs, compared with the forward and backward passes that it needs at least.
 
     python benchmarks/calibration.py MODEL [--method fisher] [--samples 24] [--seq-len 1024]
 
 Half of the bare passes run before `calibrate` and half after it, on the same tokens of Python's own
-help, so that a machine which grows busier slows both. Peak memory is what stands above the loaded
-model: of Linux, which alone can start its high-water mark anew.
+help, so that a machine that becomes busier slows both. Peak memory is counted above the loaded
+model. Linux only: it alone can reset the peak of a process.
 """
 
 import argparse
@@ -36,13 +36,13 @@ def passes(model: Model, tokens: torch.Tensor) -> None:
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Bytes of this process in memory now, or at most since `measured` began (`VmHWM`)."""
+    """Bytes of this process in memory now, or at the peak since `measured` began (`VmHWM`)."""
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def measured(work: Callable[..., Any], *args: Any) -> tuple[Any, float, float, int]:
-    """What `work` gives, its seconds, its seconds of processors, and the peak of memory, bytes."""
-    Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew
+    """What `work` returns, its seconds, its processor seconds, and the peak of memory in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     wall, cpu = time.perf_counter(), time.process_time()
     result = work(*args)
     return result, time.perf_counter() - wall, time.process_time() - cpu, resident("VmHWM")
@@ -62,7 +62,8 @@ def cost(model: Model, tokens: torch.Tensor, method: str) -> dict[str, float]:
         "ratio": wall / (before[0] + after[0]),
         "ratio_of_processor_time": cpu / (before[1] + after[1]),
         "peak_mib": (peak - base) / 2**20,
-        "passes_peak_mib": (before[2] - base) / 2**20,  # the others have the sums beside them
+        "passes_peak_mib": (before[2] - base)
+        / 2**20,  # the passes after it have the sums in memory too
         "sums_mib": sum(sums) / 2**20,
     }
 
@@ -76,5 +77,5 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     model, tokenizer, *_ = load(asked.model, torch.float32)
     words = encode(tokenizer, python_docs())[: asked.samples * asked.seq_len]
-    passes(model, words[None, :64])  # what is made but once
+    passes(model, words[None, :64])  # warms up
     print(json.dumps(cost(model, words.view(asked.samples, -1), asked.method), indent=1))

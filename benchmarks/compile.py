@@ -1,12 +1,12 @@
-"""How long the first compiled step of decoding takes, and another process's first.
+"""How long the first compiled step of decoding takes, in a first process and in a second one.
 
     python benchmarks/compile.py [--layers 24] [--pairs 1] [--pairs 8]
 
-A small Llama of random weights, with so many distinct pairs of ranks among its layers: compiled
-as it is decoded, layers of equal shapes once (`nested`), and with every layer written out
-(`whole`). Each in two processes one after the other, which share a cache directory that was empty:
-the first is cold, the second warm. One compile thread. Prints a line of JSON a process: seconds to
-the first decoded token, of these in the compiler, and milliseconds of a later step.
+A small Llama of random weights, with so many distinct pairs of ranks among its layers. `nested`
+compiles layers of equal shapes once, as `Generator` does; `whole` compiles all layers as one graph.
+Each runs in two processes, one after the other, that share an empty cache directory: the first is
+cold, the second warm. One compile thread. Prints a line of JSON a process: seconds to the first
+decoded token, how many of them in the compiler, and milliseconds of a later step.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from eigenzoo.kernels.install import install
-from eigenzoo.zoo.inference.generate import Generator, _step, compile_seconds
+from eigenzoo.zoo.inference.generate import Generator
+from eigenzoo.zoo.inference.steps import compile_seconds, decode_step
 from eigenzoo.zoo.measure.shapes import random_model
 from eigenzoo.zoo.models.llama import LlamaConfig
 from eigenzoo.zoo.models.model import Model
@@ -30,7 +31,7 @@ STEPS = 64
 
 
 def model(layers: int, pairs: int) -> Model:
-    """A Llama whose layers take their ranks in turns, from 32 and 96 to one and the same."""
+    """A Llama whose layers cycle through `pairs` pairs of ranks, from (32, 96) on."""
     return install(
         random_model(
             LlamaConfig(
@@ -54,10 +55,10 @@ def model(layers: int, pairs: int) -> Model:
 
 
 def measure(layers: int, pairs: int, way: str) -> dict[str, float]:
-    """What this process's first step takes, and its others."""
+    """Times of the first step of this process, and of the others."""
     generator = Generator(model(layers, pairs), 1, STEPS + 1, compile_prefill=False)
     if way == "whole":
-        generator.decode = torch.compile(_step, fullgraph=True)
+        generator.decode = torch.compile(decode_step, fullgraph=True)
     times = []
     for slot in range(STEPS + 1):
         start = time.perf_counter()

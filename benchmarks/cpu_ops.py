@@ -1,13 +1,13 @@
-"""Attention of one new token on this CPU: the ops of kernels/cpu.cpp beside PyTorch's SDPA.
+"""Attention of one new token on this CPU: the ops of kernels/cpp compared with PyTorch's SDPA.
 
     python benchmarks/cpu_ops.py [--threads 1] [--slots 8192] [--dtype float32] [--dtype bfloat16]
 
-All cases take turns in one process, each over several caches, so that none is found in the
-processor's own; medians. SDPA reads whole keys and values of D = 128; the ops read latents, some of
-them packed. Prints a line of JSON a case: milliseconds, speed against SDPA, the share of read
-bandwidth, as a dot product of long vectors has it in the same turns, and the time over the floor:
-that of the bytes, or of lifting the keys, at the speed of a product of two large matrices of the
-same dtype.
+All cases take turns in one process, each over several KV caches, so that none stays in the
+processor's caches; medians. SDPA reads whole keys and values of D = 128; the ops read latents, some
+of them packed. Prints a line of JSON a case: milliseconds; speedup over SDPA; the share of the read
+bandwidth that a dot product of long vectors reaches in the same turns; and the time over the floor,
+which is the time to read the bytes, or to lift the keys at the speed of a product of two large
+matrices of the same dtype.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SHAPES = {  # query heads, kv heads
 
 
 class Case(NamedTuple):
-    """What is timed, and what one cache of it costs at least."""
+    """What is timed, and the least that one cache of it costs."""
 
     call: Callable[[], object]
     nbytes: int
@@ -70,7 +70,7 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
 
         return call
 
-    found: dict[str, Case] = {
+    named: dict[str, Case] = {
         "sdpa": Case(sdpa, size(full)),
         "sdpa, 1/8 full": Case(lambda: sdpa(seen), size(full)),
         "latent_decode 128/128": Case(latent(q, full), size(full)),
@@ -79,7 +79,7 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
     for rk, rv, bits in ((80, 80, 16), (80, 80, 8), (80, 80, 4), (64, 96, 16)):
         kept = made(kv, rk, rv, bits=bits)
         call = latent(torch.randn(1, heads, 1, rk).to(dtype), kept)
-        found[f"latent_decode {rk}/{rv}{_few(bits)}"] = Case(call, size(kept))
+        named[f"latent_decode {rk}/{rv}{_few(bits)}"] = Case(call, size(kept))
     for shared in (2, 4):
         rank = 80 * shared
         up = torch.randn(kv // shared, rank, shared * D)
@@ -87,7 +87,7 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
             kept = made(kv // shared, rank, rank, bits=bits)
             call = latent(torch.randn(1, heads, 1, rank).to(dtype), kept)
             name = f"latent_decode {rank}, {shared} heads a latent{_few(bits)}"
-            found[name] = Case(call, size(kept))
+            named[name] = Case(call, size(kept))
         for block, bits in ((16, 16), (32, 16), (64, 16), (32, 8), (32, 4)):
             kept = made(kv // shared, rank, rank, bits=bits)
             angle = torch.rand(1, 1, -(-slots // block), D // 2)
@@ -98,7 +98,7 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
                     ops.anchored_decode(q, z, v, *rest)
 
             name = f"anchored_decode {rank}, {shared} heads a latent, blocks of {block}{_few(bits)}"
-            found[name] = Case(anchored, size(kept))
+            named[name] = Case(anchored, size(kept))
     angle = torch.rand(1, 1, slots, D // 2)
     for shared in (1, 2, 4):
         rank = 80 * shared
@@ -110,19 +110,19 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
                 ops.rotary_decode(q, z, v, *rest)
 
         lift = 2 * slots * kv * rank * D
-        found[f"rotary_decode {rank}, {shared} heads a latent"] = Case(rotary, size(kept), lift)
-    return found
+        named[f"rotary_decode {rank}, {shared} heads a latent"] = Case(rotary, size(kept), lift)
+    return named
 
 
 def _few(bits: int) -> str:
     return "" if bits == 16 else f", {bits} bits"
 
 
-def medians(found: dict[str, Case], rounds: int) -> dict[str, float]:
+def medians(named: dict[str, Case], rounds: int) -> dict[str, float]:
     """Seconds a call, of cases that take turns."""
-    times: dict[str, list[float]] = {name: [] for name in found}
+    times: dict[str, list[float]] = {name: [] for name in named}
     for turn in range(rounds + 1):
-        for name, case in found.items():
+        for name, case in named.items():
             start = time.perf_counter()
             case.call()
             if turn:  # the first warms up
@@ -145,14 +145,14 @@ def main() -> None:
     x = torch.ones(1 << 26)
     for name in args.dtype or ["float32"]:
         for shape, (heads, kv) in SHAPES.items():
-            found = cases(args.slots, heads, kv, getattr(torch, name), args.caches)
-            found["dot"] = Case(lambda: torch.dot(x, x[:]), x.nbytes)
+            named = cases(args.slots, heads, kv, getattr(torch, name), args.caches)
+            named["dot"] = Case(lambda: torch.dot(x, x[:]), x.nbytes)
             square = torch.randn(1024, 1024).to(getattr(torch, name))
-            found["product"] = Case(lambda s=square: s @ s, 0)  # type: ignore[misc]
-            times = medians(found, args.rounds)
+            named["product"] = Case(lambda s=square: s @ s, 0)  # type: ignore[misc]
+            times = medians(named, args.rounds)
             bandwidth, peak = x.nbytes / times.pop("dot"), 2 * 1024**3 / times.pop("product")
             for case, seconds in times.items():
-                each, (_, nbytes, flops) = seconds / args.caches, found[case]
+                each, (_, nbytes, flops) = seconds / args.caches, named[case]
                 row = {
                     "case": case,
                     "shape": shape,

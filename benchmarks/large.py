@@ -1,11 +1,11 @@
-"""What `compress --stream` takes of a large model, and that what it makes generates.
+"""What `compress --stream` costs for a large model, and a check that the result generates.
 
     python benchmarks/large.py --shape llama-2-7b --layers 4 FOLDER
 
 Random weights of a published shape, cut in depth, are written to FOLDER and compressed there.
-Prints one JSON object: seconds of each sweep a layer and outside of layers, and what they add up to
-for the whole depth at as much text; bytes read and kept; and the peak of memory above that of the
-loaded libraries.
+Prints one JSON object: seconds of each sweep over the layers, a layer, and outside of layers; hours
+for the whole depth at the same amount of text; bytes read and kept; and the peak of memory above
+that of the loaded libraries.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 class Timed(Stream):
-    """Notes by its sweep how long every step took, and the most memory it held."""
+    """Notes how long every step took and its peak of memory, by the sweep it belongs to."""
 
     seconds: dict[str, list[float]] = {}  # noqa: RUF012
     peaks: dict[str, int] = {}  # noqa: RUF012
@@ -58,7 +58,7 @@ class Timed(Stream):
 
 
 def write(folder: Path, shape: str, layers: int) -> None:
-    """A checkpoint of random weights, a file for every layer, as large ones come."""
+    """A checkpoint of random weights with a file for every layer, as large ones have."""
     config = shaped(shape, layers)
     config.dtype, config.architectures = "bfloat16", ["LlamaForCausalLM"]
     width, hidden, d = config.hidden_size, config.intermediate_size, config.head_dim
@@ -70,12 +70,12 @@ def write(folder: Path, shape: str, layers: int) -> None:
 
     def layer() -> dict[str, torch.Tensor]:
         sizes = {"q": (heads, width), "k": (kv, width), "v": (kv, width), "o": (width, heads)}
-        found = {f"self_attn.{name}_proj.weight": draw(*size) for name, size in sizes.items()}
-        found |= {f"mlp.{name}_proj.weight": draw(hidden, width) for name in ("gate", "up")}
-        found["mlp.down_proj.weight"] = draw(width, hidden)
+        weights = {f"self_attn.{name}_proj.weight": draw(*size) for name, size in sizes.items()}
+        weights |= {f"mlp.{name}_proj.weight": draw(hidden, width) for name in ("gate", "up")}
+        weights["mlp.down_proj.weight"] = draw(width, hidden)
         for name in ("input", "post_attention"):
-            found[f"{name}_layernorm.weight"] = torch.ones(width, dtype=torch.bfloat16)
-        return found
+            weights[f"{name}_layernorm.weight"] = torch.ones(width, dtype=torch.bfloat16)
+        return weights
 
     outside = {"model.embed_tokens.weight": draw(config.vocab_size, width)}
     outside["model.norm.weight"] = torch.ones(width, dtype=torch.bfloat16)

@@ -1,11 +1,11 @@
-"""Linear layers of few rows on this CPU: the share of read bandwidth at which weights are read.
+"""Linear layers of few rows on this CPU: at what share of the bandwidth they read their weights.
 
     python benchmarks/linear.py [--threads 1] [--rows 1 --rows 8] [--dtype bfloat16] [--autotune]
 
-A library's product, the loop that torch.compile makes of `linear_decode`, the fused op, and the op
-on int8 weights, which are half or a quarter of the bytes; with --autotune, minutes, also what
-torch.compile finds when it may pack the weights and try its own templates. In turns, over more
-weights than any cache holds; medians. A line of JSON a case.
+The matrix product of PyTorch's library, the loop that torch.compile makes of `linear_decode`, the
+fused op, and the op on int8 weights, which take half or a quarter of the bytes. With --autotune,
+which takes minutes, also the best of torch.compile's own templates on packed weights. In turns,
+over more weights than any cache holds; medians. Prints a line of JSON a case.
 """
 
 import argparse
@@ -29,8 +29,8 @@ AUTOTUNE = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends"
 Product = Callable[[Tensor], object]
 
 
-class Plain(nn.Module):
-    """Products with constant weights, as freezing wants them."""
+class Frozen(nn.Module):
+    """Products with constant weights, which `freezing` packs."""
 
     def __init__(self, weights: list[Tensor]):
         super().__init__()
@@ -51,16 +51,16 @@ def contestants(weights: list[Tensor], autotune: bool) -> dict[str, tuple[int, P
     light = [w.to(torch.int8) for w in weights]
     loop = torch.compile(lambda x, w: linear_decode(x, w, None, None), fullgraph=True)
     size = weights[0].itemsize
-    found: dict[str, tuple[int, Product]] = {
+    products: dict[str, tuple[int, Product]] = {
         "library": (size, partial(all_of, F.linear, weights)),
         "loop": (size, partial(all_of, loop, weights)),
         "fused": (size, partial(all_of, lambda x, w: ops.linear_decode(x, w, None, None), weights)),
         "int8": (1, partial(all_of, lambda x, w: ops.linear_decode(x, w, scale, None), light)),
     }
     if autotune:
-        frozen = torch.compile(Plain(weights).eval(), fullgraph=True, options=AUTOTUNE)
-        found["autotuned"] = (size, frozen)
-    return found
+        frozen = torch.compile(Frozen(weights).eval(), fullgraph=True, options=AUTOTUNE)
+        products["autotuned"] = (size, frozen)
+    return products
 
 
 @torch.inference_mode()

@@ -1,10 +1,10 @@
-"""Attention of a prompt on this CPU: SDPA given a matrix of tokens and slots, and without one.
+"""Attention of a prompt on this CPU, with the mask as a matrix and without a matrix.
 
     python benchmarks/prompts.py [--threads 1] [--slots 8192] [--dtype float32] [--dtype bfloat16]
 
-`latent_attention` with its mask as a matrix and with the same as `Causal` says it, in turns;
-medians. Prints a line of JSON a case: milliseconds of both, without making the matrix, which all
-layers share, and its MiB.
+`latent_attention` with its mask as a matrix of tokens and slots, and with the same mask as a
+`CausalMask`, in turns; medians. Prints a line of JSON a case: milliseconds of both, not counting
+the matrix, which is made once for all layers, and its MiB.
 """
 
 import argparse
@@ -15,14 +15,15 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from eigenzoo.zoo.models.attention import Causal, Mask, alibi_slopes, causal_mask, latent_attention
+from eigenzoo.zoo.models.attention import latent_attention
+from eigenzoo.zoo.models.mask import CausalMask, Mask, alibi_slopes, causal_matrix
 
 WIDTHS = ((80, 80), (64, 96))
 
 
-def matrix(seen: Causal, new: int, slots: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """What `Causal` says, as SDPA takes it: with ALiBi one matrix a head."""
-    mask = causal_mask(torch.arange(slots - new, slots), slots, seen.valid)
+def matrix(seen: CausalMask, new: int, slots: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """The mask that `CausalMask` describes, as SDPA takes it: with ALiBi one matrix a head."""
+    mask = causal_matrix(torch.arange(slots - new, slots), slots, seen.valid)
     if seen.slopes is None or seen.position is None:
         return mask
     ahead = seen.position[:, None] - seen.position[:, -new:, None]
@@ -45,9 +46,9 @@ def main() -> None:
     slots, heads = args.slots, args.heads
     position, slopes = torch.arange(slots)[None], alibi_slopes(heads)
     cases = {
-        "plain": Causal(),
-        "padded": Causal(position >= 8),
-        "ALiBi": Causal(None, position, slopes),
+        "plain": CausalMask(),
+        "padded": CausalMask(position >= 8),
+        "ALiBi": CausalMask(None, position, slopes),
     }
     for name in args.dtype or ["float32"]:
         dtype = getattr(torch, name)

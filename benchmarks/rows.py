@@ -1,9 +1,9 @@
-"""Decode speed of the models in a sweep's file, in one run where all take turns.
+"""Decode speed of the models in the file of a sweep, in one run, in turns.
 
     python benchmarks/rows.py MODEL ROWS.jsonl [--context 2048] [--context 8192]
 
-MODEL is what the sweep compressed. Weights are random, in the shapes that the ranks of the rows
-give: their speed is that of the compressed model. Attention is by the fused ops; nothing is
+MODEL is what the sweep compressed. Weights are random, in the shapes that follow from the ranks of
+the rows: they decode as fast as the compressed models. Attention uses the fused ops; nothing is
 compiled. Prints a line of JSON for every model and context.
 """
 
@@ -19,13 +19,14 @@ from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.measure.evaluate import decode_speed
 from eigenzoo.zoo.measure.shapes import random_model
-from eigenzoo.zoo.measure.summary import label
+from eigenzoo.zoo.measure.sweep_table import label
 from eigenzoo.zoo.models.config import Config
-from eigenzoo.zoo.utils.jsonl import Row, read_rows
+from eigenzoo.zoo.utils.jsonl import SWEEP, read_rows
+from eigenzoo.zoo.utils.sweep_rows import CompressedRow, DenseRow
 
 
-def shape(config: Config, row: Row) -> Config:
-    """The config of a row's model: of the dense one, where the row is of that."""
+def shape(config: Config, row: DenseRow | CompressedRow) -> Config:
+    """The config of a row's model. config: that of the dense model."""
     if row["settings"] is None:
         return config
     settings = Settings(**row["fitted"])
@@ -46,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = load(args.model).model
-    rows = [row for row in read_rows(args.rows) if "refused" not in row]
+    rows = [row for row in read_rows(args.rows, SWEEP) if "refused" not in row]
     models = [
         install(random_model(shape(model.config, row), model.dtype, model.device)) for row in rows
     ]
@@ -54,7 +55,7 @@ def main() -> None:
         generators = [Generator(m, args.batch, context, compile=False) for m in models]
         speeds = decode_speed(generators)
         for row, generator, speed in zip(rows, generators, speeds, strict=True):
-            found = {
+            speed_row = {
                 "model": "dense" if row["settings"] is None else label(row),
                 "context": context,
                 "batch": args.batch,
@@ -62,7 +63,7 @@ def main() -> None:
                 "speedup": speed / speeds[0],  # a sweep's first row is of the dense model
                 "cache_bytes": generator.cache.nbytes,
             }
-            print(json.dumps(found), flush=True)
+            print(json.dumps(speed_row), flush=True)
 
 
 if __name__ == "__main__":

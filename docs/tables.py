@@ -1,9 +1,10 @@
 """Write the tables of result pages from rows: `python docs/tables.py [--check] [FOLDER]`.
 
-A page in FOLDER, or the README two folders above it, has a table wherever it has the markers `<!-- table: NAME -->` and `<!-- end -->`. NAME is a
-section of FOLDER/tables.toml, see `Spec`; FOLDER/*.jsonl hold the rows. Below each table stand the
-model, texts, device, versions and date of its rows, and the commands that measured them. --check
-writes nothing: it shows what is stale as a diff, and exits with status 1.
+A page in FOLDER, or the README two folders above it, has a table wherever it has the markers
+`<!-- table: NAME -->` and `<!-- end -->`. NAME is a section of FOLDER/tables.toml, see `Spec`;
+FOLDER/*.jsonl hold the rows. Below each table stand the model, texts, device, versions and date of
+its rows, and the commands that measured them. --check writes nothing: it shows what is stale as a
+diff, and exits with status 1.
 
 Formats are like those of `str.format`: `{settings.keep:.1f}` is the field `keep` of a row's
 `settings`. A part in square brackets is left out if the row lacks one of its fields. Numbers have
@@ -169,7 +170,7 @@ def commands(rows: Sequence[Row]) -> str:
 
 
 def pages(folder: Path) -> dict[Path, str]:
-    """What the pages and the README should hold. Raises ValueError for a table that tables.toml does not have."""
+    """What the pages and the README should hold. Raises ValueError for an unknown table."""
     rows, specs = read_rows(folder), read_specs(folder)
 
     def table(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Talk to a checkpoint. What was said stays in the cache: every turn reads its new tokens only.
+"""Chat with a checkpoint. The cache keeps earlier turns, so each turn processes only new tokens.
 
 python examples/chat.py OUT
 """
@@ -14,10 +14,10 @@ from eigenzoo.zoo.inference.generate import Generator, fastest_dtype
 
 
 def main() -> None:
-    """Read a line, answer it, until there is none."""
+    """Read lines and answer them, until there are no more."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="folder, GGUF file or Hub id, with a chat template")
-    parser.add_argument("--slots", type=int, default=2048, help="tokens of the whole talk")
+    parser.add_argument("--slots", type=int, default=2048, help="tokens of the whole chat")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
 
@@ -27,11 +27,11 @@ def main() -> None:
     generator = Generator(
         checkpoint.model, 1, args.slots, not args.no_compile, compile_prefill=False
     )
-    talk: list[dict[str, str]] = []
-    cached: list[int] = []  # tokens whose keys and values are in the cache
+    chat: list[dict[str, str]] = []
+    cached: list[int] = []  # the tokens in the cache
     while line := read():
-        talk.append({"role": "user", "content": line})
-        text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        chat.append({"role": "user", "content": line})
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # waits for whole characters
         answer = []
@@ -39,11 +39,11 @@ def main() -> None:
             answer.append(token)
             streamer.put(torch.tensor([token]))
         streamer.end()
-        talk.append({"role": "assistant", "content": tokenizer.decode(answer)})
+        chat.append({"role": "assistant", "content": tokenizer.decode(answer)})
 
 
 def read() -> str:
-    """The next line, nothing at the end of the input."""
+    """The next line of input; empty at its end."""
     try:
         return input("> ").strip()
     except (EOFError, KeyboardInterrupt):
@@ -52,7 +52,7 @@ def read() -> str:
 
 def reply(generator: Generator, cached: list[int], ids: list[int], stop: list[int]):
     """Yield the tokens that follow ids, up to a stop token or the end of the cache."""
-    same = 0  # a template may word earlier turns anew: what differs is read again
+    same = 0  # the template may change earlier turns: process again from the first difference
     while same < min(len(cached), len(ids) - 1) and cached[same] == ids[same]:
         same += 1
     del cached[same:]

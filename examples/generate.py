@@ -1,8 +1,8 @@
-"""Generate with a checkpoint, dense or compressed: compiled, with fused attention, as a stream.
+"""Generate with a dense or compressed checkpoint: compiled, with fused ops, streaming tokens.
 
     python examples/generate.py OUT "Once upon a time" "The capital of France is"
 
-Several prompts make a batch, padded on the left: each is answered as it would be alone.
+Several prompts form a batch, padded on the left; each gets the same answer as alone.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from eigenzoo.zoo.inference.generate import Generator, fastest_dtype
 
 
 def main() -> None:
-    """Load, compile, print token after token."""
+    """Load, generate, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="folder, GGUF file or Hub id")
     parser.add_argument("prompts", nargs="+")
@@ -25,17 +25,19 @@ def main() -> None:
 
     checkpoint = load(args.source, fastest_dtype(torch.device("cpu")))
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    install(model)  # attention over the cache by the fused ops, instead of their definitions
+    install(model)  # decode with fused ops instead of their definitions in PyTorch
     ids = [tokenizer(prompt)["input_ids"] for prompt in args.prompts]
-    slots = max(map(len, ids)) + args.max_new_tokens  # the cache is allocated once, and no larger
-    generator = Generator(model, len(ids), slots, compile_prefill=False)  # compiled at first use
+    slots = max(map(len, ids)) + args.max_new_tokens  # the cache is allocated once, with this size
+    generator = Generator(
+        model, len(ids), slots, compile_prefill=False
+    )  # decoding compiles at the first step
 
     stop, rows = stop_tokens(checkpoint), [[] for _ in ids]
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # waits for whole characters
     for tokens in generator.stream(ids, args.max_new_tokens, stop=stop):
         for row, token in zip(rows, tokens.tolist(), strict=True):
             row.append(token)
-        if len(ids) == 1:  # several would run into one another
+        if len(ids) == 1:  # the answers of several would be mixed
             streamer.put(tokens)
     if len(ids) == 1:
         streamer.end()

@@ -1,10 +1,10 @@
-"""Recover quality with LoRA, as the Eigen Attention paper does (arXiv 2408.05646, rank 64).
+"""Recover quality with LoRA, as in the Eigen Attention paper (arXiv 2408.05646, rank 64).
 
     pip install peft
     python examples/lora.py OUT text.txt NEW
 
-OUT is what `eigenzoo compress` wrote; NEW is the same with the adapters merged, and loads wherever
-OUT does. Needs transformers and peft, not eigenzoo.
+OUT is a folder written by `eigenzoo compress`. NEW is the same checkpoint with the adapters merged;
+it loads wherever OUT does. Needs transformers and peft, not eigenzoo.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]  # those that hold the folded bases
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]  # they hold the folded bases
 
 
 def main() -> None:
@@ -25,9 +25,12 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.source, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.source, trust_remote_code=True)
-    bent = {"clip_qkv", "qk_ln"} & {name for name, x in model.config.to_dict().items() if x}
-    if bent:  # adapters would be added behind it, and merged before it
-        raise SystemExit(f"error: this model has {', '.join(bent)}: LoRA does not fit there")
+    nonlinear = {"clip_qkv", "qk_ln"} & {name for name, x in model.config.to_dict().items() if x}
+    if nonlinear:  # adapters would be added after it, but merged before it
+        raise SystemExit(
+            f"error: this model has {', '.join(nonlinear)}, after which adapters cannot be merged: "
+            "expected a model without"
+        )
     rows = windows(tokenizer(args.text.read_text())["input_ids"], args.length)
 
     config = LoraConfig(
@@ -41,7 +44,7 @@ def main() -> None:
     print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
 
     merged = adapted.merge_and_unload()
-    # what was measured before is no longer true
+    # the evaluation of the model before LoRA is no longer valid
     changes = {"evaluation": None, "lora": {"rank": args.rank, "steps": args.steps, "lr": args.lr}}
     merged.config.compression = merged.config.compression | changes
     merged.save_pretrained(args.out)
@@ -58,36 +61,36 @@ def windows(ids: list[int], length: int) -> Tensor:
 
 
 def train(model: torch.nn.Module, rows: Tensor, steps: int, batch: int, lr: float) -> list[float]:
-    """Next-token loss over batches drawn at random; the mean of every tenth of the steps."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=lr)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    """Train on random batches; returns the mean next-token loss of each tenth of the steps."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     model.train()
     for _ in tqdm(range(steps), desc="training", disable=None, leave=False):
         x = rows[torch.randint(len(rows), (batch,))].to(model.device)
         loss = model(input_ids=x, labels=x, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        falling.step()
+        schedule.step()
         losses.append(loss.item())
     tenth = max(1, steps // 10)
     return [sum(x) / len(x) for x in (losses[i : i + tenth] for i in range(0, steps, tenth))]
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", metavar="OUT", help="a compressed checkpoint")
-    parser.add_argument("text", metavar="TEXT", type=Path, help="a text file to learn from")
+    parser.add_argument("text", metavar="TEXT", type=Path, help="a text file to train on")
     parser.add_argument("out", metavar="NEW", help="folder for the merged checkpoint")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=2, help="sequences a step")
+    parser.add_argument("--batch", type=int, default=2, help="sequences per step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate at its peak")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

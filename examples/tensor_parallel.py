@@ -1,8 +1,8 @@
-"""Generate in several processes, each of which holds its share of weights and cache.
+"""Generate in several processes that each hold a part of the weights and of the cache.
 
     torchrun --nproc-per-node 2 examples/tensor_parallel.py OUT "Once upon a time"
 
-One process a GPU, or several on a CPU. Needs transformers 5.23, and no eigenzoo.
+Run one process per GPU, or several on a CPU. Needs transformers 5.23 or newer, not eigenzoo.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from transformers.distributed import DistributedConfig
 
 
 def main() -> None:
-    """Load a share, generate together, let the first process print."""
+    """Load this process's part, generate together, print in the first process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="folder or Hub id")
     parser.add_argument("prompt")
@@ -28,7 +28,7 @@ def main() -> None:
     model.generate(
         **tokenizer(args.prompt, return_tensors="pt").to(model.device),
         max_new_tokens=args.max_new_tokens,
-        do_sample=False,  # every process must choose the same token: else give all the same seed
+        do_sample=False,  # all processes must choose the same token: to sample, seed them alike
         cache_implementation="static",
         streamer=TextStreamer(tokenizer, skip_special_tokens=True) if first else None,
     )

@@ -1,9 +1,8 @@
-"""Generate with a compressed checkpoint in plain transformers, which needs no eigenzoo.
+"""Generate with a compressed checkpoint in transformers, without eigenzoo.
 
     python examples/transformers_generate.py OUT "Once upon a time"
 
-The static cache is what makes decoding compile: transformers does it by itself on a GPU, and here
-on a CPU because it is asked to.
+With a static cache, transformers compiles decoding: by default on a GPU only, here also on a CPU.
 """
 
 import argparse
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, Tex
 
 
 def main() -> None:
-    """Load with the code that travels in the checkpoint, compile, stream."""
+    """Load with the checkpoint's own code, compile, stream."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="folder or Hub id")
     parser.add_argument("prompt")

@@ -1,24 +1,20 @@
-"""The README.md of a compressed checkpoint: what was measured, and how to use it."""
+"""The card of a compressed checkpoint, its README.md: what was measured, and how to use it."""
 
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..zoo.compression.methods import METHODS
-from ..zoo.inference.checkpoint import MODEL_TYPE, native_config, read_config
 from ..zoo.models.config import Config, kv_bytes
+from ..zoo.utils.records import CompressionRecord, EvaluationRow, Measurements, TimedRow
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 FIGURES = "figures"  # folder of plots, in the checkpoint
-CARD = "README.md"
 
 
-def card(config: Config, compression: dict[str, Any], dtype: torch.dtype) -> str:
+def card(config: Config, compression: CompressionRecord, dtype: torch.dtype) -> str:
     """Markdown with the Hub's metadata. Every number comes from `compression` or `config`.
 
     dtype: of the weights, and so of the cache.
@@ -32,8 +28,8 @@ def card(config: Config, compression: dict[str, Any], dtype: torch.dtype) -> str
 
 # {title}
 
-Made by eigenzoo {c["versions"]["eigenzoo"]} from `{base}`{_licence(c)}: {source}.
-The cache holds low-rank latents of keys and values and is that much smaller wherever it lives.
+Made by eigenzoo {c["versions"]["eigenzoo"]} from `{base}`{_license(c)}: {source}.
+The cache holds low-rank latents of keys and values, which take fewer bytes in memory.
 
 {_sizes(config, c, dtype)}
 
@@ -65,16 +61,16 @@ Keys and values differ in width, so FlashAttention 2 and paged caches do not app
 """
 
 
-def _metadata(c: dict[str, Any], title: str) -> str:
-    """The Hub's YAML."""
+def _metadata(c: CompressionRecord, title: str) -> str:
+    """Metadata for the Hub, as YAML."""
     base, results = c["base_model"], []
-    if found := c.get("evaluation"):
-        results.append(_result(found["text"], "perplexity", found["compressed"]))
-    for found in c.get("measured", {}).get("evaluations", []):
-        if found["kv_share"] < 1:
-            if "perplexity" in found:
-                results.append(_result(found["text"], "perplexity", found["perplexity"]))
-            results += [_result(*cell) for cell in _task_cells(found)]
+    if quality := c.get("evaluation"):
+        results.append(_result(quality["text"], "perplexity", quality["compressed"]))
+    for row in c.get("measured", {}).get("evaluations", []):
+        if row["kv_share"] < 1:
+            if "perplexity" in row:
+                results.append(_result(row["text"], "perplexity", row["perplexity"]))
+            results += [_result(*cell) for cell in _task_cells(row)]
     known = base.count("/") == 1  # a Hub id; of a local model only the name is kept
     data = ModelCardData(
         library_name="transformers",
@@ -99,25 +95,24 @@ def _result(text: str, metric: str, value: float) -> EvalResult:
     )
 
 
-def _task_cells(found: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """Task, metric and value, without errors and facts."""
+def _task_cells(row: EvaluationRow) -> list[tuple[str, str, float]]:
+    """Task, metric and value, without standard errors and without what is no metric."""
     return [
         (task, metric.partition(",")[0], value)
-        for task, row in found.get("tasks", {}).items()
-        for metric, value in row.items()
+        for task, metrics in row.get("tasks", {}).items()
+        for metric, value in metrics.items()
         if "," in metric and "_stderr" not in metric and isinstance(value, float)
     ]
 
 
-def _licence(c: dict[str, Any]) -> str:
-    return f" (licence: {c['base_license']})" if c.get("base_license") else ""
+def _license(c: CompressionRecord) -> str:
+    return f" (license: {c['base_license']})" if c.get("base_license") else ""
 
 
-def _sizes(config: Config, c: dict[str, Any], dtype: torch.dtype) -> str:
-    """What the cache takes, and what was lost at compression."""
+def _sizes(config: Config, c: CompressionRecord, dtype: torch.dtype) -> str:
+    """The table of cache sizes and perplexity, before and after."""
     size = kv_bytes(config, dtype)
-    names = "kv_bytes_per_token_dense", "kv_bytes_per_token"
-    before, after = (size[name] for name in names)
+    before, after = size["kv_bytes_per_token_dense"], size["kv_bytes_per_token"]
     rows = [
         ("KV numbers per token", f"{config.dense_kv_width}", f"{config.kv_width}"),
         (f"KV bytes per token, {str(dtype).removeprefix('torch.')}", f"{before}", f"{after}"),
@@ -127,9 +122,9 @@ def _sizes(config: Config, c: dict[str, Any], dtype: torch.dtype) -> str:
         if context <= config.max_position_embeddings:
             dense, low = (f"{context * n / 2**20:.1f} MiB" for n in (before, after))
             rows.append((f"cache of {context} tokens", dense, low))
-    if found := c.get("evaluation"):
-        text = f"perplexity ({found['tokens']} tokens of {found['text']})"
-        rows.append((text, f"{found['dense']:.3f}", f"{found['compressed']:.3f}"))
+    if quality := c.get("evaluation"):
+        text = f"perplexity ({quality['tokens']} tokens of {quality['text']})"
+        rows.append((text, f"{quality['dense']:.3f}", f"{quality['compressed']:.3f}"))
     return _table(("", "original", "compressed"), rows)
 
 
@@ -137,11 +132,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-def _made(c: dict[str, Any]) -> str:
+def _made(c: CompressionRecord) -> str:
     made = "Made from the weights alone, without calibration."
     if text := c["calibration"]:
         made = f"Calibrated on {text['tokens']} tokens ({text['source']}), seed {c['seed']}."
-        if parts := c.get("refit"):  # older checkpoints do not say
+        if parts := c.get("refit"):  # old checkpoints do not say
             made += f" Refitted to them after the solve: {', '.join(parts)}."
     versions = ", ".join(f"{name} {number}" for name, number in c["versions"].items())
     made += f" With {versions}.\n"
@@ -152,10 +147,11 @@ def _made(c: dict[str, Any]) -> str:
     )
 
 
-def _measured(found: dict[str, Any]) -> str:
-    """What `add` has put there: evaluations and speed, with commands, and plots."""
+def _measured(measured: Measurements) -> str:
+    """The section of evaluations, speed and plots, with the commands; empty without any."""
+    evaluations, timed = measured.get("evaluations", []), measured.get("speed", [])
     parts, rows = [], []
-    for x in found.get("evaluations", []):
+    for x in evaluations:
         cells = _task_cells(x)
         if "perplexity" in x:
             text = f"{x['tokens']} tokens of {x['text']}"
@@ -164,33 +160,37 @@ def _measured(found: dict[str, Any]) -> str:
         rows += [(name, task, metric, f"{value:.4f}") for task, metric, value in cells]
     if rows:
         parts.append(_table(("", "measured on", "metric", "value"), rows))
-    if speed := found.get("speed"):
-        head = ("", "context", "batch", "slots", "tokens/s", "peak MiB")
-        rows = [
-            (
-                x["model"],
-                *(str(x[name]) for name in ("context", "batch", "slots")),
-                f"{x['tokens_per_second']:.2f}",
-                f"{x['peak_memory'] / 2**20:.0f}",
-            )
-            for x in speed
-        ]
-        x = speed[0]
-        parts.append(f"Decoding in {x['dtype']}, {x['processor']}:\n\n{_table(head, rows)}")
-    parts += [f"![{Path(name).stem}]({FIGURES}/{name})" for name in found.get("figures", [])]
-    commands = dict.fromkeys(
-        x["command"] for kind in ("evaluations", "speed") for x in found.get(kind, [])
-    )
+    if timed:
+        parts.append(_speed(timed))
+    parts += [f"![{Path(name).stem}]({FIGURES}/{name})" for name in measured.get("figures", [])]
+    commands = dict.fromkeys(row["command"] for row in (*evaluations, *timed))
     if commands:
         parts.append("```bash\n" + "\n".join(commands) + "\n```")
     return "".join(f"\n{part}\n" for part in ["## Measured", *parts]) if parts else ""
+
+
+def _speed(timed: Sequence[TimedRow]) -> str:
+    """The table of decode speed."""
+    head = ("", "context", "batch", "slots", "tokens/s", "peak MiB")
+    rows = [
+        (
+            x["model"],
+            *map(str, (x["context"], x["batch"], x["slots"])),
+            f"{x['tokens_per_second']:.2f}",
+            f"{x['peak_memory'] / 2**20:.0f}",
+        )
+        for x in timed
+    ]
+    first = timed[0]
+    processor = f", {first['processor']}" if "processor" in first else ""  # older rows have none
+    return f"Decoding in {first['dtype']}{processor}:\n\n{_table(head, rows)}"
 
 
 def _latents(config: Config) -> str:
     if config.joint_kv:
         return (
             f"One latent holds keys and values of {config.k_heads_per_latent} kv heads; its rank "
-            "stands under keys."
+            "is listed under keys."
         )
     shared = (
         f"{config.k_heads_per_latent} kv heads share a key latent, "
@@ -225,54 +225,3 @@ def _cost(config: Config) -> str:
     return (
         "Compressed keys are lifted and rotated when they are read, which costs time at decoding."
     )
-
-
-def add(folder: Path, files: Sequence[Path]) -> str:
-    """Write measurements into a checkpoint's config.json and its card anew; returns the card.
-
-    files: what `eigenzoo evaluate --json` printed, of the checkpoint or of its original, and
-    bench.jsonl as `eigenzoo bench --out` wrote it, whose plots come along. What was there of the
-    same kind is replaced. Raises ValueError for a file of another kind, and a folder that is no
-    compressed checkpoint.
-    """
-    raw = read_config(folder)
-    if raw.get("model_type") != MODEL_TYPE or not raw.get("compression"):
-        raise ValueError(f"{folder} was not written by eigenzoo compress: expected such a folder")
-    found = dict(raw["compression"].get("measured", {}))
-    fresh: dict[str, list[Any]] = {"evaluations": [], "speed": [], "figures": []}
-    plots: list[Path] = []
-    for file in files:
-        for row in _rows(file):
-            kind = "evaluations" if "kv_share" in row else "speed"
-            if "failed" not in row:
-                fresh[kind].append(row)
-        if file.suffix == ".jsonl":
-            plots += sorted(file.parent.glob("*.png"))
-    fresh["figures"] = [plot.name for plot in plots]
-    found |= {kind: rows for kind, rows in fresh.items() if rows}
-    raw["compression"]["measured"] = found
-    for plot in plots:
-        (folder / FIGURES).mkdir(exist_ok=True)
-        shutil.copyfile(plot, folder / FIGURES / plot.name)
-    dtype = getattr(torch, raw.get("dtype") or raw["torch_dtype"])
-    text = card(native_config(raw), raw["compression"], dtype)
-    for name, content in (("config.json", json.dumps(raw, indent=2) + "\n"), (CARD, text)):
-        beside = folder / f".{name}.new"
-        beside.write_text(content)
-        beside.replace(folder / name)
-    return text
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """The lines of a file of measurements."""
-    try:
-        rows = [json.loads(line) for line in file.read_text().splitlines() if line]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as lines of JSON: {error}") from error
-    for row in rows:
-        keys = row.keys() if isinstance(row, dict) else set()
-        if not ({"kv_share", "command"} <= keys or {"context", "batch", "command"} <= keys):
-            raise ValueError(
-                f"{file} is none of `eigenzoo evaluate --json` or bench.jsonl of `eigenzoo bench`"
-            )
-    return rows

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +13,7 @@ from ..zoo.inference.checkpoint import Checkpoint, load, open_layers, weight_byt
 from ..zoo.inference.data import read_text
 from ..zoo.utils import memory
 from ..zoo.utils.interrupt import interruptible
+from ..zoo.utils.records import CompressionRecord
 from .export import check_free, export
 from .plain import check_plain, export_plain
 from .stream import check_partial, partial_folder, stream_checkpoint
@@ -43,7 +44,7 @@ def compress_source(
     stream: bool | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> CompressionRecord:
     """Read `source`, compress it into the folder `out`, and return the record in its config.json.
 
     stream: `stream_checkpoint` instead of `compress_checkpoint`, which say what the other
@@ -104,7 +105,7 @@ def compress_checkpoint(
     force: bool = False,
     shard_size: str = "5GB",
     plain: bool = False,
-) -> dict[str, Any]:
+) -> CompressionRecord:
     """Compress `original` into the folder `out`; return the record in its config.json.
 
     calibration, samples, seq_len: see `data.calibration_tokens`; by default sequences have 1024
@@ -120,7 +121,7 @@ def compress_checkpoint(
     tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
     result = compress(model, tokens, settings)
     models = {"dense": model, "compressed": result.model}
-    record = {
+    record: CompressionRecord = {
         **about(original, result.settings, result.model.config, calibration, tokens, seed),
         "evaluation": evaluation(models, tokenizer, text, held_out, calibration),
         "layers": result.layers,

@@ -1,4 +1,4 @@
-"""Write a compressed model as one folder that zoo, transformers and the Hub all read."""
+"""Write a compressed model as one folder that eigenzoo, transformers and the Hub all read."""
 
 import shutil
 import tempfile
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from ..zoo.inference.checkpoint import FORMAT, Checkpoint
 from ..zoo.models.model import Model
+from ..zoo.utils.records import CompressionRecord
 from . import card, code
 from .remote.configuration_eigen import EigenConfig
 
@@ -37,7 +37,7 @@ def check_free(out: Path, force: bool) -> None:
 
 @contextmanager
 def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` if all goes well, and vanishes if not."""
+    """A folder beside `out` that becomes `out` if the block ends well, and is removed if not."""
     check_free(out, force)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -50,7 +50,7 @@ def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
 
 
 def put(fresh: Path, out: Path, old: Path) -> None:
-    """Let the folder `fresh` become `out`; what was there becomes `old`."""
+    """Rename the folder `fresh` to `out`, and an existing `out` to `old` before."""
     if out.exists():
         out.rename(old)
     fresh.rename(out)
@@ -60,15 +60,15 @@ def export(
     out: Path,
     low: Model,
     original: Checkpoint,
-    compression: dict[str, Any],
+    compression: CompressionRecord,
     force: bool = False,
     shard_size: str = "5GB",
 ) -> None:
     """Write the checkpoint folder `out`: weights, config, tokenizer, remote code and card.
 
-    original: what the model was made from; its tokenizer, token ids and generation config go
-    along. compression: provenance and measurements, kept in config.json and shown in the card.
-    Raises ValueError if `out` is taken; whatever goes wrong, no half-written folder stays.
+    original: what the model was made from; its tokenizer, token ids and generation config are
+    copied. compression: provenance and measurements, for config.json and the card. Raises
+    ValueError if `out` is taken. On any error no half-written folder stays.
     """
     with new_folder(out, force) as folder:
         save_torch_state_dict(weights_of(low), folder, max_shard_size=shard_size)
@@ -76,7 +76,7 @@ def export(
 
 
 def weights_of(low: Model) -> dict[str, Tensor]:
-    """The weights by a checkpoint's names; a head that is the embedding is not among them."""
+    """The weights by their names in a checkpoint, without a head that is tied to the embedding."""
     weights = {f"model.{name}": x.contiguous() for name, x in low.state_dict().items()}
     if low.config.tie_word_embeddings:
         del weights["model.head.weight"]
@@ -84,9 +84,9 @@ def weights_of(low: Model) -> dict[str, Tensor]:
 
 
 def write_about(
-    folder: Path, low: Model, original: Checkpoint, compression: dict[str, Any]
+    folder: Path, low: Model, original: Checkpoint, compression: CompressionRecord
 ) -> None:
-    """All of a checkpoint but its weights, which `low` need not hold. Arguments as in `export`."""
+    """Write all but the weights, which `low` need not hold. Arguments as in `export`."""
     config = EigenConfig(
         family=low.config.family,
         **asdict(low.config),
@@ -99,7 +99,7 @@ def write_about(
     )
     config.auto_map = AUTO_MAP
     generation = copy(original.generation)
-    generation.use_cache = True  # MPT's says no, and then nothing would be cached
+    generation.use_cache = True  # MPT's config disables the cache
     config.save_pretrained(folder)
     original.tokenizer.save_pretrained(folder)
     generation.save_pretrained(folder)

@@ -1,7 +1,7 @@
 """Publish checkpoints on the Hugging Face Hub, and fetch them.
 
-huggingface_hub transfers, resumes, retries and shows progress; the token is its own affair, from
-`hf auth login` or HF_TOKEN. Here is what has changed, and what went wrong in a sentence.
+huggingface_hub transfers, resumes, retries, shows progress and reads the token, which comes from
+`hf auth login` or HF_TOKEN. This module lists what changes, and says in a sentence what went wrong.
 """
 
 import json
@@ -15,14 +15,18 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..zoo.inference.checkpoint import native_config, read_config
-from ..zoo.inference.hub import FAILURES, reason, split
+from ..zoo.inference.hub import FAILURES, failure_reason, parse_hub_id
 from .export import check_free, put
 
-STALE = ["*.safetensors", "*.safetensors.index.json", "*.py"]  # go when the folder has none such
+STALE = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.py",
+]  # removed when the folder has no such file
 
 
 class Change(NamedTuple):
-    """A file, its bytes, and what a push makes of it: new, changed, removed or same."""
+    """A file, its bytes, and what a push does to it: new, changed, removed or same."""
 
     path: str
     size: int
@@ -30,7 +34,7 @@ class Change(NamedTuple):
 
 
 class Pushed(NamedTuple):
-    """What a push has done. url: of the commit or the pull request; None if nothing had changed."""
+    """What a push did. url: of the commit or the pull request; None if nothing had changed."""
 
     changes: list[Change]
     url: str | None
@@ -55,31 +59,33 @@ def changes(folder: Path, repo_id: str, revision: str | None = None) -> list[Cha
 
     Raises ValueError if the Hub does not answer.
     """
-    there: dict[str, RepoFile] = {}
+    remote: dict[str, RepoFile] = {}
     try:
         entries = HfApi().list_repo_tree(repo_id, recursive=True, revision=revision)
-        there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        pass  # all is new
+        pass  # every file is new
     except FAILURES as error:
-        raise ValueError(f"the Hub does not tell what {repo_id} holds: {reason(error)}") from error
-    found = []
+        raise ValueError(
+            f"the Hub does not tell what {repo_id} holds: {failure_reason(error)}"
+        ) from error
+    local = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         if not any(part.startswith(".") for part in Path(name).parts):
-            state = "new" if name not in there else _compare(path, there[name])
-            found.append(Change(name, path.stat().st_size, state))
-    here = {change.path for change in found}
-    gone = [n for n in there if n not in here and any(Path(n).match(p) for p in STALE)]
-    return sorted([*found, *(Change(n, there[n].size, "removed") for n in gone)])
+            state = "new" if name not in remote else _compare(path, remote[name])
+            local.append(Change(name, path.stat().st_size, state))
+    names = {change.path for change in local}
+    gone = [n for n in remote if n not in names and any(Path(n).match(p) for p in STALE)]
+    return sorted([*local, *(Change(n, remote[n].size, "removed") for n in gone)])
 
 
-def _compare(path: Path, there: RepoFile) -> str:
+def _compare(path: Path, remote: RepoFile) -> str:
     with path.open("rb") as file:
-        if there.lfs is not None:
-            same = sha_fileobj(file).hex() == there.lfs.sha256
+        if remote.lfs is not None:
+            same = sha_fileobj(file).hex() == remote.lfs.sha256
         else:
-            same = git_hash(file.read()) == there.blob_id
+            same = git_hash(file.read()) == remote.blob_id
     return "same" if same else "changed"
 
 
@@ -91,11 +97,11 @@ def push(
     message: str | None = None,
     create_pr: bool = False,
 ) -> Pushed:
-    """Upload a checkpoint folder; a repository and a branch that are not there are made.
+    """Upload a checkpoint folder; the repository and the branch are created if they are missing.
 
     Nothing is committed if nothing has changed. create_pr: open a pull request against the main
-    branch instead. Raises ValueError for a folder that is no whole checkpoint, and where the Hub
-    refuses or the connection breaks: with what is not there yet, and how to go on.
+    branch instead. Raises ValueError for a folder that is no whole checkpoint, and if the Hub
+    refuses or the connection breaks: the message says what is missing and how to resume.
     """
     check_folder(folder)
     if create_pr and revision:
@@ -107,8 +113,8 @@ def push(
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-        found = changes(folder, repo_id, revision)
-        new = [change for change in found if change.state != "same"]
+        planned = changes(folder, repo_id, revision)
+        new = [change for change in planned if change.state != "same"]
         if new:
             names = ", ".join(change.path for change in new)
             size = sum(change.size for change in new if change.state != "removed") / 1e6
@@ -127,18 +133,18 @@ def push(
             )
             url = commit.pr_url or commit.commit_url
     except (*FAILURES, RuntimeError) as error:
-        raise ValueError(f"{wanted}: {reason(error)}") from error
-    return Pushed(found, url)
+        raise ValueError(f"{wanted}: {failure_reason(error)}") from error
+    return Pushed(planned, url)
 
 
 def pull(source: str, out: Path, revision: str | None = None, force: bool = False) -> str:
     """Fetch a repository into the folder `out`; returns the commit.
 
-    What has come stays beside `out` in a hidden folder if the connection breaks, and the same call
-    goes on with it: `out` itself is whole or not there. Raises ValueError if `out` is taken, or
-    the Hub does not serve.
+    If the connection breaks, what was downloaded stays beside `out` in a hidden folder, from which
+    the same call resumes; `out` itself is complete or not there. Raises ValueError if `out` is
+    taken, or the Hub does not answer.
     """
-    repo_id, revision = split(source, revision)
+    repo_id, revision = parse_hub_id(source, revision)
     check_free(out, force)
     doing = f"{source} cannot be fetched"
     try:
@@ -147,7 +153,7 @@ def pull(source: str, out: Path, revision: str | None = None, force: bool = Fals
         doing = f"{source} has not come whole, and the same command goes on from there"
         snapshot_download(repo_id, revision=commit, local_dir=part)
     except FAILURES as error:
-        raise ValueError(f"{doing}: {reason(error)}") from error
+        raise ValueError(f"{doing}: {failure_reason(error)}") from error
     shutil.rmtree(part / ".cache", ignore_errors=True)
     (part / ".gitattributes").unlink(missing_ok=True)
     old = part.with_suffix(".old")

@@ -18,6 +18,7 @@ from ..zoo.inference.checkpoint import Checkpoint
 from ..zoo.models.config import Config
 from ..zoo.models.model import Model
 from ..zoo.models.mpt import NAMES, MPTConfig
+from ..zoo.utils.records import CompressionRecord
 from .export import new_folder
 
 FOUNDRY = {ours: theirs for theirs, ours in NAMES.items()}
@@ -47,7 +48,7 @@ def export_plain(
     out: Path,
     low: Model,
     original: Checkpoint,
-    compression: dict[str, Any],
+    compression: CompressionRecord,
     force: bool = False,
     shard_size: str = "5GB",
 ) -> None:

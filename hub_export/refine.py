@@ -1,13 +1,14 @@
 """From a compressed checkpoint to a refined one on disk."""
 
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from ..zoo.compression.record import calibrated_on, evaluation
 from ..zoo.compression.refine import RefineSettings, check_pair, refine
 from ..zoo.inference.checkpoint import MODEL_TYPE, Checkpoint
 from ..zoo.inference.data import calibration_tokens, hold_out
 from ..zoo.models.model import Model
+from ..zoo.utils.records import CompressionRecord, RefineRecord
 from .export import export
 
 
@@ -41,7 +42,7 @@ def refine_checkpoint(
     text: Path | None = None,
     force: bool = False,
     shard_size: str = "5GB",
-) -> dict[str, Any]:
+) -> CompressionRecord:
     """Refine `low` towards `dense`, write the folder `out`; return the record in its config.json.
 
     calibration, samples, seq_len: the text to learn from, see `data.calibration_tokens`, by
@@ -69,8 +70,9 @@ def refine_checkpoint(
         "stopped": refined.stopped,
         "history": refined.history,
     }
-    record = low.config["compression"]
-    record = record | {"evaluation": measured, "refined": [*record.get("refined", []), run]}
+    record = cast(CompressionRecord, dict(low.config["compression"]))
+    record["evaluation"] = measured
+    record["refined"] = [*record.get("refined", []), cast(RefineRecord, run)]
     export(out, refined.model, low, record, force, shard_size)
     state.unlink(missing_ok=True)
     return record

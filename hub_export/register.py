@@ -1,4 +1,4 @@
-"""`import eigenzoo.hub_export.register`: compressed folders load without trust_remote_code."""
+"""Importing this registers the classes: compressed folders load without trust_remote_code."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -15,6 +14,7 @@ from ..zoo.compression.stream import Stream, check_stream
 from ..zoo.inference.checkpoint import Checkpoint
 from ..zoo.inference.weights import LayerFiles
 from ..zoo.utils.provenance import fingerprint
+from ..zoo.utils.records import CompressionRecord
 from .export import check_free, put, weights_of, write_about
 
 INDEX = "model.safetensors.index.json"
@@ -46,7 +46,7 @@ def stream_checkpoint(
     seed: int = 0,
     force: bool = False,
     resume: bool = False,
-) -> dict[str, Any]:
+) -> CompressionRecord:
     """As `compress_checkpoint`, with one layer in memory at a time, and a weight file for each.
 
     original, files: see `checkpoint.open_layers`. Progress is kept in `partial_folder(out)`;
@@ -89,7 +89,7 @@ def stream_checkpoint(
     outside = {k: x for k, x in weights_of(low).items() if not k.startswith("model.layers.")}
     _save(fresh, count - 1, count, outside)
     _index(fresh)
-    record = {
+    record: CompressionRecord = {
         **about(original, settings, low.config, calibration, tokens, seed),
         "evaluation": measured(words, rows, stream.perplexities),
         "layers": stream.layers,

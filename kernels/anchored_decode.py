@@ -1,9 +1,9 @@
-"""Attention of one new token over keys that are cached turned within their blocks.
+"""Attention of one new token over keys that are cached rotated within their blocks.
 
-Every block of slots has a query of its own, made before the kernel by one batched product. A tile
-may touch several blocks: the rows that a matrix product of few queries leaves empty take the
-queries of all of them, each row sees the slots of its block, and the rows of a head are joined once
-the split is read.
+Every block of slots has its own queries, which one batched matrix product makes before the kernel
+runs. A tile may overlap several blocks. A matrix product of few queries has unused rows; they hold
+the queries of the other blocks. A row sees only the slots of its block, and the rows of a head are
+joined after the whole split is read.
 """
 
 from math import gcd
@@ -18,7 +18,7 @@ from . import split
 from .split import attend, cached, extent, load, nothing, scaled, scores, store
 
 LOG2E = tl.constexpr(split.LOG2E)
-MOST_ROWS = 64  # of one tile's queries, where smaller tiles can avoid more
+MOST_ROWS = 64  # of queries per tile; tiles shrink before they have more
 
 
 # fmt: off
@@ -37,8 +37,8 @@ def kernel(
     # fmt: on
     """One split of one group of QUERIES heads; see `launch`.
 
-    Row j * SHARED + h holds the query of head h for the j-th block of a tile. SHARED: QUERIES
-    padded; otherwise as in `latent_decode.kernel`.
+    Row j * SHARED + h holds the query of head h for block j of a tile. SHARED: QUERIES, padded. The
+    other arguments are those of `latent_decode.kernel`.
     """
     group, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     rows, column = tl.arange(0, ROWS), tl.arange(0, TILE)
@@ -81,7 +81,7 @@ def kernel(
 
 @triton.jit
 def join(peak, total, read, BLOCKS: tl.constexpr, SHARED: tl.constexpr):
-    """One row a head, of rows (BLOCKS * SHARED,) that have each read the slots of some blocks."""
+    """One row per head, from (BLOCKS * SHARED,) rows that have each read other blocks."""
     peak = tl.reshape(peak, [BLOCKS, SHARED])
     top = tl.max(peak, 0)
     w = tl.exp2(peak - top[None, :])
@@ -107,12 +107,12 @@ def launch(
     z_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """`zoo.attention.anchored_decode`, which says what the arguments are."""
+    """Run `zoo.models.attention.anchored_decode` in Triton; see there for the arguments."""
     (batch, heads), blocks = q.shape[:2], cos.size(2)
     turned = rotate(q.expand(-1, -1, blocks, -1), cos, sin) * scale  # (B, H, N, D)
     u = absorb(turned, up, q.size(3))  # (B, H, N, R)
     added = None
-    if mean is not None:  # what the mean of the keys adds to the scores of a block
+    if mean is not None:  # the mean of the keys adds one number per block and query
         added = (turned.unflatten(1, (len(mean), -1)) * mean[:, None]).sum(-1).contiguous()
     z, v = split.adjacent(z), split.adjacent(v)
     z_halves, v_halves = split.halves(z), split.halves(v)
@@ -144,8 +144,8 @@ def launch(
 def constants(
     shared: int, block: int, rk: int, rv: int, itemsize: int, z_halves: int = 1, v_halves: int = 1
 ) -> dict:
-    """What the shapes alone say; also for `aot.py`. block: 0 where one block holds all slots."""
-    block = block or 1 << 30  # and so a longer cache compiles nothing anew
+    """Constants of the kernel that depend on shapes only. block: 0 if one block holds all slots."""
+    block = block or 1 << 30  # not the number of slots: a longer cache would compile again
     heads = triton.next_power_of_2(shared)
     tile = split.tile_of(rk + rv, itemsize)
     while tile > split.LEAST_ROWS and touched(block, tile) * heads > MOST_ROWS:
@@ -169,7 +169,7 @@ def constants(
 
 
 def touched(block: int, tile: int) -> int:
-    """How many blocks a tile of slots touches at most, if tiles begin at multiples of `tile`."""
+    """The most blocks that a tile of slots overlaps, if tiles begin at multiples of `tile`."""
     if block % tile == 0:
         return 1
     return tile // block if tile % block == 0 else (tile - 2) // block + 2

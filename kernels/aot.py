@@ -1,19 +1,14 @@
-"""What the compiler makes of the kernels, for GPUs that need not be there.
+"""Compile the kernels for GPUs that need not be present, and read the machine code.
 
-`python -m eigenzoo.kernels.aot` prints the table.
-
-Registers, spills, shared memory and the hot loop of every kernel and target: an upper bound on what
-can go well and a guard against regressions, not a speed.
+`python -m eigenzoo.kernels.aot` prints a table: registers, spills, shared memory and the hot loop
+of every kernel and target. This detects regressions and bounds what a GPU can reach; it does not
+measure speed.
 """
 
 import argparse
 import json
 import math
 import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +18,8 @@ from triton.compiler import ASTSource
 
 from ..zoo.models.cache import SCALE
 from . import anchored_decode, latent_decode, rotary_decode, split
+from .disassembly import count, disassemble, loops
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -34,7 +29,7 @@ TARGETS = {
 
 
 class Limits(NamedTuple):
-    """Of one multiprocessor: bytes of shared memory, and bytes of memory it is fed per clock."""
+    """Of one multiprocessor: bytes of shared memory, and bytes read from memory per clock."""
 
     shared: int
     bytes_per_clock: float
@@ -48,7 +43,7 @@ LIMITS = {
 }
 SCALES = {"k_scale_ptr", "z_scale_ptr", "v_scale_ptr"}
 LOADS = ("LDG.", "LDGSTS.", "global_load", "buffer_load")
-REGISTERS, WARPS, MOST_BLOCKS = 65536, 64, 32  # of one multiprocessor, on all three
+REGISTERS, WARPS, MOST_BLOCKS = 65536, 64, 32  # per multiprocessor, on all three
 MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
@@ -63,7 +58,7 @@ class Case(NamedTuple):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of memory that one turn of the loop reads."""
+        """Bytes of memory that one iteration of the loop reads."""
         c = self.constants
         if "RK" not in c:
             return int(c["WIDTH"] * c["TILE"] * 4)
@@ -73,18 +68,18 @@ class Case(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What was compiled; `loop` counts instructions of the longest loop, by opcode.
+    """What the machine code says; `loop` counts instructions of the longest loop, by opcode.
 
-    For AMD it counts those of the whole kernel, and blocks and ratio are not known: 0 and nan. A
-    loop within the loop, as in `rotary_decode` where the lift is not held, counts once.
+    For AMD, `loop` counts the whole kernel, and blocks and ratio are unknown: 0 and nan. The
+    instructions of an inner loop, as in `rotary_decode` without HELD, count once.
     """
 
     registers: int
     spills: int
     shared: int
-    blocks: int  # that fit on a multiprocessor together
+    blocks: int  # that fit on a multiprocessor at once
     loop: dict[str, int]
-    ratio: float  # clocks to issue the loop, over clocks to read its tile from memory
+    ratio: float  # clocks to issue the loop / clocks to read its tile from memory
 
 
 def latent(rk: int, rv: int, shared: int = 1, bits: int = 16) -> Case:
@@ -119,7 +114,7 @@ def _case(name: str, kernel: Any, shape: dict[str, Any], bits: int) -> Case:
 
 
 def merge(splits: int, width: int) -> Case:
-    """The second pass, which weighs the parts of all splits."""
+    """The second pass, which sums the weighted parts of all splits."""
     shape = {"SPLITS": splits, "WIDTH": width, "BLOCK": triton.next_power_of_2(width)}
     shape |= {"TILE": min(splits, 16), "num_warps": 4, "num_stages": 3}
     return Case(f"merge {splits} of {width}", split._merge, shape)
@@ -152,7 +147,7 @@ CASES = (
 
 
 def compiled(case: Case, target: GPUTarget) -> Any:
-    """The kernel as Triton compiles it when tensors are aligned and strides divide by 16."""
+    """The kernel as Triton compiles it for aligned tensors and strides divisible by 16."""
     constants = dict(case.constants)
     if "RK" in constants:
         constants |= {"K_SHARE": 1, "V_SHARE": 1, "UPCAST": False}
@@ -170,7 +165,7 @@ def compiled(case: Case, target: GPUTarget) -> Any:
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    # its default changes with Triton 3.10
+    # the default of enable_fp_fusion changes with Triton 3.10
     return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
 
 
@@ -190,7 +185,7 @@ def _type(name: str, case: Case) -> str:
 
 
 def read(case: Case, name: str) -> Reading:
-    """Compile a case for a target of `TARGETS` and read what came out."""
+    """Compile a case for a target of `TARGETS` and read the machine code."""
     target = TARGETS[name]
     made = compiled(case, target)
     shared, warps = made.metadata.shared, case.constants["num_warps"]
@@ -199,67 +194,25 @@ def read(case: Case, name: str) -> Reading:
         counts = [re.search(rf"\.{k}:\s+(\d+)", text) for k in ("vgpr_count", "vgpr_spill_count")]
         registers, spills = (int(c[1]) if c else -1 for c in counts)
         return Reading(registers, spills, shared, 0, count(text.splitlines()), math.nan)
-    usage, text = _disassembled(made.asm["cubin"])
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    registers, spills = int(found[1]), int(found[2])
+    usage, text = disassemble(made.asm["cubin"])
+    line = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert line, usage
+    registers, spills = int(line[1]), int(line[2])
     loop = max(loops(text), key=len, default=[])
     limits = LIMITS[name]
-    per_warp = -(-registers * 32 // 256) * 256  # registers are given out in 256s
+    per_warp = -(-registers * 32 // 256) * 256  # registers are allocated in units of 256
     blocks = (REGISTERS // per_warp // warps, limits.shared // (shared + 1024), WARPS // warps)
     issue = len(loop) * warps / 4  # four schedulers, one instruction each per clock
     ratio = issue / (case.bytes_read / limits.bytes_per_clock)
     return Reading(registers, spills, shared, min(*blocks, MOST_BLOCKS), count(loop), ratio)
 
 
-def _disassembled(cubin: bytes) -> tuple[str, str]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(cubin)
-        f.flush()
-        usage, text = (
-            subprocess.run([TOOLS / tool, flag, f.name], capture_output=True, text=True, check=True)
-            for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
-    return usage.stdout, text.stdout
-
-
-def loops(text: str) -> Iterator[list[str]]:
-    """Instructions of every loop in disassembled text: from a label to a branch back to it."""
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
-            instructions.append(instruction[1])
-            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
-            if back and back[1] in labels:
-                yield instructions[labels[back[1]] :]
-
-
-def count(instructions: list[str]) -> dict[str, int]:
-    """How often each opcode occurs; loads from memory by their width."""
-    counts: dict[str, int] = {}
-    for line in instructions:
-        words = re.sub(r"^@!?U?P\w+\s+", "", line.strip()).split()
-        if not words:
-            continue
-        op = words[0]
-        if op.split(".")[0] in ("LDG", "LDGSTS"):
-            width = re.search(r"\.(128|64|U16|U8)\b", op)
-            op = f"{op.split('.')[0]}.{width[1] if width else 32}"
-        elif not op.startswith(("global_load", "buffer_load", "v_mfma")):
-            op = op.split(".")[0]
-        counts[op] = counts.get(op, 0) + 1
-    return counts
-
-
 def main() -> None:
-    """Print one line a target and case."""
+    """Print one line per target and case."""
     parser = argparse.ArgumentParser(prog="python -m eigenzoo.kernels.aot", description=__doc__)
     parser.add_argument("--targets", default=",".join(TARGETS), help="default: %(default)s")
-    parser.add_argument("--only", nargs="*", default=[""], help="cases whose names begin so")
-    parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
+    parser.add_argument("--only", nargs="*", default=[""], help="only cases with these prefixes")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line, no table")
     given = parser.parse_args()
     if not given.json:
         print("target  case                          regs spills shared blocks loop ratio loads")

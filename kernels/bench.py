@@ -1,8 +1,8 @@
 """Speed of the fused ops on a GPU: `python -m eigenzoo.kernels.bench`.
 
-One layer's attention for one new token, beside full rank, SDPA and flex_attention, and what share
-of the bandwidth that a copy reaches each of them reaches. Calls are replayed from a CUDA graph and
-take turns on caches that together exceed the L2 cache several times.
+Attention of one layer for one new token, compared with full rank, SDPA and flex_attention. Each
+line ends with the bandwidth reached, as a share of the bandwidth of a copy. Calls are replayed from
+a CUDA graph and take turns on caches that together exceed the L2 cache several times.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from ..zoo.models.cache import Buffer, Latent, pack
 from . import ops
 from .install import register
 
-ROTATION = 1 << 30  # bytes of caches that take turns: 20 times the L2 cache of an H100
+ROTATION = 1 << 30  # bytes of all caches together: 20 times the L2 cache of an H100
 RANKS = ((64, 64), (64, 96), (80, 80), (96, 96), (112, 112))
 
 
 def seconds(calls: list[Callable[[], object]], rounds: int = 20) -> float:
-    """Median seconds of one call, all of `calls` replayed one after another."""
+    """Median seconds per call, where all of `calls` are replayed one after another."""
     for call in calls:
         call()  # compiles
     torch.cuda.synchronize()
@@ -44,7 +44,7 @@ def seconds(calls: list[Callable[[], object]], rounds: int = 20) -> float:
 
 
 def copy_bandwidth(size: int = 1 << 30) -> float:
-    """Bytes per second, read and written, of a copy of `size` bytes."""
+    """Bandwidth of a copy of `size` bytes: bytes read and written per second."""
     x = torch.empty(size, dtype=torch.uint8, device="cuda")
     y = torch.empty_like(x)
     return 2 * size / seconds([lambda: y.copy_(x)])
@@ -53,7 +53,10 @@ def copy_bandwidth(size: int = 1 << 30) -> float:
 def caches(
     batch: int, heads: int, slots: int, rk: int, rv: int, bits: int
 ) -> tuple[list[tuple[Buffer, Buffer]], int]:
-    """Random keys and values, of ROTATION bytes together, two pairs at least; bytes of a pair."""
+    """Random pairs of keys and values, and the bytes of one pair.
+
+    At least two pairs; ROTATION bytes in total.
+    """
     latents = Latent(heads, rk, bits), Latent(heads, rv, bits)
     size = batch * slots * sum(x.nbytes(torch.bfloat16) for x in latents)
 
@@ -65,13 +68,13 @@ def caches(
 
 
 def main() -> None:
-    """Print one line a way to attend."""
+    """Print one line per implementation and shape."""
     parser = argparse.ArgumentParser(prog="python -m eigenzoo.kernels.bench", description=__doc__)
     for name, value in (("batch", 8), ("slots", 8192), ("heads", 32), ("kv-heads", 32)):
         parser.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
     given = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("there is no GPU that torch can use: this benchmark measures nothing else")
+        raise SystemExit("this benchmark needs a GPU that torch can use, and there is none")
     register("cuda")
     b, h, g, s = given.batch, given.heads, given.kv_heads, given.slots
     span = torch.tensor([[0, s]], device="cuda")

@@ -1,6 +1,7 @@
-"""The decode ops for CPUs: cpu.cpp, built once on the machine that runs it, and kept.
+"""The decoding ops for CPUs: C++ in the folder cpp/, compiled on first use, then kept in a cache.
 
-Without a C++ compiler, which torch.compile wants as well, zoo/models/attention.py does their work.
+They need a C++ compiler, as torch.compile does. Without one, the definitions in plain PyTorch
+(zoo/models/attention.py, zoo/models/linear.py) do the same work.
 """
 
 import functools
@@ -13,16 +14,17 @@ from pathlib import Path
 import ninja
 import torch
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+PIECES = Path(__file__).with_name("cpp")
+SOURCE = PIECES / "ops.cpp"  # includes all other pieces, and says why it is the only one compiled
 WIDE = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-VECTORS = {  # what ATen's vectors want to be told, by what the processor has
+VECTORS = {  # options under which ATen's vectors use what the processor has
     "AVX2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"],
     "AVX512": [*WIDE, "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX512"],
 }
 
 
 def flags() -> list[str]:
-    """Options for the compiler on this processor."""
+    """Options of the compiler for this processor."""
     capability = torch.backends.cpu.get_cpu_capability()
     known = VECTORS.get(capability, [])
     if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
@@ -31,17 +33,23 @@ def flags() -> list[str]:
 
 
 def library() -> Path:
-    """Where the built ops are kept: a file for every source, torch and kind of processor."""
-    kind = " ".join((SOURCE.read_text(), torch.__version__, *flags()))
+    """Path of the compiled ops, built or not: one file per sources, torch version and options.
+
+    The compiler is not part of the name: a library that was built works without any.
+    """
+    kind = hashlib.sha256(" ".join((torch.__version__, *flags())).encode())
+    for piece in sorted((*PIECES.glob("*.h"), *PIECES.glob("*.cpp"))):
+        kind.update(piece.name.encode() + piece.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eigenzoo"
-    return cache / f"cpu-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.so"
+    return cache / f"cpu-{kind.hexdigest()[:16]}.so"
 
 
 @functools.cache
 def load() -> None:
-    """Give `torch.ops.eigenzoo` its implementations for CPUs, built if need be: half a minute.
+    """Register the implementations of `torch.ops.eigenzoo` for CPUs.
 
-    Raises ValueError where there is no compiler.
+    The first call on a machine compiles them, which takes half a minute. Raises ValueError if there
+    is no compiler, or it fails.
     """
     kept = library()
     if kept.exists():
@@ -51,19 +59,20 @@ def load() -> None:
 
 
 def _build(kept: Path) -> None:
-    from torch.utils import cpp_extension  # takes its time
+    from torch.utils import cpp_extension  # here, because the import is slow
 
     compiler, instead = cpp_extension.get_cxx_compiler(), "or use the reference ops"
     if shutil.which(compiler) is None:
         raise ValueError(
             f"the attention ops for CPUs are compiled on first use, and there is no {compiler}: "
-            f"install g++ or clang, name another in CXX, {instead}"
+            f"install g++ or clang, name another compiler in CXX, {instead}"
         )
-    os.environ["PATH"] += os.pathsep + ninja.BIN_DIR  # an environment need not be activated
+    os.environ["PATH"] += os.pathsep + ninja.BIN_DIR  # for environments that are not activated
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as place:  # half a file is never seen
+    # built in a folder beside it, then renamed: other processes never see half a file
+    with tempfile.TemporaryDirectory(dir=kept.parent) as place:
         try:
-            cpp_extension.load(  # loads what it has built
+            cpp_extension.load(  # this also loads the library
                 "eigenzoo_cpu",
                 [str(SOURCE)],
                 extra_cflags=flags(),

@@ -1,4 +1,4 @@
-"""Switch a model from the attention that defines decoding to the fused ops."""
+"""Switch a model from the reference ops, in plain PyTorch, to the fused ops."""
 
 from collections.abc import Callable
 from functools import cache
@@ -12,29 +12,29 @@ from ..zoo.models import attention
 from ..zoo.models.linear import linear_decode
 from . import cpu, ops
 
-FUSED = {  # what defines an op, and the op
+FUSED = {  # definition: fused op
     attention.latent_decode: ops.latent_decode,
     attention.anchored_decode: ops.anchored_decode,
     attention.rotary_decode: ops.rotary_decode,
 }
-LINEAR_ROWS = 8  # of linear layers; a library's product is as good for more
-DEVICES = ("cpu", "cuda")  # for which there are fused ops
+LINEAR_ROWS = 8  # for more rows, PyTorch's own matrix product is as fast
+DEVICES = ("cpu", "cuda")  # devices with fused ops
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 
 @cache
 def register(device: str) -> None:
-    """Give the ops what runs on a kind of device: C++ for the CPU, Triton for NVIDIA's and AMD's.
+    """Register the implementations of the ops: C++ for "cpu", Triton for "cuda" (NVIDIA, AMD).
 
-    Raises ValueError where there is nothing for it, or a compiler or Triton is missing.
+    Raises ValueError for another device, and if the compiler or Triton is missing.
     """
     if device == "cpu":
         cpu.load()
         return
     if device != "cuda":
         raise ValueError(
-            f"there are no fused ops for {device}: expected one of {', '.join(DEVICES)}, or leave "
-            "the reference ops"
+            f"there are no fused ops for {device}: expected one of {', '.join(DEVICES)}; use the "
+            "reference ops on other devices"
         )
     try:
         from . import anchored_decode, latent_decode, rotary_decode
@@ -42,7 +42,7 @@ def register(device: str) -> None:
         if e.name != "triton":
             raise
         raise ValueError(
-            "on a GPU the fused ops need Triton: pip install 'eigenzoo[triton]', or leave the "
+            "on a GPU the fused ops need Triton: pip install 'eigenzoo[triton]', or use the "
             "reference ops"
         ) from None
     for kernel in (latent_decode, anchored_decode, rotary_decode):
@@ -51,12 +51,12 @@ def register(device: str) -> None:
 
 
 def install(model: AnyModel) -> AnyModel:
-    """Let every layer of a model decode by the fused ops; prompts go the way they went.
+    """Make every layer of a model decode with the fused ops. Prompts are processed as before.
 
-    Returns the model. A second time changes nothing. On a CPU the ops are built when they are
-    wanted first, which takes half a minute. Raises ValueError as `register` does.
+    Returns the model, changed in place; a second call changes nothing. On a CPU, the first call
+    compiles the ops, which takes half a minute. Raises ValueError as `register` does.
     """
-    devices = {p.device.type for p in model.parameters()} - {"meta"}  # those stay on disk
+    devices = {p.device.type for p in model.parameters()} - {"meta"}  # meta: offloaded to disk
     for device in devices:
         register(device)
     for module in model.modules():
@@ -69,11 +69,11 @@ def install(model: AnyModel) -> AnyModel:
 
 
 def _calls(module: nn.Module, definition: Callable[..., Any]) -> bool:
-    """Whether a module calls `definition`, or what has its name and arguments in a checkpoint.
+    """Whether a module calls `definition`, or a function of the same name and arguments.
 
-    The classes that come with a checkpoint have functions of their own, maybe of another version.
+    Code that comes with a checkpoint has its own copy of a definition, maybe of another version.
     """
-    found = getattr(type(module), definition.__name__, None)
-    return found is not None and [*signature(found).parameters] == [
+    called = getattr(type(module), definition.__name__, None)
+    return called is not None and [*signature(called).parameters] == [
         *signature(definition).parameters
     ]

@@ -1,8 +1,9 @@
 """Attention of one or a few new tokens over latents that queries read directly.
 
-A program reads one split for all query heads that share a latent of keys and one of values, as rows
-of one matrix product. Where keys and values are shared by different numbers of heads, the coarser
-latent is read by several programs, which lie side by side in the grid to meet in the L2 cache.
+A program reads one split for all query heads that share both a latent of keys and a latent of
+values: these heads are the rows of one matrix product. If keys and values are shared by different
+numbers of heads, several programs read the latent that more heads share. They are adjacent in the
+grid, so that they find it in the L2 cache.
 """
 
 from math import gcd
@@ -34,8 +35,8 @@ def kernel(
     """One split of one group of query heads; see `launch`.
 
     K_SHARE, V_SHARE: groups that share a latent; QUERIES: heads of a group times TOKENS; *_SLOT,
-    *_STEP: from one slot to the next, of numbers and of scales; *_HALVES: 2 where a byte holds two
-    numbers; ROWS: QUERIES padded.
+    *_STEP: strides from one slot to the next, of numbers and of scales; *_HALVES: 2 if a byte holds
+    two numbers, else 1; ROWS: QUERIES, padded.
     """
     group, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     rows, column = tl.arange(0, ROWS), tl.arange(0, TILE)
@@ -87,7 +88,7 @@ def launch(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """`zoo.attention.latent_decode`, which says what the arguments are."""
+    """Run `zoo.models.attention.latent_decode` in Triton; see there for the arguments."""
     batch, heads, tokens, rk = q.shape
     k, v = split.adjacent(k), split.adjacent(v)
     k_halves, v_halves = split.halves(k), split.halves(v)
@@ -117,9 +118,10 @@ def launch(
 def constants(
     shared: int, tokens: int, rk: int, rv: int, itemsize: int, k_halves: int = 1, v_halves: int = 1
 ) -> dict:
-    """What the shapes alone say: widths, their chunks, and sizes of tiles; also for `aot.py`.
+    """Constants of the kernel that depend on shapes only; `aot.py` uses them too.
 
-    itemsize: of the queries. Tiles of packed caches are no larger: they are unpacked.
+    shared: query heads of a group; rk, rv: widths of keys and values; itemsize: bytes per number of
+    the queries. Packed caches get no larger tiles, because a tile is unpacked before it is used.
     """
     queries = shared * tokens
     return {

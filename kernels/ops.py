@@ -1,7 +1,8 @@
-"""The decoding ops by their names in PyTorch: `torch.ops.eigenzoo.*`.
+"""The decoding ops as PyTorch knows them: `torch.ops.eigenzoo.*`.
 
-`zoo.attention` and `zoo.linear` define what they compute. This file says their types and the
-shapes of what they return, and needs torch only; `install.py` says what runs on which device.
+`zoo/models/attention.py` and `zoo/models/linear.py` define what they compute. This file declares
+their arguments and the shapes of their results, and needs only torch. `install.py` chooses the
+implementation for a device.
 """
 
 import torch
@@ -43,7 +44,10 @@ for _name, _arguments in SCHEMAS.items():
 
 
 def _parts(x: Buffer) -> tuple[Tensor, Tensor | None]:
-    """Numbers, or codes and their scales: a checkpoint's own `Packed` is another class."""
+    """Numbers and None, or codes and scales.
+
+    Not by `isinstance(x, Packed)`: code that comes with a checkpoint has its own `Packed`.
+    """
     return (x, None) if isinstance(x, Tensor) else x
 
 
@@ -56,7 +60,7 @@ def latent_decode(
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """The op of `zoo.attention.latent_decode`, which says what the arguments are."""
+    """The op for `zoo.models.attention.latent_decode`; see there for the arguments."""
     (k, k_scale), (v, v_scale) = _parts(k), _parts(v)
     return torch.ops.eigenzoo.latent_decode(q, k, v, span, scale, bias, slopes, k_scale, v_scale)
 
@@ -74,7 +78,7 @@ def anchored_decode(
     block: int,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The op of `zoo.attention.anchored_decode`, which says what the arguments are."""
+    """The op for `zoo.models.attention.anchored_decode`; see there for the arguments."""
     (z, z_scale), (v, v_scale) = _parts(z), _parts(v)
     return torch.ops.eigenzoo.anchored_decode(
         q, z, v, span, scale, cos, sin, up, mean, block, bias, z_scale, v_scale
@@ -93,7 +97,7 @@ def rotary_decode(
     mean: Tensor | None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The op of `zoo.attention.rotary_decode`, which says what the arguments are."""
+    """The op for `zoo.models.attention.rotary_decode`; see there for the arguments."""
     (z, z_scale), (v, v_scale) = _parts(z), _parts(v)
     return torch.ops.eigenzoo.rotary_decode(
         q, z, v, span, scale, cos, sin, up, mean, bias, z_scale, v_scale
@@ -101,5 +105,5 @@ def rotary_decode(
 
 
 def linear_decode(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The op of `zoo.linear.linear_decode`, which says what the arguments are. CPUs only."""
+    """The op for `zoo.models.linear.linear_decode`; see there for the arguments. CPUs only."""
     return torch.ops.eigenzoo.linear_decode(x, weight, scale, bias)

@@ -1,8 +1,8 @@
 """Attention of one or a few new tokens over keys that are lifted and rotated while they are read.
 
-A tile of latents is lifted for one kv head, half a head at a time, as the rotation pairs the
-halves; the keys live in registers only. One program reads one split for all query heads that share
-a kv head and a latent of values.
+A tile of latents is lifted for one kv head. The two halves of the head are separate matrices,
+because the rotation combines them. Keys stay in registers. One program reads one split for all
+query heads that share both a kv head and a latent of values.
 """
 
 from math import gcd
@@ -15,7 +15,7 @@ from torch import Tensor
 from . import split
 from .split import attend, cached, extent, load, nothing, product, store
 
-MOST_HELD = 48 << 10  # bytes of the lift of one head that stay in shared memory
+MOST_HELD = 48 << 10  # bytes: a larger lift of a head does not stay in shared memory
 LOG2E = tl.constexpr(split.LOG2E)
 
 
@@ -36,8 +36,8 @@ def kernel(
     # fmt: on
     """One split of one group of query heads; see `launch`.
 
-    K_SHARE: groups of a kv head; LIFTED: kv heads of a latent of keys; HALF: numbers of half a
-    head; otherwise as in `latent_decode.kernel`.
+    K_SHARE: groups of a kv head; LIFTED: kv heads of a latent of keys; HALF: half the width of a
+    head. The other arguments are those of `latent_decode.kernel`.
     """
     group, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     rows, column = tl.arange(0, ROWS), tl.arange(0, TILE)
@@ -96,9 +96,9 @@ def lifted(
 ):
     """Both halves of the keys of a tile, each (TILE, HALF) padded, in fp32.
 
-    The compiler moves what does not change out of the loop over tiles. Where that is the lift, it
-    stays in shared memory; HELD says that it fits. Else every tile reads it anew. KEPT: numbers or
-    bytes of a latent.
+    With HELD, the lift fits in shared memory: the loop over its rows is unrolled, so that the
+    compiler can load the lift once, before the loop over tiles. Without, every tile reads it again.
+    KEPT: elements of the cache per latent (bytes, if a byte holds two numbers).
     """
     a = tl.full([TILE, D_CHUNKS[0]], 0, tl.float32)
     c = tl.full([TILE, D_CHUNKS[0]], 0, tl.float32)
@@ -131,7 +131,7 @@ def lifted_more(
     TYPE: tl.constexpr, UPCAST: tl.constexpr,
 ):
     # fmt: on
-    """Halves a and c of the keys, and what R_CHUNK of what is kept of latents add, from r on."""
+    """Halves a and c of the keys, plus the share of R_CHUNK elements of the latents, from r on."""
     z = cached(z_ptr + r, rows, there, K_SLOT, KEPT - r, (R_CHUNK,), TYPE)
     at = r + tl.arange(0, R_CHUNK)
     known = at < KEPT
@@ -156,7 +156,7 @@ def launch(
     z_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """`zoo.attention.rotary_decode`, which says what the arguments are."""
+    """Run `zoo.models.attention.rotary_decode` in Triton; see there for the arguments."""
     batch, heads, tokens, d = q.shape
     z, v = split.adjacent(z), split.adjacent(v)
     z_halves, v_halves = split.halves(z), split.halves(v)
@@ -202,7 +202,10 @@ def constants(
     z_halves: int = 1,
     v_halves: int = 1,
 ) -> dict:
-    """What the shapes alone say; also for `aot.py`. amd: hold no lift, it would be in registers."""
+    """Constants of the kernel that depend on shapes only; `aot.py` uses them too.
+
+    amd: do not hold the lift, because AMD's compiler would hold it in registers.
+    """
     queries, half = shared * tokens, max(split.LEAST_ROWS, triton.next_power_of_2(head_dim // 2))
     padded = triton.cdiv(rk // z_halves, split.LEAST_ROWS) * split.LEAST_ROWS
     return {

@@ -1,12 +1,12 @@
-"""What the decoding kernels share: one split of a sequence, and the merge of all splits.
+"""What the decoding kernels share: reading one split of a sequence, and merging all splits.
 
 A sequence is cut into splits, so that one token of one sequence still fills a GPU (Flash-Decoding,
-https://pytorch.org/blog/flash-decoding). Every split keeps a softmax of its own (arXiv 1805.02867)
-in base 2; the merge weighs the splits by their sums.
+https://pytorch.org/blog/flash-decoding). Every split has its own online softmax (arXiv 1805.02867),
+in base 2. The merge weights the splits by the sums of their softmaxes.
 
-A width that is no power of two is read in chunks that are: `tl.arange` knows no other lengths.
-A byte of two numbers of 4 bits has one of each half of a row (`zoo.cache.Packed`): the chunks of
-the first half come before those of the second, for queries and outputs too.
+`tl.arange` takes powers of two only, so other widths are read in chunks. A byte that holds two
+4-bit numbers has one from each half of a row (`zoo.models.cache.Packed`): chunks of the first half
+come before those of the second, in queries and outputs too.
 """
 
 import torch
@@ -17,17 +17,17 @@ from torch import Tensor
 from ..zoo.models.bits import LEVELS
 
 LOG2E = 1.4426950408889634
-MIDDLE = tl.constexpr(LEVELS[4])  # what 4 bits count from
-LEAST_ROWS = 16  # a matrix instruction takes no fewer
-PROGRAMS = 512  # about four for each multiprocessor of an A100 (108), H100 (132) or B200 (148)
-TILE_BYTES = 32 << 10  # of keys and values together; a loop holds more than one tile at a time
+MIDDLE = tl.constexpr(LEVELS[4])  # 4-bit code n stands for n - MIDDLE
+LEAST_ROWS = 16  # the fewest rows of a matrix instruction
+PROGRAMS = 512  # about four per multiprocessor of an A100 (108), H100 (132) or B200 (148)
+TILE_BYTES = 32 << 10  # of keys and values together; a pipelined loop holds several tiles
 
 
 @triton.jit
 def extent(span_ptr, TILE: tl.constexpr):
-    """First slot of a sequence, the one behind its last, and the same of this program's split."""
+    """First slot and end (exclusive) of a sequence, and of this program's split."""
     first, end = tl.load(span_ptr).to(tl.int32), tl.load(span_ptr + 1).to(tl.int32)
-    start = first // TILE * TILE  # tiles lie at multiples of their size
+    start = first // TILE * TILE  # tiles begin at multiples of their size
     share = tl.cdiv(tl.cdiv(end - start, tl.num_programs(1)), TILE) * TILE
     start += tl.program_id(1) * share
     return first, end, start, tl.minimum(start + share, end)
@@ -39,7 +39,7 @@ def load(
     ptr, rows, there, STRIDE: tl.constexpr, width, CHUNKS: tl.constexpr, HALVES: tl.constexpr = 1
 ):
     # fmt: on
-    """Rows of HALVES * `width` numbers, a tuple of chunks; zeros where `there` is false."""
+    """Rows of HALVES * `width` numbers, as a tuple of chunks; zeros where `there` is false."""
     parts = tl.tuple(())
     for half in tl.static_range(HALVES):
         at = 0
@@ -58,9 +58,9 @@ def cached(
     ptr, rows, there, STRIDE: tl.constexpr, width, CHUNKS: tl.constexpr, TYPE: tl.constexpr
 ):
     # fmt: on
-    """Rows of a cache as numbers of TYPE, before they are scaled; `width` counts what is kept.
+    """Rows of a cache as numbers of TYPE, not yet scaled; `width`: elements of the cache per row.
 
-    TYPE is fp32 under the interpreter, which makes bits of bf16 out of whole numbers.
+    TYPE must be fp32 under the interpreter, which converts integers to bf16 wrongly.
     """
     kept = load(ptr, rows, there, STRIDE, width, CHUNKS)
     parts = tl.tuple(())
@@ -76,7 +76,7 @@ def cached(
 
 @triton.jit
 def scaled(x, scale_ptr, rows, there, STRIDE: tl.constexpr):
-    """x (ROWS, TILE) times the scale of every slot of a tile, where the cache has any."""
+    """x (ROWS, TILE) times the scales of the slots of a tile, if the cache has scales."""
     if scale_ptr is not None:
         x *= tl.load(scale_ptr + rows * STRIDE, mask=there, other=0.0).to(tl.float32)[None, :]
     return x
@@ -84,15 +84,18 @@ def scaled(x, scale_ptr, rows, there, STRIDE: tl.constexpr):
 
 @triton.jit
 def product(a, b, c, UPCAST: tl.constexpr):
-    """c + a @ b, a in the type of b. The interpreter multiplies the bits of bf16: UPCAST there."""
+    """c + a @ b, with a cast to the type of b.
+
+    UPCAST is for the interpreter, which multiplies bf16 wrongly: it takes the bits as integers.
+    """
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision="ieee")
-    return tl.dot(a.to(b.dtype), b, c, input_precision="ieee")  # else fp32 would become tf32
+    return tl.dot(a.to(b.dtype), b, c, input_precision="ieee")  # the default rounds fp32 to tf32
 
 
 @triton.jit
 def scores(q, k, ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr):
-    """q @ k.T (ROWS, TILE) in fp32, both in chunks."""
+    """q @ k.T (ROWS, TILE) in fp32, with q and k in chunks."""
     s = tl.zeros([ROWS, TILE], tl.float32)
     for i in tl.static_range(len(q)):
         s = product(q[i], tl.trans(k[i]), s, UPCAST)
@@ -101,9 +104,9 @@ def scores(q, k, ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def nothing(ROWS: tl.constexpr, CHUNKS: tl.constexpr, HALVES: tl.constexpr):
-    """State of a softmax that has read nothing: peak and sum (ROWS,), values in chunks.
+    """Initial state of a softmax: peak and sum (ROWS,), and values in chunks.
 
-    The peak is finite: a row that sees nothing for some tiles must not subtract infinities.
+    The peak is finite, because a row may see no slot of a tile, and -inf - -inf is NaN.
     """
     read = tl.tuple(())
     for i in tl.static_range(HALVES * len(CHUNKS)):
@@ -117,7 +120,7 @@ def attend(
     peak, total, read, s, v, scale_ptr, rows, there, STRIDE: tl.constexpr, UPCAST: tl.constexpr
 ):
     # fmt: on
-    """The state after one more tile: scores s (ROWS, TILE) in base 2, values v in chunks."""
+    """The state after one more tile: scores s (ROWS, TILE) in base 2, and values v in chunks."""
     top = tl.maximum(peak, tl.max(s, 1))
     p, decay = tl.exp2(s - top[:, None]), tl.exp2(peak - top)
     weight = scaled(p, scale_ptr, rows, there, STRIDE)
@@ -133,7 +136,7 @@ def store(
     part_ptr, weight_ptr, row, valid, peak, total, read, WIDTH: tl.constexpr, HALVES: tl.constexpr
 ):
     # fmt: on
-    """What this split read for rows `row` of the output, and the logarithm of its sum."""
+    """Write the result of this split for rows `row` of the output, and the logarithm of its sum."""
     at = row * tl.num_programs(1) + tl.program_id(1)
     some = total > 0
     weight = tl.where(some, peak + tl.log2(total), -float("inf"))
@@ -167,14 +170,14 @@ def _merge(
     for start in range(0, SPLITS, TILE):
         split = start + tl.arange(0, TILE)
         w = tl.exp2(tl.load(weight_ptr + split) - top)
-        mask = (w > 0)[:, None] & (column < WIDTH)[None, :]  # an empty split has stored no part
+        mask = (w > 0)[:, None] & (column < WIDTH)[None, :]  # an empty split stored no part
         at = part_ptr + (split * WIDTH)[:, None] + column[None, :]
         y += tl.sum(w[:, None] * tl.load(at, mask=mask, other=0.0), 0)
     tl.store(out_ptr + row * WIDTH + column, y / total, mask=column < WIDTH)
 
 
 def chunks(width: int, least: int = LEAST_ROWS) -> tuple[int, ...]:
-    """One or two powers of two, none below `least`, that cover `width`: 80 is 64 + 16."""
+    """One or two powers of two, at least `least` each, that cover `width`: 64 + 16 for 80."""
     power = max(least, 1 << (width.bit_length() - 1))
     if width <= power:
         return (power,)
@@ -183,7 +186,7 @@ def chunks(width: int, least: int = LEAST_ROWS) -> tuple[int, ...]:
 
 
 def tile_of(numbers: int, itemsize: int, most: int = 128) -> int:
-    """How many slots one tile has, if a slot has so many numbers."""
+    """Slots per tile, if a slot has `numbers` numbers of `itemsize` bytes; at most `most`."""
     tile = most
     while tile > LEAST_ROWS and tile * numbers * itemsize > TILE_BYTES:
         tile //= 2
@@ -191,27 +194,27 @@ def tile_of(numbers: int, itemsize: int, most: int = 128) -> int:
 
 
 def splits_of(programs: int, slots: int, tile: int) -> int:
-    """Into how many splits to cut `slots`, where one split takes so many programs.
+    """The number of splits of `slots` slots; programs: sequences times groups of heads.
 
-    A power of two, chosen from shapes alone: the length is known to the device only.
+    A power of two that depends on shapes only, because only the device knows the length.
     """
     fill = triton.next_power_of_2(triton.cdiv(PROGRAMS, programs))
-    longest = triton.next_power_of_2(triton.cdiv(slots, 4 * tile))  # tiles enough to be pipelined
+    longest = triton.next_power_of_2(triton.cdiv(slots, 4 * tile))  # enough tiles to pipeline
     return min(fill, longest, 128)
 
 
 class Parts:
-    """Room for what every split reads, and for the output of all of them."""
+    """Memory for the results of all splits and for the merged output."""
 
     def __init__(self, q: Tensor, splits: int, width: int):
-        """q: (B, H, T, ...), of whose rows each gets `splits` parts of `width` numbers."""
+        """q: (B, H, T, ...); every row has `splits` parts of `width` numbers."""
         rows = q.shape[:3]
         self.out = q.new_empty(*rows, width)
         self.part = q.new_empty(*rows, splits, width, dtype=torch.float32)
         self.weight = q.new_empty(*rows, splits, dtype=torch.float32)
 
     def merge(self) -> Tensor:
-        """Weigh the parts of all splits: (B, H, T, width)."""
+        """The weighted sum of all parts: (B, H, T, width)."""
         splits, width = self.part.shape[3:]
         block = triton.next_power_of_2(width)
         _merge[(self.weight[..., 0].numel(),)](
@@ -225,20 +228,20 @@ class Parts:
 
 
 def adjacent(x: Tensor) -> Tensor:
-    """Keys or values with the numbers of a latent one behind another, as those of a cache lie."""
+    """Keys or values with contiguous latents; those of a cache are returned as they are."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def halves(x: Tensor) -> int:
-    """How many numbers a byte or a number of a cache holds."""
+    """Numbers per element of a cache: 2 for bytes of two 4-bit numbers, else 1."""
     return 2 if x.dtype == torch.uint8 else 1
 
 
 def strides(scale: Tensor | None) -> tuple[int, ...]:
-    """Of scales (B, heads, S, 1): from one sequence, head and slot to the next."""
+    """Strides of scales (B, heads, S, 1): from one sequence, head and slot to the next."""
     return (0, 0, 1) if scale is None else scale.stride()[:3]
 
 
 def per_sequence(x: Tensor | None) -> int:
-    """Stride of the first dimension, 0 where one row is meant for every sequence."""
+    """Stride of the first dimension; 0 if all sequences share one row."""
     return 0 if x is None or x.size(0) == 1 else x.stride(0)

@@ -25,11 +25,11 @@ def test_what_calibration_costs_is_printed(dense_folder):
         "32",
     ]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    printed = json.loads(done.stdout)
     # 3 layers, keys and values, 3 sums of one latent of 4 heads of 16: squares, and a little more
-    assert 3 * 2 * 3 * 8 * 64**2 / 2**20 < found["sums_mib"] < 3 * 2 * 3 * 8 * 64 * 66 / 2**20
-    assert found["ratio"] == found["seconds"] / found["passes_seconds"] > 0
-    assert found["peak_mib"] >= 0
+    assert 3 * 2 * 3 * 8 * 64**2 / 2**20 < printed["sums_mib"] < 3 * 2 * 3 * 8 * 64 * 66 / 2**20
+    assert printed["ratio"] == printed["seconds"] / printed["passes_seconds"] > 0
+    assert printed["peak_mib"] >= 0
 
 
 @pytest.mark.slow
@@ -42,10 +42,10 @@ def test_the_rows_of_a_sweep_take_turns_at_decoding(run, dense_folder, tmp_path)
     assert code == 0, error
     command = [sys.executable, FILES / "rows.py", dense_folder, rows, "--context", "64"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [x["model"] for x in found] == ["dense", *(f"fisher, keys {k}" for k in KEYS)]
-    assert found[0]["speedup"] == 1
-    for row, measured in zip(rows.read_text().splitlines(), found, strict=True):
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [x["model"] for x in printed] == ["dense", *(f"fisher, keys {k}" for k in KEYS)]
+    assert printed[0]["speedup"] == 1
+    for row, measured in zip(rows.read_text().splitlines(), printed, strict=True):
         assert measured["cache_bytes"] == 64 * json.loads(row)["kv_bytes_per_token"]
 
 
@@ -62,40 +62,40 @@ def test_cpu_ops_are_timed_beside_sdpa():
         "1",
     ]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["shape"] for row in found} == {"multi-head", "grouped"}
-    assert all(row["milliseconds"] > 0 for row in found)
-    assert [row["speedup"] for row in found if row["case"] == "sdpa"] == [1, 1]
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["shape"] for row in printed} == {"multi-head", "grouped"}
+    assert all(row["milliseconds"] > 0 for row in printed)
+    assert [row["speedup"] for row in printed if row["case"] == "sdpa"] == [1, 1]
 
 
 @pytest.mark.slow
 def test_prompts_are_timed_with_and_without_a_matrix():
     words = [sys.executable, FILES / "prompts.py", "--slots", "64", "--part", "16", "--rounds", "1"]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["case"] for row in found} == {"plain", "padded", "ALiBi"}
-    assert {row["tokens"] for row in found} == {16, 64}
-    assert all(row["causal_milliseconds"] > 0 < row["matrix_milliseconds"] for row in found)
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["case"] for row in printed} == {"plain", "padded", "ALiBi"}
+    assert {row["tokens"] for row in printed} == {16, 64}
+    assert all(row["causal_milliseconds"] > 0 < row["matrix_milliseconds"] for row in printed)
 
 
 @pytest.mark.slow
 def test_compiling_is_timed_cold_and_warm():
     words = [sys.executable, FILES / "compile.py", "--layers", "1", "--pairs", "1"]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(row["way"], row["start"]) for row in found] == [
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["way"], row["start"]) for row in printed] == [
         (way, start) for way in ("nested", "whole") for start in ("cold", "warm")
     ]
-    assert all(row["first_seconds"] >= row["compile_seconds"] > 0 for row in found)
+    assert all(row["first_seconds"] >= row["compile_seconds"] > 0 for row in printed)
 
 
 @pytest.mark.slow
 def test_linear_layers_of_few_rows_are_timed():
     words = [sys.executable, FILES / "linear.py", "--rows", "1", "--mib", "1", "--rounds", "1"]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["case"] for row in found] == 3 * ["library", "loop", "fused", "int8"]
-    assert all(row["milliseconds"] > 0 < row["of_bandwidth"] for row in found)
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["case"] for row in printed] == 3 * ["library", "loop", "fused", "int8"]
+    assert all(row["milliseconds"] > 0 < row["of_bandwidth"] for row in printed)
 
 
 @pytest.mark.slow
@@ -103,18 +103,18 @@ def test_a_large_shape_is_compressed_layer_by_layer_and_timed(tmp_path):
     words = [sys.executable, FILES / "large.py", tmp_path / "large", "--shape", "smollm2-135m"]
     words += ["--layers", "2", "--samples", "3", "--seq-len", "32"]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert list(found["seconds_per_layer"]) == ["forward", "backward", "folding"]
-    assert found["generated"]["new_tokens"] == [8]
-    assert 0 < found["layer_bytes"] < found["outside_bytes"]
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert list(printed["seconds_per_layer"]) == ["forward", "backward", "folding"]
+    assert printed["generated"]["new_tokens"] == [8]
+    assert 0 < printed["layer_bytes"] < printed["outside_bytes"]
 
 
 def test_caches_of_fewer_bits_are_set_beside_fewer_ranks(
     dense_folder, tmp_path, monkeypatch, capsys
 ):
-    found = spec_from_file_location("bits", FILES / "bits.py")
-    bits = module_from_spec(found)
-    found.loader.exec_module(bits)
+    spec = spec_from_file_location("bits", FILES / "bits.py")
+    bits = module_from_spec(spec)
+    spec.loader.exec_module(bits)
     caches = {"rank": ((16,), (0.6,)), "8 bits": ((8,), (0.5,)), "auto": ((16, 8, 4), (0.3,))}
     monkeypatch.setattr(bits, "CACHES", caches)
     monkeypatch.setattr(bits, "WINDOW", 64)

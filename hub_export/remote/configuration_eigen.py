@@ -1,4 +1,4 @@
-"""Config of a model whose KV cache is compressed. Travels with the checkpoint."""
+"""The transformers config of a compressed model. Travels with the checkpoint."""
 
 from typing import Any, Literal
 
@@ -8,15 +8,15 @@ from transformers import PreTrainedConfig
 
 @strict
 class EigenConfig(PreTrainedConfig):
-    """What every family has; the other fields of its native config come along as they are.
+    """The fields that all families have. Further fields of the native config are kept as they are.
 
-    family: the architecture, by transformers' model_type. k_ranks, v_ranks: numbers per token and
-    latent, one a layer. k_bits, v_bits: of each of them in a cache, 16 being the model's dtype, and
-    empty the same for all. k_heads_per_latent, v_heads_per_latent: kv heads that share a latent.
-    joint_kv: one latent holds keys and values. compression: where the checkpoint comes from, with
-    method, budget, calibration, seed, versions and errors by layer. code: SHA-256 of the Python
-    files that came with it. ops: what decodes where eigenzoo is installed: its fused ops, or the
-    reference in the files that came along, which decodes everywhere else.
+    family: the architecture, by transformers' model_type. k_ranks, v_ranks: the rank of latents,
+    one per layer. k_bits, v_bits: bits per cached number, one per layer; 16 means the model's
+    dtype, and empty means 16 in all layers. k_heads_per_latent, v_heads_per_latent: kv heads that
+    share a latent. joint_kv: one latent holds keys and values. compression: the record of the
+    compression, with method, budget, calibration, seed, versions and errors by layer. code:
+    SHA-256 of the checkpoint's Python files. ops: which ops decode if eigenzoo is installed, its
+    fused ops or the reference in the checkpoint's files; without eigenzoo, always the reference.
     """
 
     model_type = "eigen"

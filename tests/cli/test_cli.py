@@ -228,7 +228,7 @@ def test_bench_sets_checkpoints_side_by_side_and_goes_on_where_it_stopped(
     names = {"bench.jsonl", "speed.png", "memory.png"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     file = tmp_path / "out" / "bench.jsonl"
-    file.write_text(file.read_text() + '{"half')
+    file.write_text(file.read_text() + '{"model": "ha')
     assert json.loads(run(*words)[1]) == rows  # nothing was measured anew
     text = run(*words[:-1])[1]
     assert "context 64, batch 1, 128 slots" in text
@@ -347,7 +347,12 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
     cases = {
         ("evaluate", tmp_path / "none"): "does not exist",
         ("evaluate", dense_folder, "--text", tmp_path / "none.txt"): "none.txt does not exist",
-        ("evaluate", dense_folder, "--text", tmp_path / "short.txt"): "less than one window",
+        (
+            "evaluate",
+            dense_folder,
+            "--text",
+            tmp_path / "short.txt",
+        ): "expected at least one window",
         ("evaluate", dense_folder, "--length", "64"): "goes with --retrieval",
         ("evaluate", dense_folder, "--limit", "3"): "goes with --retrieval",
         ("evaluate", dense_folder, "--retrieval", "--length", "20"): "length is 20",

@@ -97,9 +97,9 @@ def test_attention_runs_in_the_folded_basis_with_the_scale_of_whole_heads(name):
     want = y.transpose(0, 1).flatten(1) @ o.weight.double().T
     if o.bias is not None:
         want = want + o.bias
-    seen, pos, where = model.begin(x)
-    seen = model.layers[0](seen, pos, where, None)
-    got = low.layers[1].attn(model.layers[1].attn_norm(seen), pos, where, None)
+    seen, pos, attn_metadata = model.begin(x)
+    seen = model.layers[0](seen, pos, attn_metadata, None)
+    got = low.layers[1].attn(model.layers[1].attn_norm(seen), pos, attn_metadata, None)
     torch.testing.assert_close(got[0].double(), want, atol=1e-4, rtol=0)
     assert low.new_cache(1, 1).nbytes == 3 * (5 + 6) * model.config.num_key_value_heads * 4
 

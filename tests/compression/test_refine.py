@@ -169,7 +169,7 @@ def test_a_state_of_other_work_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"left by other work .weights "):
         refine(dense, other, text, settings, state=state)
     state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="delete it to begin anew"):
+    with pytest.raises(ValueError, match="delete it to start again"):
         refine(dense, low, text, settings, state=state)
 
 

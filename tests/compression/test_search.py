@@ -31,7 +31,7 @@ def test_output_error_is_that_of_the_folded_layer(search):
     )
     assert [x["k_rank"] for x in low.layers] == [s.k_rank for s in chosen]
     x, want = search.inputs[:2]
-    got = low.model.layers[0](x, search.pos, search.where, None)
+    got = low.model.layers[0](x, search.pos, search.attn_metadata, None)
     assert chosen[0].error > 0
     assert float((got - want).norm() / want.norm()) == pytest.approx(chosen[0].error, rel=1e-3)
 

@@ -311,4 +311,4 @@ def test_weights_that_are_no_safetensors_cannot_be_streamed(tmp_path, text):
     tiny.hf().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
     found = run("compress", tmp_path / "model", tmp_path / "out", *options(text, "--stream"))
-    assert "holds no safetensors" in str(found.exception)
+    assert "has no safetensors" in str(found.exception)

@@ -1,7 +1,7 @@
-"""A Hub on the loopback interface: as much of the Hub's HTTP API as publishing and loading need.
+"""A server with the part of the Hub's HTTP API that publishing and loading use.
 
-Repositories live in memory: commits are dictionaries of files, branches and tags name commits.
-Trouble is made to order, see `Hub.trouble`.
+Repositories are in memory: commits are dictionaries of files, and branches and tags name commits.
+`Hub.trouble` makes requests fail.
 """
 
 import base64
@@ -17,43 +17,43 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_" + "a" * 34
-LARGE = (".safetensors", ".png", "tokenizer.json")  # these travel apart from commits
+LARGE = (".safetensors", ".png", "tokenizer.json")  # uploaded separately from commits
 Files = dict[str, bytes]
 
 
 @dataclass
 class Repo:
-    """Commits by their ids, and what branches and tags name."""
+    """Commits by id, and the commit ids that branches and tags name."""
 
     private: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    log: list[str] = field(default_factory=list)  # messages of commits
+    log: list[str] = field(default_factory=list)  # commit messages
 
     def commit(self, files: Files, branch: str, message: str) -> str:
-        """A new commit on a branch; its id."""
+        """Add a commit to a branch and return its id."""
         oid = hashlib.sha1(f"{len(self.commits)} {branch}".encode()).hexdigest()
         self.commits[oid], self.names[branch] = dict(files), oid
         self.log.append(message)
         return oid
 
     def find(self, revision: str) -> str | None:
-        """The commit that a branch, a tag or a commit's id means."""
+        """The commit id for a branch, a tag or a commit id; None if there is none."""
         oid = self.names.get(revision, revision)
         return oid if oid in self.commits else None
 
 
 @dataclass
 class Trouble:
-    """Requests whose method and path match `what` go wrong, `times` times."""
+    """Let requests whose method and path match `what` fail, `times` times."""
 
     what: str
-    status: int = 0  # the answer; 0: the connection is cut
+    status: int = 0  # HTTP status of the response; 0: the connection is cut
     times: int = 1
-    after: int = 0  # bytes of an answer that are sent before the cut
+    after: int = 0  # bytes of the response that are sent before the cut
 
     def due(self, request: str) -> bool:
-        """Whether a request goes wrong now."""
+        """Whether this request fails; counts it if so."""
         if not self.times or not re.search(self.what, request):
             return False
         self.times -= 1
@@ -62,7 +62,7 @@ class Trouble:
 
 @dataclass
 class Hub:
-    """What the server knows."""
+    """The state of the server."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     large: Files = field(default_factory=dict)  # by SHA-256
@@ -72,26 +72,26 @@ class Hub:
     url: str = ""
 
     def trouble(self, what: str, status: int = 0, times: int = 1, after: int = 0) -> None:
-        """Let requests go wrong, see `Trouble`."""
+        """Let requests fail: see `Trouble`."""
         self.troubles.append(Trouble(what, status, times, after))
 
 
 class RefusedError(Exception):
-    """An answer that is an error: a status, and the Hub's code for it."""
+    """An error response: its HTTP status, and the Hub's error code."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request."""
+    """Handles the requests of one connection."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
     cut: int | None = None
 
     def log_message(self, *_: object) -> None:
-        """Keep silent."""
+        """Do not log requests."""
 
     def do_GET(self) -> None:
-        """Answer any request."""
+        """Respond to a request of any method."""
         self.cut = None
         path = urlsplit(self.path).path
         request = f"{self.command} {unquote(path)}"
@@ -151,19 +151,19 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer({"errors": [], "warnings": []})
         if path == "/api/repos/create":
             return self._create(json.loads(body))
-        if found := re.fullmatch(r"/large/(\w+)", path):
+        if match := re.fullmatch(r"/large/(\w+)", path):
             if self.command == "PUT":
-                if hashlib.sha256(body).hexdigest() != found[1]:
+                if hashlib.sha256(body).hexdigest() != match[1]:
                     raise RefusedError(400, "")
-                self.hub.large[found[1]] = body
+                self.hub.large[match[1]] = body
             return self._answer()
-        if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+        if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self._batch(json.loads(body)["objects"])
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self._file(self._repo(found[1], known), unquote(found[2]), unquote(found[3]))
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/(.+))?)?", path):
-            repo = self._repo(found[1], known)
-            return self._model(repo, found[1], found[2] or "revision", found[3], query, body)
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self._file(self._repo(match[1], known), unquote(match[2]), unquote(match[3]))
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/(.+))?)?", path):
+            repo = self._repo(match[1], known)
+            return self._model(repo, match[1], match[2] or "revision", match[3], query, body)
         raise RefusedError(404, f"no such route: {self.command} {path}")
 
     def _repo(self, name: str, known: bool) -> Repo:
@@ -201,10 +201,10 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path} for path in sorted(files)]
             return self._answer({"id": name, "sha": oid, "tags": [], "siblings": siblings})
         if verb == "tree":
-            found = [entry(path, files[path]) for path in sorted(files) if path.startswith(below)]
-            if not found:
+            entries = [entry(path, files[path]) for path in sorted(files) if path.startswith(below)]
+            if not entries:
                 raise RefusedError(404, "EntryNotFound")
-            return self._answer(found)
+            return self._answer(entries)
         if verb == "paths-info":
             asked = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())
             paths = asked if isinstance(asked, list) else asked["paths"]
@@ -269,18 +269,18 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def entry(path: str, data: bytes) -> dict[str, Any]:
-    """What the Hub says of a file."""
+    """The Hub's description of a file."""
     git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    found: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git}
+    facts: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git}
     if path.endswith(LARGE):
         oid = hashlib.sha256(data).hexdigest()
-        found["lfs"] = {"oid": oid, "size": len(data), "pointerSize": 130}
-    return found
+        facts["lfs"] = {"oid": oid, "size": len(data), "pointerSize": 130}
+    return facts
 
 
 @contextmanager
 def serve() -> Iterator[Hub]:
-    """A running Hub, as long as it is wanted."""
+    """A running Hub, until the context ends."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub}))
     server.daemon_threads = True

@@ -1,4 +1,4 @@
-"""What a model computes on the way to its logits."""
+"""Observe what a model computes before its logits."""
 
 import tiny
 import torch
@@ -8,7 +8,7 @@ from eigenzoo.zoo.models.model import Model
 
 
 def outputs(model, x, name: str) -> torch.Tensor:
-    """What the projection `name` of layer 1 gives for tokens x, one row a token, in fp64."""
+    """Outputs of projection `name` of layer 1 for tokens x, one row per token, in fp64."""
     seen = []
     proj = getattr(model.layers[1].attn, name)
     hook = proj.register_forward_hook(lambda module, args, out: seen.append(out))
@@ -18,7 +18,7 @@ def outputs(model, x, name: str) -> torch.Tensor:
 
 
 def made(low: Model, slots: int) -> list[torch.Size]:
-    """Shapes of all that decoding a token makes, with so many slots, beside what is cached."""
+    """Shapes of all tensors that a decoding step creates, with a cache of `slots` slots."""
     cache = low.new_cache(1, slots)
     low(tiny.tokens(1, 30), torch.arange(30), cache)
     stored = {x.untyped_storage().data_ptr() for x in cache.keys + cache.values}

@@ -1,4 +1,4 @@
-"""Parameters of every type of rotation that is supported, as config.json has them."""
+"""`rope_parameters` of every supported type of rotation."""
 
 ORIGINAL = {"original_max_position_embeddings": 64}
 FACTORS = {
@@ -18,5 +18,5 @@ ROPES = {
 
 
 def rope_parameters(name: str) -> dict:
-    """Those of a type, or of a variant of it."""
+    """The parameters of a type, or of a variant of it."""
     return {"rope_type": name.split("-")[0], "rope_theta": 5000.0, **ROPES[name]}

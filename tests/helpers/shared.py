@@ -1,4 +1,4 @@
-"""What one of several processes that share a model measures; as a script, one of the processes."""
+"""Measurements of one process that shares a model with others; as a script, one such process."""
 
 import json
 import sys
@@ -19,13 +19,13 @@ PROMPTS = [IDS[0].tolist(), IDS[1, 7:].tolist()]
 
 
 def generated(model, cache: str | None = None) -> list[list[int]]:
-    """Greedy tokens behind a padded batch."""
+    """Greedy continuations of a padded batch."""
     greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     return model.generate(IDS, attention_mask=MASK, cache_implementation=cache, **greedy).tolist()
 
 
 def measured(model) -> dict:
-    """Logits, tokens, gradients, and the bytes of this process."""
+    """Logits, tokens and gradients, and the bytes of cache and weights in this process."""
     cache = StaticCache(config=model.config, max_cache_len=32)
     with torch.no_grad():
         logits = model(IDS, attention_mask=MASK, past_key_values=cache).logits
@@ -42,12 +42,12 @@ def measured(model) -> dict:
 
 
 def whole(x):
-    """A tensor of which every process may have a part."""
+    """The whole of a tensor that may be distributed."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def local(x):
-    """The part of it that is here."""
+    """This process's part of a tensor that may be distributed."""
     return x.to_local() if hasattr(x, "to_local") else x
 
 
@@ -59,13 +59,13 @@ if __name__ == "__main__":
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=auto)
         except ValueError as error:
-            found = {"refused": str(error)}
+            result = {"error": str(error)}
         else:
-            found = measured(model)
+            result = measured(model)
             model.save_pretrained(folder / "again")
             install(model.model)
-            found["fused"] = generated(model, "static")
+            result["fused"] = generated(model, "static")
             generator = Generator(model.model, batch=2, slots=40, compile=False)
-            found["native"] = answer(generator, PROMPTS, max_new_tokens=8).tokens
-        (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+            result["native"] = answer(generator, PROMPTS, max_new_tokens=8).tokens
+        (folder / f"{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Small random models of every family and a small tokenizer, saved as checkpoints would be."""
+"""Small random models of every family and a small tokenizer, and folders of them."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<a
 
 
 def stir(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights in which mistakes show: biases are not zero, norms not one."""
+    """Random weights that expose mistakes: biases are not zero, norms are not one."""
     torch.manual_seed(seed)
     for name, p in model.named_parameters():
         if name.endswith("bias"):
@@ -52,7 +52,7 @@ def stir(model: nn.Module, seed: int = 0) -> nn.Module:
         elif "norm" in name or "_ln" in name:
             p.data.uniform_(0.5, 1.5)
         else:
-            p.data.normal_(std=0.06)  # smaller, and attention is nearly uniform
+            p.data.normal_(std=0.06)  # with a smaller one, attention would be nearly uniform
     return model.eval().requires_grad_(False)
 
 
@@ -63,7 +63,7 @@ def hf(family: str = "llama", seed: int = 0, **changes):
 
 
 def tokenizer(begin: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE. begin: put the first token before every text."""
+    """Byte-level BPE. begin: add the begin token before every text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -91,7 +91,7 @@ def save(folder: Path, family: str = "llama", chat: bool = False, **changes):
 
 
 def native(family: str = "llama", seed: int = 0, **changes) -> Model:
-    """A random model of our class."""
+    """A random native model."""
     theirs = hf(family, seed, **changes)
     return build(native_config(theirs.config.to_dict()), theirs.state_dict().items())
 
@@ -102,9 +102,9 @@ def tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:
 
 
 class FoundryMPT:
-    """MPT as llm-foundry defines it: transformers' MPT, put right where it ignores the config.
+    """MPT as llm-foundry defines it: transformers' MPT, corrected where that ignores the config.
 
-    attn, other: fields of `attn_config` and of the config. Weights are named as llm-foundry does.
+    attn, other: fields of `attn_config` and of the config. Weights have llm-foundry's names.
     """
 
     def __init__(self, attn: dict | None = None, **other):
@@ -113,8 +113,8 @@ class FoundryMPT:
         self.kv = self.attn.get("kv_n_heads", kv)
         self.config = SIZES["mpt"] | {"no_bias": True, "tie_word_embeddings": True} | other
         known = {k: self.attn.get(k) for k in ("clip_qkv", "softmax_scale")}
-        bent = self.attn.get("qk_ln")
-        attn_config = known | {"clip_qkv": None if bent else known["clip_qkv"]}
+        norm = self.attn.get("qk_ln")  # then `FusedQKV` clips, before its norms
+        attn_config = known | {"clip_qkv": None if norm else known["clip_qkv"]}
         self.model = AutoModelForCausalLM.from_config(
             CONFIG_MAPPING["mpt"](**SIZES["mpt"], attn_config=attn_config)
         )
@@ -141,7 +141,7 @@ class FoundryMPT:
         return nn.RMSNorm(64, 1e-5) if rms else nn.LayerNorm(64, bias=bias)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """By llm-foundry's names."""
+        """The weights by llm-foundry's names."""
         names = {"Wqkv.linear": "Wqkv", "Wqkv.q_ln": "q_ln", "Wqkv.k_ln": "k_ln"}
         weights = {}
         for key, x in self.model.state_dict().items():
@@ -152,17 +152,17 @@ class FoundryMPT:
         return weights
 
     def raw(self) -> dict:
-        """config.json."""
+        """The content of config.json."""
         return {"model_type": "mpt", "attn_config": self.attn} | self.config | ENDS
 
     def save(self, folder: Path) -> None:
-        """Write what llm-foundry would have written, and a tokenizer."""
+        """Write a checkpoint as llm-foundry does, and a tokenizer."""
         save_file(self.weights(), folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(self.raw()))
         tokenizer().save_pretrained(folder)
 
     def native(self) -> Model:
-        """The same as our model."""
+        """The native model with the same weights."""
         return build(native_config(self.raw()), self.weights().items())
 
     def __call__(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None):
@@ -178,7 +178,7 @@ class FoundryMPT:
 
 
 class FusedQKV(nn.Module):
-    """llm-foundry's Wqkv, clipped, normed, and with kv heads repeated for transformers."""
+    """llm-foundry's Wqkv with its clip and norms; kv heads are repeated for transformers."""
 
     def __init__(self, kv: int, bias: bool, attn: dict):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every family in every published shape."""
+"""Every family in every published variant."""
 
 import tiny
 from ropes import rope_parameters
@@ -42,7 +42,7 @@ FOUNDRY = {
 
 
 def save(variant: str, folder):
-    """Write the variant's checkpoint to `folder`; return what it should compute."""
+    """Write the variant's checkpoint to `folder`; return the reference model."""
     if variant in FOUNDRY:
         attn, other = FOUNDRY[variant]
         model = tiny.FoundryMPT(attn, **other)

@@ -24,7 +24,7 @@ from eigenzoo.zoo.models.config import kv_bytes
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A checkpoint that says its licence."""
+    """A checkpoint that says its license."""
     folder = tmp_path_factory.mktemp("cards") / "dense"
     tiny.save(folder, max_position_embeddings=2048)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# A model\n")
@@ -43,7 +43,7 @@ def text(folder) -> str:
     return (folder / "README.md").read_text()
 
 
-def test_a_card_says_licence_and_bytes(low):
+def test_a_card_says_license_and_bytes(low):
     config = load(str(low)).model.config
     data = ModelCard.load(low / "README.md").data
     assert (data.license, data.library_name) == ("mit", "transformers")
@@ -74,7 +74,7 @@ def test_a_card_of_a_model_from_the_hub_names_it(low):
     raw = json.loads((low / "config.json").read_text())
     raw["compression"]["base_model"] = "org/model"
     (low / "config.json").write_text(json.dumps(raw))
-    from eigenzoo.hub_export.card import add
+    from eigenzoo.hub_export.measurements import add
 
     add(low, [])
     data = ModelCard.load(low / "README.md").data
@@ -97,15 +97,13 @@ def test_measurements_go_into_the_card_with_their_commands(run, dense, low, tmp_
     code, output, error = run("card", low, *files, tmp_path / "b" / "bench.jsonl")
     assert code == 0, error
     assert output.strip() == text(low).strip()
-    found = [json.loads(file.read_text()) for file in files]
-    names = f"{found[0]['kv_share']:.2f} of the KV bytes", "original"
-    for x, name in zip(found, names, strict=True):
+    evaluations = [json.loads(file.read_text()) for file in files]
+    names = f"{evaluations[0]['kv_share']:.2f} of the KV bytes", "original"
+    for x, name in zip(evaluations, names, strict=True):
         row = f"| {name} | {x['tokens']} tokens of text.txt | perplexity | {x['perplexity']:.4f} |"
         assert row in output
         assert x["command"] in output
-    assert (
-        "eigenzoo evaluate low --text text.txt --window 64" in output
-    )  # no folder of this machine
+    assert "eigenzoo evaluate low --text text.txt --window 64" in output  # no local folders
     assert str(tmp_path) not in output
     assert (low / "figures" / "speed.png").stat().st_size > 1000
     assert "![speed](figures/speed.png)" in output
@@ -114,7 +112,7 @@ def test_measurements_go_into_the_card_with_their_commands(run, dense, low, tmp_
         assert f"| {x['model']} | 20 | 1 | 20 | {x['tokens_per_second']:.2f} |" in output
         assert x["processor"] in output
     raw = json.loads((low / "config.json").read_text())
-    assert raw["compression"]["measured"]["evaluations"] == found
+    assert raw["compression"]["measured"]["evaluations"] == evaluations
     load(str(low))
     code, output, error = run("card", low, "--json")
     assert code == 0, error
@@ -127,12 +125,25 @@ def test_measurements_go_into_the_card_with_their_commands(run, dense, low, tmp_
     assert "| low | 20 |" in text(low)
 
 
+def test_speeds_from_before_rows_said_the_processor_go_into_the_card(run, low, tmp_path):
+    cell = {"model": "low", "context": 20, "batch": 1, "slots": 20, "dtype": "float32"}
+    figures = ("tokens_per_second", "seconds_per_step", "floor_seconds", "weight_bytes_read")
+    figures += ("kv_bytes_read", "kv_read_share", "bandwidth", "peak_memory", "start_seconds")
+    origin = {"threads": 1, "device": "cpu", "ops": "auto", "compiled": False, "command": "bench"}
+    row = cell | dict.fromkeys(figures, 2.0) | origin
+    (tmp_path / "bench.jsonl").write_text(json.dumps(row) + '\n{"model": "cut')
+    code, output, error = run("card", low, tmp_path / "bench.jsonl")
+    assert code == 0, error
+    assert "Decoding in float32:" in output
+    assert "| low | 20 | 1 | 20 | 2.00 |" in output
+
+
 def test_what_is_no_measurement_is_refused(run, dense, low, tmp_path):
     (tmp_path / "x.json").write_text('{"perplexity": 3}')
     before = text(low)
     code, _, error = run("card", low, tmp_path / "x.json")
     assert code == 2
-    assert "is none of `eigenzoo evaluate --json`" in error
+    assert "x.json, line 1: expected what `eigenzoo evaluate --json` printed, or a row" in error
     code, _, error = run("card", dense)
     assert code == 2
     assert "was not written by eigenzoo compress" in error
@@ -157,9 +168,9 @@ def test_the_snippet_of_a_card_runs_where_the_card_lies(low, tmp_path):
 def test_inspect_tells_whose_code_a_checkpoint_brings(run, low, dense):
     code, output, error = run("inspect", low, "--json")
     assert code == 0, error
-    found = json.loads(output)
-    assert found["format_version"] == 1
-    assert re.fullmatch(r"as eigenzoo [\d.]+ writes it, not released", found["code"])
+    about = json.loads(output)
+    assert about["format_version"] == 1
+    assert re.fullmatch(r"as eigenzoo [\d.]+ writes it, not released", about["code"])
     with (low / "cache.py").open("a") as file:
         file.write("print('who?')\n")
     _, output, _ = run("inspect", low, "--json")
@@ -192,7 +203,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(run, low):
     (low / "config.json").write_text(json.dumps(raw | {"format_version": 2}))
     code, _, error = run("inspect", low)
     assert code == 2
-    assert "is of format 2, and this eigenzoo reads up to 1: upgrade" in error
+    assert "has format 2, but this eigenzoo reads formats up to 1: upgrade" in error
 
 
 OLDEST = Path(__file__).parents[1] / "fixtures" / "format-0"
@@ -202,9 +213,9 @@ def test_the_earliest_checkpoints_are_still_read():
     checkpoint = load(str(OLDEST))
     known = load_file(OLDEST / "logits.safetensors")
     with torch.inference_mode():
-        found = checkpoint.model(known["tokens"])
+        logits = checkpoint.model(known["tokens"])
     # fp32 logits of 0.4 that another version, maybe another processor, summed in another order
-    torch.testing.assert_close(found, known["logits"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, known["logits"], atol=1e-5, rtol=1e-5)
 
 
 def test_the_earliest_checkpoints_get_a_card_of_today(run, tmp_path):

@@ -1,4 +1,4 @@
-"""The folder that compress writes, read by transformers in a process that has no eigenzoo."""
+"""Compressed checkpoints in transformers, in a process where eigenzoo cannot be imported."""
 
 import json
 import os
@@ -44,7 +44,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 batch = tokenizer(["the cat sat", "on a mat and saw 12 birds"], return_tensors="pt", padding=True)
 greedy = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
 whole = CompileConfig(fullgraph=True, backend="aot_eager")  # one graph, or an error
-whole._compile_all_devices = True  # else transformers does not compile on a CPU
+whole._compile_all_devices = True  # otherwise transformers does not compile on a CPU
 ids = torch.arange(2, 42).view(2, 20)
 
 def right(mask, name):
@@ -56,7 +56,7 @@ def difference(other):
     want = model(ids).logits
     return float((other(ids).logits.float() - want).std() / want.std())
 
-found = {
+results = {
     "logits": model(ids).logits.tolist(),
     "dynamic": model.generate(**batch, **greedy)[:, -12:].tolist(),
     "uncached": model.generate(**batch, **greedy, use_cache=False)[:, -12:].tolist(),
@@ -86,19 +86,19 @@ found = {
 try:
     model(ids, position_ids=torch.arange(20)[None] + 3)
 except ValueError as error:
-    found["positions"] = str(error)
+    results["positions"] = str(error)
 try:
     model(ids, output_attentions=True)
 except ValueError as error:
-    found["attentions"] = str(error)
+    results["attentions"] = str(error)
 try:
     model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
 except ValueError as error:
-    found["two caches"] = str(error)
+    results["two caches"] = str(error)
 model.save_pretrained(folder + "-again")
 again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
-found["again"] = torch.equal(again(ids).logits, model(ids).logits)
-print(json.dumps(found))
+results["again"] = torch.equal(again(ids).logits, model(ids).logits)
+print(json.dumps(results))
 """
 IDS = torch.arange(2, 42).view(2, 20)
 
@@ -131,7 +131,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """What a process without eigenzoo finds in the folder."""
+    """The results of `ALONE`, in a process without eigenzoo."""
     home = {"HF_HOME": str(folder.parent / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(folder)],
@@ -154,7 +154,7 @@ def test_greedy_tokens_are_the_same_with_every_cache_and_padding(alone, way):
     assert alone[way] == alone["dynamic"]
 
 
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # since transformers 5.24, before
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # since 5.24, and before
 def test_right_padding_is_skipped_by_what_follows(folder, alone, name):
     native = load(str(folder)).model
     follow = torch.cat((IDS[1, :13], IDS[1, :1]))[None]
@@ -189,11 +189,11 @@ def test_lm_eval_scores_it_as_the_native_model_does(folder):
         assert float(logs[-new:].sum()) == pytest.approx(score, abs=1e-3)
 
 
-def test_other_positions_than_the_mask_gives_are_refused(alone):
+def test_positions_other_than_the_mask_s_raise_an_error(alone):
     assert "attention_mask" in alone["positions"]
 
 
-def test_what_it_cannot_give_is_refused(alone):
+def test_unsupported_options_raise_an_error_that_names_them(alone):
     assert "output_attentions is not supported" in alone["attentions"]
     assert "two names of one input" in alone["two caches"]
 
@@ -285,7 +285,7 @@ def test_a_crash_leaves_what_was_there_and_nothing_else(tmp_path, error, exists)
     assert [p.name for p in tmp_path.rglob("*")] == (["out", "precious"] if exists else [])
 
 
-FEW = {  # latents shared alike, by different numbers of heads, joint ones, and whole keys
+FEW = {  # heads per latent: equal and different for keys and values; joint latents; full keys
     "llama": ("llama", Settings(keep=0.4, heads_per_latent=(4, 4), rank_multiple=1, kv_bits=(8,))),
     "qwen2": ("qwen2", Settings(keep=0.25, heads_per_latent=(2, 4), rank_multiple=2, kv_bits=(4,))),
     "opt": ("opt", Settings(keep=0.2, heads_per_latent=(4, 4), latent="joint-kv", kv_bits=(4,))),
@@ -295,7 +295,7 @@ FEW = {  # latents shared alike, by different numbers of heads, joint ones, and 
 
 @pytest.fixture(scope="module", params=FEW)
 def few(request, tmp_path_factory):
-    """A checkpoint whose cache has numbers of few bits."""
+    """A checkpoint with a quantized cache."""
     place = tmp_path_factory.mktemp("few")
     family, settings = FEW[request.param]
     tiny.save(place / "dense", family)
@@ -305,15 +305,15 @@ def few(request, tmp_path_factory):
 
 
 def tokens_of(model, **options) -> list[list[int]]:
-    found = model.generate(IDS, do_sample=False, eos_token_id=None, max_new_tokens=12, **options)
-    return found[:, 20:].tolist()
+    tokens = model.generate(IDS, do_sample=False, eos_token_id=None, max_new_tokens=12, **options)
+    return tokens[:, 20:].tolist()
 
 
 def test_few_bits_give_the_tokens_of_the_native_cache_in_every_cache(few):
     native = load(str(few)).model
     stream = Generator(native, 2, 32, compile=False).stream(IDS.tolist(), 12)
     want = torch.stack(list(stream), 1).tolist()
-    for ops in ("reference", "fused"):  # by the classes that come with the checkpoint
+    for ops in ("reference", "fused"):  # with the checkpoint's own classes
         model = AutoModelForCausalLM.from_pretrained(few, ops=ops, trust_remote_code=True)
         cache = model(IDS[:, :-1], use_cache=True).to_tuple()[1]  # with gradients
         assert tokens_of(model, past_key_values=cache) == want
@@ -333,7 +333,7 @@ def test_few_bits_give_the_tokens_of_the_native_cache_in_every_cache(few):
 def test_other_bits_may_be_asked_for_at_loading(few):
     native = load(str(few)).model
     if any(x.width % 2 for i in range(3) for x in native.config.latents(i)):
-        pytest.skip("four bits of odd widths leave half a byte")
+        pytest.skip("odd widths do not fill whole bytes at four bits")
     stream = Generator(native, 2, 32, compile=False, bits=4).stream(IDS.tolist(), 12)
     want = torch.stack(list(stream), 1).tolist()
     bits = [4] * native.config.num_hidden_layers
@@ -343,7 +343,7 @@ def test_other_bits_may_be_asked_for_at_loading(few):
 def test_few_bits_take_their_bytes_in_every_cache(few):
     model = EigenForCausalLM.from_pretrained(few)
     size = kv_bytes(model.model.config, torch.float32)["kv_bytes_per_token"]
-    odd = sum(  # a byte more, where a latent's are odd
+    odd = sum(  # latents are padded to an even number of bytes
         side.heads * (side.width * side.bits // 8 % 2)
         for i in range(model.config.num_hidden_layers)
         for side in model.model.config.latents(i)
@@ -365,7 +365,7 @@ def test_a_cache_that_would_round_few_bits_once_more_is_refused(few):
 
     cache = DynamicCache()
     cache.layers = [QuantizedLayer()]
-    with pytest.raises(ValueError, match="fewer bits already"):
+    with pytest.raises(ValueError, match="quantizes its cache already"):
         EigenForCausalLM.from_pretrained(few)(IDS, past_key_values=cache)
 
 

@@ -13,7 +13,7 @@ from loopback import TOKEN, serve
 
 from eigenzoo.hub_export.hub import STALE
 from eigenzoo.zoo.compression.settings import Settings
-from eigenzoo.zoo.inference.hub import split
+from eigenzoo.zoo.inference.hub import parse_hub_id
 
 REPO = "tester/small"
 
@@ -94,12 +94,12 @@ def test_only_what_has_changed_is_sent_and_old_weights_go(run, hub, folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     code, output, error = run("push", folder, REPO, "--json")
     assert code == 0, error
-    found = states(output)
-    assert found.pop("README.md") == "changed"
-    assert found.pop("model.safetensors") == "removed"
-    assert found.pop("model-00001-of-00001.safetensors") == "new"
-    assert found.pop("model.safetensors.index.json") == "new"
-    assert set(found.values()) == {"same"}
+    by_path = states(output)
+    assert by_path.pop("README.md") == "changed"
+    assert by_path.pop("model.safetensors") == "removed"
+    assert by_path.pop("model-00001-of-00001.safetensors") == "new"
+    assert by_path.pop("model.safetensors.index.json") == "new"
+    assert set(by_path.values()) == {"same"}
     files = hub.repos[REPO].commits[hub.repos[REPO].names["main"]]
     assert "model.safetensors" not in files
     assert len([r for r in hub.requests if r.startswith("PUT /large/")]) == 2  # not the weights
@@ -159,15 +159,15 @@ def test_a_hub_id_stands_wherever_a_folder_does(run, hub, folder, tmp_path):
     words = ["--prompt", "a b", "--max-new-tokens", "3", "--no-compile", "--json"]
     code, output, error = run("generate", f"{REPO}@v1", *words)
     assert code == 0, error
-    assert "expected one of the two" in refused(run, "inspect", f"{REPO}@v1", "--revision", "v2")
+    assert "expected only one revision" in refused(run, "inspect", f"{REPO}@v1", "--revision", "v2")
 
 
 TROUBLES = {
     "unknown token": ("POST /api/repos/create", 401, "hf auth login"),
-    "token that reads": ("POST /api/repos/create", 403, "may not do that"),
+    "token that reads": ("POST /api/repos/create", 403, "your token lacks permission"),
     "another's commit": ("POST .*/commit/", 412, "at the same time"),
-    "commit refused": ("POST .*/commit/", 500, "in trouble (500)"),
-    "upload refused": ("PUT /large/", 403, "may not do that"),
+    "commit refused": ("POST .*/commit/", 500, "unavailable or busy (status 500)"),
+    "upload refused": ("PUT /large/", 403, "your token lacks permission"),
 }
 
 
@@ -186,7 +186,7 @@ def test_a_token_that_may_only_read_is_refused(run, hub, folder, monkeypatch):
     hub.readers.add("hf_reader")
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     error = refused(run, "push", folder, REPO)
-    assert "may not do that" in error
+    assert "your token lacks permission" in error
     assert "hf_reader" not in error
 
 
@@ -237,14 +237,14 @@ def test_a_folder_that_is_no_whole_checkpoint_is_not_pushed(run, hub, folder):
     (folder / "model.safetensors").unlink()
     assert "lacks model.safetensors" in refused(run, "push", folder, REPO)
     (folder / "config.json").unlink()
-    assert "holds no config.json" in refused(run, "push", folder, REPO)
+    assert "has no config.json" in refused(run, "push", folder, REPO)
     assert not hub.repos
 
 
 @pytest.mark.parametrize("name", ["small", "a/b/c", "a/b@", "a b/c", "/a/b"])
 def test_what_is_no_hub_id_is_refused(name):
-    with pytest.raises(ValueError, match="is no Hub id: expected org/name"):
-        split(name)
+    with pytest.raises(ValueError, match="is not a Hub id: expected org/name"):
+        parse_hub_id(name)
 
 
 def test_files_that_go_with_the_weights_are_all_that_is_removed():

@@ -1,4 +1,4 @@
-"""Ways in which transformers places, trains and saves a checkpoint, and what cannot work."""
+"""How transformers places, trains and saves a checkpoint, and errors for what cannot work."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 
-assert register  # the classes here, without remote code
+assert register  # its import registers the classes, so none come from checkpoints
 IDS = torch.arange(2, 42).view(2, 20)
 KINDS = {
     "llama": {"family": "llama", "tie_word_embeddings": True},
@@ -40,7 +40,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture
 def model(folder):
-    """It, as transformers loads it."""
+    """The checkpoint of `folder`, loaded by transformers."""
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -79,7 +79,7 @@ def test_it_is_saved_again_as_it_was(model, logits, tmp_path):
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     torch.testing.assert_close(again(IDS).logits, logits)
-    tiny.tokenizer().save_pretrained(tmp_path / "again")  # transformers saves it by itself
+    tiny.tokenizer().save_pretrained(tmp_path / "again")  # `save_pretrained` does not save it
     native = load(str(tmp_path / "again")).model
     torch.testing.assert_close(native(IDS), logits)
 
@@ -130,13 +130,13 @@ print(json.dumps([
 
 @pytest.mark.slow
 def test_checkpoints_decode_by_fused_ops_if_eigenzoo_is_there_and_write_the_same(folder, tmp_path):
-    found = {}
+    outputs = {}
     for words in ((), ("eigenzoo",), ("no such module", "reference")):
         command = [sys.executable, "-c", GREEDY, str(folder), *words]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        found[words] = json.loads(done.stdout)
-    (tokens, fused), *others = found.values()
+        outputs[words] = json.loads(done.stdout)
+    (tokens, fused), *others = outputs.values()
     assert fused == ["eigenzoo"] * 2
     assert others == [[tokens, ["transformers_modules"] * 2]] * 2
 
@@ -155,7 +155,7 @@ def test_without_a_compiler_the_reference_decodes_and_it_says_so(folder, monkeyp
     monkeypatch.setattr(modeling_eigen, "install", lacking)
     monkeypatch.setattr(modeling_eigen.logger, "warning_once", said.append)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert said == ["decoding by the reference ops: there is no g++"]
+    assert said == ["decoding with the reference ops: there is no g++"]
     assert model.generate(IDS, max_new_tokens=3).shape == (2, 23)
 
 
@@ -166,13 +166,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 import eigenzoo.hub_export.register
 
-def memory(kind):  # KiB; what getrusage says begins with the peak of the parent process
+def memory(kind):  # KiB; getrusage would include the peak of the parent process
     return int(re.search(kind + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 folder, before = Path(sys.argv[1]), memory("VmRSS")
 if sys.argv[2] == "transformers":
     AutoModelForCausalLM.from_pretrained(folder, ops="reference")
-else:  # what costs twice: a whole model, and then its weights
+else:  # takes twice the memory: a whole model, then its weights
     weights = {k: v.clone() for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     model.load_state_dict(weights)

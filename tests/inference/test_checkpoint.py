@@ -14,7 +14,7 @@ from eigenzoo.zoo.inference.checkpoint import inspect, load, locate
 
 @pytest.fixture
 def folder(tmp_path, dense_folder):
-    """A copy of the dense checkpoint, to damage."""
+    """A copy of the dense checkpoint, for tests that damage it."""
     return shutil.copytree(dense_folder, tmp_path / "copy")
 
 
@@ -53,10 +53,10 @@ def test_dtype_is_the_checkpoint_s_own_unless_asked(tmp_path):
 
 def test_inspect_tells_bytes_without_reading_weights(folder):
     (folder / "model.safetensors").unlink()
-    found = inspect(str(folder))
-    assert found["kv_bytes_per_token"] == found["kv_bytes_per_token_dense"] == 3 * 2 * 4 * 16 * 4
-    assert found["kv_share"] == 1
-    assert found["compression"] is None
+    info = inspect(str(folder))
+    assert info["kv_bytes_per_token"] == info["kv_bytes_per_token_dense"] == 3 * 2 * 4 * 16 * 4
+    assert info["kv_share"] == 1
+    assert info["compression"] is None
 
 
 def test_a_hub_id_is_downloaded_at_its_revision(monkeypatch, dense_folder):
@@ -87,9 +87,9 @@ def test_opt_is_read_from_pytorch_bin_files(tmp_path, shards, prefix):
         halves = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
         for file, keys in halves.items():
             torch.save({key: weights[key] for key in keys}, tmp_path / file)
-        where = {key: file for file, keys in halves.items() for key in keys}
+        weight_map = {key: file for file, keys in halves.items() for key in keys}
         index = tmp_path / "pytorch_model.bin.index.json"
-        index.write_text(json.dumps({"weight_map": where}))
+        index.write_text(json.dumps({"weight_map": weight_map}))
     else:
         torch.save(weights, tmp_path / "pytorch_model.bin")
     x = tiny.tokens(2, 20)
@@ -142,11 +142,14 @@ def test_a_hub_repository_without_safetensors_gives_its_bin_files(monkeypatch, t
     ("changes", "named"),
     [
         ({"model_type": "gpt2"}, "architecture 'gpt2' is not supported"),
-        ({"num_hidden_layers": "three"}, r"config.json is unsound"),
+        ({"num_hidden_layers": "three"}, r"config.json does not fit transformers' llama"),
         ({"model_type": "eigen", "family": "llama"}, r"config.json lacks .*k_ranks"),
         ({"model_type": None}, "architecture None"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config: expected weights that are not quantized",
+        ),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "dynamic",
@@ -157,7 +160,7 @@ def test_a_hub_repository_without_safetensors_gives_its_bin_files(monkeypatch, t
         ({"num_key_value_heads": 3}, "expected|kv heads"),
     ],
 )
-def test_what_is_not_known_is_refused_by_name(folder, changes, named):
+def test_an_unsupported_field_raises_an_error_that_names_it(folder, changes, named):
     change_config(folder, **changes)
     with pytest.raises(ValueError, match=named):
         load(str(folder))
@@ -209,7 +212,7 @@ def no_json(folder):
         (poison, "model.norm.weight is not finite"),
         (drop, "lacks 1 weights, first norm.weight"),
         (unlink, "lacks model.safetensors"),
-        (no_words, "holds no tokenizer"),
+        (no_words, "has no tokenizer"),
         (no_json, "config.json is not JSON"),
     ],
 )
@@ -226,5 +229,5 @@ def test_a_place_that_does_not_exist_is_named(source):
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no config\.json"):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
         load(str(tmp_path))

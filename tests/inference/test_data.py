@@ -85,8 +85,8 @@ def test_a_prompt_goes_through_the_chat_template_if_there_is_one(dense):
 
 
 def test_a_prompt_that_cannot_be_encoded_is_refused():
-    plain = tiny.tokenizer()
+    tokenizer = tiny.tokenizer()
     with pytest.raises(ValueError, match="no chat template"):
-        encode_prompt(plain, "x", chat=True)
+        encode_prompt(tokenizer, "x", chat=True)
     with pytest.raises(ValueError, match="prompt is empty"):
-        encode_prompt(plain, "")
+        encode_prompt(tokenizer, "")

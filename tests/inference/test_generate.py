@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.settings import Settings
-from eigenzoo.zoo.inference import generate
+from eigenzoo.zoo.inference import generate, steps
 from eigenzoo.zoo.inference.generate import Generator, Sampling, answer, choose, sample_text
 from eigenzoo.zoo.measure.shapes import random_model
 from eigenzoo.zoo.models.llama import LlamaConfig
@@ -19,7 +19,7 @@ PROMPTS = [[5, 9, 33, 7, 120], [8, 41], [99, 3, 17, 200, 12, 77, 64, 5, 31]]
 
 
 def close(got, want):
-    # fp32 logits of two ways to sum: columns instead of a mask, parts weighed by their sums
+    # fp32 logits of two ways to add: mask columns or a matrix, parts or a whole prompt
     assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
@@ -35,7 +35,7 @@ LOW = {  # family, changes, settings of the compression
 
 
 def compiled_by(inductor: list[str], aot_eager: list[str]):
-    """Parameters of a test that compiles: models, and what compiles them."""
+    """Parametrize a test by models and the backends that compile them."""
     kinds = [(k, "inductor") for k in inductor] + [(k, "aot_eager") for k in aot_eager]
     return pytest.mark.parametrize(("model", "backend"), kinds, indirect=True)
 
@@ -51,7 +51,7 @@ def model(request):
 
 
 def recomputed(model, prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens, each from the whole text anew."""
+    """Greedy tokens, each computed from the whole text without a cache."""
     text = list(prompt)
     for _ in range(count):
         text.append(int(model(torch.tensor([text]), last=1).argmax()))
@@ -85,7 +85,7 @@ def test_a_compiled_batch_of_different_lengths_answers_each_as_alone(model, back
 
 
 def parts(generator: Generator, tokens: torch.Tensor, *ends: int) -> torch.Tensor:
-    """What a prompt that comes in parts, as a chat does, leads to."""
+    """Logits after a prompt that is processed in parts, as in a chat."""
     for start, end in pairwise((0, *ends)):
         logits = generator.advance(tokens[:, start:end].clone(), start)
     return logits
@@ -95,11 +95,11 @@ def parts(generator: Generator, tokens: torch.Tensor, *ends: int) -> torch.Tenso
 @compiled_by([], ["lifted", "alibi", "windows"])
 def test_later_parts_of_a_prompt_take_one_graph_of_any_length(model, backend):
     tokens = tiny.tokens(2, 40)
-    generator, plain = Generator(model, 2, 41), Generator(model, 2, 41, compile=False)
+    generator, eager = Generator(model, 2, 41), Generator(model, 2, 41, compile=False)
     parts(generator, tokens, 9, 20)
     with torch.compiler.set_stance("fail_on_recompile"):
         got = parts(generator, tokens, 11, 14, 40)
-    close(got, parts(plain, tokens, 40))
+    close(got, parts(eager, tokens, 40))
 
 
 def test_a_long_prompt_is_run_in_parts(model, monkeypatch):
@@ -119,7 +119,7 @@ def test_parts_of_a_prompt_lead_where_the_whole_does(model, padding):
 def test_layers_as_they_are_compiled_say_what_recomputing_says(model):
     torch._dynamo.reset()
     generator = Generator(model, 3, 40, compile=False)
-    generator.decode = torch.compile(generate._decode, fullgraph=True, backend="eager")
+    generator.decode = torch.compile(steps.decode_by_layer, fullgraph=True, backend="eager")
     assert tokens_of(generator, PROMPTS, 9) == [recomputed(model, p, 9) for p in PROMPTS]
 
 
@@ -130,12 +130,12 @@ def test_one_graph_holds_every_kind_of_layer_once():
     model = random_model(config, torch.float32, "cpu")
     torch._dynamo.reset()
     backend = EagerAndRecordGraphs()
-    generator, plain = (Generator(model, 1, 40, compile=False) for _ in range(2))
-    generator.decode = torch.compile(generate._decode, fullgraph=True, backend=backend)
-    assert tokens_of(generator, PROMPTS[:1], 9) == tokens_of(plain, PROMPTS[:1], 9)
+    generator, eager = (Generator(model, 1, 40, compile=False) for _ in range(2))
+    generator.decode = torch.compile(steps.decode_by_layer, fullgraph=True, backend=backend)
+    assert tokens_of(generator, PROMPTS[:1], 9) == tokens_of(eager, PROMPTS[:1], 9)
     with torch.compiler.set_stance("fail_on_recompile"):
         for prompt in PROMPTS[1:]:
-            assert tokens_of(generator, [prompt], 9) == tokens_of(plain, [prompt], 9)
+            assert tokens_of(generator, [prompt], 9) == tokens_of(eager, [prompt], 9)
     (graph,) = backend.graphs
     regions = [n for n in graph.graph.nodes if n.target is torch.ops.higher_order.invoke_subgraph]
     assert len(regions) == 6
@@ -153,7 +153,7 @@ def test_models_of_other_ranks_are_compiled_one_after_the_other(monkeypatch):
         model = random_model(one, torch.float32, torch.device("cpu"))
         generator = Generator(model, 1, 40, compile_prefill=False)
         assert tokens_of(generator, PROMPTS[:1], 4) == [recomputed(model, PROMPTS[0], 4)]
-    for slots in range(41, 51):  # dynamo's own limit is 8
+    for slots in range(41, 51):  # dynamo's default limit of recompilations is 8
         generator = Generator(model, 1, slots, compile_prefill=False)
         assert tokens_of(generator, PROMPTS[:1], 4) == [recomputed(model, PROMPTS[0], 4)]
 
@@ -195,9 +195,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(model, prompts,
 
 def test_a_missing_compiler_is_named(monkeypatch):
     def absent():
-        raise generate.InvalidCxxCompiler
+        raise steps.InvalidCxxCompiler
 
-    monkeypatch.setattr(generate, "get_cpp_compiler", absent)
+    monkeypatch.setattr(steps, "get_cpp_compiler", absent)
     with pytest.raises(ValueError, match="--no-compile"):
         Generator(tiny.native(), 1, 8)
 

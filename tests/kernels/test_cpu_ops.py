@@ -1,6 +1,7 @@
 """The C++ ops for CPUs against the definitions, with NaN wherever nothing may be read."""
 
 import os
+import shutil
 import subprocess
 import sys
 from itertools import combinations
@@ -171,6 +172,17 @@ def test_the_ops_are_built_once_and_half_a_file_is_never_seen(tmp_path):
     assert kept.stat().st_mtime_ns == written
 
 
+def test_a_change_in_any_piece_of_the_source_is_built_anew(tmp_path, monkeypatch):
+    pieces = tmp_path / "cpp"
+    shutil.copytree(cpu.PIECES, pieces)
+    monkeypatch.setattr(cpu, "PIECES", pieces)
+    seen = {cpu.library()}
+    for piece in pieces.iterdir():
+        piece.write_text(piece.read_text() + "\n")
+        seen.add(cpu.library())
+    assert len(seen) == 1 + len(list(pieces.iterdir())) > 2
+
+
 def test_without_a_compiler_it_says_what_to_do(tmp_path):
     code = "from eigenzoo.kernels import cpu, ops; cpu.load()"
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": "no-compiler"}
@@ -180,7 +192,7 @@ def test_without_a_compiler_it_says_what_to_do(tmp_path):
 
 def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path):
     broken = tmp_path / "broken"
-    broken.write_text('#!/bin/sh\ncase "$*" in *cpu.cpp*) exit 1;; esac\nexec c++ "$@"\n')
+    broken.write_text('#!/bin/sh\ncase "$*" in *ops.cpp*) exit 1;; esac\nexec c++ "$@"\n')
     broken.chmod(0o755)
     code = "from eigenzoo.kernels import cpu, ops; cpu.load()"
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(broken)}

@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import signal
 from dataclasses import dataclass
 
@@ -11,8 +13,10 @@ from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import native_config
 from eigenzoo.zoo.measure import tables as report
 from eigenzoo.zoo.measure.bench import _serve, bench
-from eigenzoo.zoo.measure.contestants import Cell, Native, Transformers, weight_bytes
+from eigenzoo.zoo.measure.bench_grid import BenchGrid, bench_cells, rows_left
+from eigenzoo.zoo.measure.contestants import from_checkpoints, from_shape
 from eigenzoo.zoo.measure.shapes import SHAPES, random_model, shaped, uniform
+from eigenzoo.zoo.measure.timed_models import Cell, Native, Transformers, weight_bytes
 from eigenzoo.zoo.models.families import new_model
 
 BILLIONS = {
@@ -179,3 +183,68 @@ def test_ctrl_c_in_a_terminal_ends_contestants_without_a_word(ctrl_c):
             pytest.fail(f"nobody listens to {answer}")
 
     assert _serve(Pipe(), Building(), cell()) is None
+
+
+def test_contestants_of_a_shape_are_dense_and_compressed_with_variants_of_both():
+    settings = Settings(heads_per_latent=(1, 1))
+    made = from_shape("opt-125m", 2, 64, [0.5, 0.25], settings, CPU, same)
+    assert made.title == "opt-125m, 2 layers"
+    assert [s.keep for s in made.settings] == [0.5, 0.25]
+    assert made.dtype == torch.float32
+    more = made.with_bits([8]).with_transformers()
+    names = ["dense", "keep 0.5", "keep 0.25"]
+    names += [f"{name}, 8 bits" for name in names]
+    assert [c.name for c in more.all] == [*names, "transformers dynamic", "transformers static"]
+    assert [c.kv_bits for c in more.natives] == 3 * [None] + 3 * [8]
+    assert made.configs["keep 0.5"].kv_width == made.configs["dense"].kv_width // 2
+    made.check_length(64)
+    with pytest.raises(ValueError, match="4096"):
+        made.check_length(4096)
+    with pytest.raises(ValueError, match="bits is 3"):
+        made.with_bits([3])
+
+
+def test_contestants_of_one_name_are_told_apart_by_their_paths(dense_folder, tmp_path):
+    other = shutil.copytree(dense_folder, tmp_path / dense_folder.name)
+    sources = [str(dense_folder), str(other)]
+    made = from_checkpoints(sources, same)
+    assert [c.name for c in made.all] == [*made.configs] == sources
+    assert from_checkpoints(sources[:1], same).title == dense_folder.name
+    assert made.dtype == torch.float32
+
+
+def test_a_bench_resumes_its_own_rows_and_keeps_those_of_other_commands(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(contestants, cell, rounds):
+        measured.append((cell.batch, cell.context, cell.slots))
+        about = {"model": "tiny", "slots": cell.slots, "dtype": "float32", "threads": 1}
+        return [
+            about | {"context": cell.context, "batch": cell.batch, "device": "cpu", "failed": ""}
+        ]
+
+    monkeypatch.setattr("eigenzoo.zoo.measure.bench_grid.bench", measure)
+    file, grid = tmp_path / "bench.jsonl", BenchGrid((32, 64), (1, 2), buffer=2)
+    cells = grid.cells(torch.float32, CPU, compile=False)
+    origin = {"ops": "auto", "compiled": False, "command": "one"}
+    first = [*bench_cells([], cells[:2], 1, origin, rows_left(file, "one"), file)]
+    other = [
+        *bench_cells([], cells[:1], 1, origin | {"command": "two"}, rows_left(file, "two"), file)
+    ]
+    assert measured == [(1, 32, 64), (1, 64, 128), (1, 32, 64)]
+    assert rows_left(file, "one") == first
+    assert [*bench_cells([], cells, 1, origin, first, file)] == rows_left(file, "one")[2:]
+    assert measured[3:] == [(2, 32, 64), (2, 64, 128)]
+    assert rows_left(file, "two") == other
+    assert len([json.loads(line) for line in file.open()]) == 5
+
+
+def test_a_bench_refuses_a_file_of_something_else(run, dense_folder, tmp_path):
+    file = tmp_path / "bench.jsonl"
+    file.write_text("my notes")
+    code, _, error = run(
+        "bench", dense_folder, "--out", tmp_path, "--context", "64", "--no-compile"
+    )
+    assert code == 2
+    assert "bench.jsonl, line 1: expected a row that eigenzoo bench wrote" in error
+    assert file.read_text() == "my notes"

@@ -116,13 +116,13 @@ def asked(kind: str, *arguments) -> list[Instance]:
 
 def test_loglikelihoods_are_those_by_hand_and_those_of_hflm(ours, theirs):
     requests = asked("loglikelihood", *PAIRS)
-    found = ours.loglikelihood(requests)
+    scores = ours.loglikelihood(requests)
     for (score, greedy), (want, want_greedy) in zip(
-        found, theirs.loglikelihood(requests, disable_tqdm=True), strict=True
+        scores, theirs.loglikelihood(requests, disable_tqdm=True), strict=True
     ):
         assert score == pytest.approx(want, abs=1e-3)
         assert greedy == want_greedy
-    for (before, after), (score, _) in list(zip(PAIRS, found, strict=True))[:3]:
+    for (before, after), (score, _) in list(zip(PAIRS, scores, strict=True))[:3]:
         ids = torch.tensor([ours.tokenizer(before + after)["input_ids"]])
         logs = ours.model(ids)[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])
         assert float(logs[-len(ours.tokenizer(after)["input_ids"]) :].sum()) == pytest.approx(
@@ -132,12 +132,12 @@ def test_loglikelihoods_are_those_by_hand_and_those_of_hflm(ours, theirs):
 
 def test_what_is_scored_was_rounded_as_the_cache_rounds(ours):
     rounded, text = NativeLM(ours.model, ours.tokenizer, bits=4), (tiny.WORDS,)
-    (found,) = rounded.loglikelihood_rolling(asked("loglikelihood_rolling", text))
+    (total,) = rounded.loglikelihood_rolling(asked("loglikelihood_rolling", text))
     (exact,) = ours.loglikelihood_rolling(asked("loglikelihood_rolling", text))
     ids = torch.tensor([ours.prefix_token_id, *ours.tok_encode(*text)])
     losses = [token_losses(ours.model, ids, len(ids), bits=bits).sum().item() for bits in (4, 16)]
-    assert (-found, -exact) == pytest.approx(losses, abs=1e-3)
-    assert abs(found - exact) > 0.01
+    assert (-total, -exact) == pytest.approx(losses, abs=1e-3)
+    assert abs(total - exact) > 0.01
 
 
 def test_a_greedy_continuation_is_called_so(ours):
@@ -200,13 +200,13 @@ def test_what_cannot_be_generated_is_refused(ours, settings, named):
 def test_tasks_give_what_they_give_with_hflm(ours, theirs, place):
     names = ["pick", "say", "read"]
     chosen = tasks.load_tasks(names, place)
-    found = tasks.run_tasks(ours.model, ours.tokenizer, chosen, batch_size=2)
+    rows = tasks.run_tasks(ours.model, ours.tokenizer, chosen, batch_size=2)
     want = evaluate(theirs, tasks.load_tasks(names, place))["results"]
-    assert list(found) == names
-    assert [found[name]["shots"] for name in names] == [0, 1, 0]
+    assert list(rows) == names
+    assert [rows[name]["shots"] for name in names] == [0, 1, 0]
     for name, metric in (("pick", "acc"), ("pick", "acc_norm"), ("say", "exact_match")):
-        assert found[name][f"{metric},none"] == want[name][f"{metric},none"]
-    assert found["read"]["word_perplexity,none"] == pytest.approx(
+        assert rows[name][f"{metric},none"] == want[name][f"{metric},none"]
+    assert rows["read"]["word_perplexity,none"] == pytest.approx(
         want["read"]["word_perplexity,none"], rel=1e-3
     )
 
@@ -255,10 +255,10 @@ def test_the_command_prints_one_json_object_or_a_table(folder, place, capsys, mo
     words = ["evaluate", str(folder), "--tasks", "pick,say", "--include-path", str(place)]
     words += ["--kv-bits", "8"]
     app([*words, "--limit", "3", "--batch-size", "2", "--json"], standalone_mode=False)
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["tasks"]) == ["pick", "say"]
-    assert found["tasks"]["pick"]["sample_len"] == 3
-    assert "perplexity" not in found
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed["tasks"]) == ["pick", "say"]
+    assert printed["tasks"]["pick"]["sample_len"] == 3
+    assert "perplexity" not in printed
     app(words[:-2], standalone_mode=False)
     assert "acc_norm,none" in capsys.readouterr().out
     assert bits == [8, None]

@@ -89,7 +89,7 @@ def test_lengths_that_do_not_fit_are_refused():
         plant(words, [5] * 1000, 40, 0.5, Random(0))
     with pytest.raises(ValueError, match="longer --text"):
         plant(words, [5] * 100, 1000, 0.5, Random(0))
-    with pytest.raises(ValueError, match="knows 256 positions"):
+    with pytest.raises(ValueError, match="has 256 learned positions"):
         retrieval(tiny.native("opt"), words, TEXT, [200, 300])
 
 
@@ -126,9 +126,9 @@ def test_recall_is_greedy_decoding_and_teacher_forcing():
     generator = Generator(model, 1, 56, compile=False)
     greedy = [int(x) for x in generator.stream([prompt], 6)]
     wrong = [*greedy[:5], greedy[5] + 1]
-    found = [recall(generator, Planted(prompt, answer)) for answer in (greedy, wrong)]
-    assert [right for right, _ in found] == [True, False]
-    for answer, (_, mean) in zip((greedy, wrong), found, strict=True):
+    recalled = [recall(generator, Planted(prompt, answer)) for answer in (greedy, wrong)]
+    assert [right for right, _ in recalled] == [True, False]
+    for answer, (_, mean) in zip((greedy, wrong), recalled, strict=True):
         logs = model(torch.tensor([prompt + answer]))[0, 49:55].log_softmax(-1)
         want = logs.gather(1, torch.tensor(answer)[:, None]).mean()
         assert mean == pytest.approx(float(want), abs=1e-4)

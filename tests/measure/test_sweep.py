@@ -9,16 +9,17 @@ from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.moments import Needs
 from eigenzoo.zoo.compression.search import ErrorBudget
 from eigenzoo.zoo.compression.settings import Settings, needs
-from eigenzoo.zoo.inference import generate
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import calibration_tokens, encode
 from eigenzoo.zoo.inference.perplexity import perplexity
+from eigenzoo.zoo.inference.steps import decode_step, prefill
 from eigenzoo.zoo.measure import calibrator as passes
 from eigenzoo.zoo.measure import sweep as sweeping
 from eigenzoo.zoo.measure.calibrator import Calibration, kind, narrow, union
-from eigenzoo.zoo.measure.evaluate import decode_speed
-from eigenzoo.zoo.measure.sweep import Evaluation, Sweep, grid
-from eigenzoo.zoo.utils.jsonl import read_rows
+from eigenzoo.zoo.measure.evaluate import Evaluation, decode_speed
+from eigenzoo.zoo.measure.grid import distinct, grid
+from eigenzoo.zoo.measure.sweep import Sweep
+from eigenzoo.zoo.utils import jsonl
 
 METHODS = ["fisher", "attention", "eigen"]
 
@@ -44,7 +45,7 @@ def sweep(dense, texts, tmp_path):
             [Calibration(str(texts / words), 6, seq_len)],
             **options,
         )
-        return list(work.rows(work.distinct(grid(axes))))
+        return list(work.rows(distinct(grid(axes), model.model.config)))
 
     return call
 
@@ -68,6 +69,10 @@ def calls(monkeypatch):
 
 def out(tmp_path):
     return (tmp_path / "out.jsonl").read_bytes()
+
+
+def read_rows(path):
+    return jsonl.read_rows(path, jsonl.SWEEP)
 
 
 def test_rows_from_before_a_setting_are_taken_over(sweep, calls, tmp_path):
@@ -236,8 +241,8 @@ def test_decoding_is_timed_beside_the_dense_model(sweep, dense, monkeypatch):
 
     def timed(generators, steps):
         given.append([(g.model.config.kv_width, g.slots) for g in generators])
-        assert all(g.decode is generate._step for g in generators)  # not compiled
-        assert all(g.prompt is generate._prompt for g in generators)
+        assert all(g.decode is decode_step for g in generators)  # not compiled
+        assert all(g.prefill is prefill for g in generators)
         assert decode_speed(generators, steps, rounds=1)[1] > 0
         return [4.0, 5.0]
 
@@ -304,11 +309,11 @@ def test_an_interrupt_loses_the_cell_that_runs_and_no_other(sweep, monkeypatch, 
 
 def test_settings_that_do_not_fit_are_refused_and_the_sweep_goes_on(sweep):
     rows = sweep({"method": ["kv-heads", "fisher"], "keep": [0.6, 0.5, 0.01]})
-    found = {(r["settings"]["method"], r["settings"]["keep"]): r for r in rows[1:]}
-    assert "merges whole heads" in found["kv-heads", 0.6]["refused"]
-    assert "expected at least" in found["fisher", 0.01]["refused"]
-    assert all("perplexity" in found[name] for name in (("kv-heads", 0.5), ("fisher", 0.6)))
-    assert len(found) == 6
+    by_cell = {(r["settings"]["method"], r["settings"]["keep"]): r for r in rows[1:]}
+    assert "merges whole heads" in by_cell["kv-heads", 0.6]["refused"]
+    assert "expected at least" in by_cell["fisher", 0.01]["refused"]
+    assert all("perplexity" in by_cell[name] for name in (("kv-heads", 0.5), ("fisher", 0.6)))
+    assert len(by_cell) == 6
 
 
 def test_rows_of_another_run_are_left_alone_unless_forced(sweep, dense, tmp_path):
@@ -319,7 +324,7 @@ def test_rows_of_another_run_are_left_alone_unless_forced(sweep, dense, tmp_path
     other = dense._replace(model=tiny.native(seed=5, head_dim=16, attention_bias=True))
     with pytest.raises(ValueError, match="holds rows with weights"):
         sweep({"keep": [0.5]}, model=other)
-    with pytest.raises(ValueError, match=r"none\.txt does not exist"):  # found before all else
+    with pytest.raises(ValueError, match=r"none\.txt does not exist"):  # fails before all else
         sweep({"keep": [0.5]}, words="none.txt", force=True)
     assert out(tmp_path) == text
     rows = sweep({"keep": [0.5]}, windows=1, force=True)
@@ -330,7 +335,9 @@ def test_rows_of_another_run_are_left_alone_unless_forced(sweep, dense, tmp_path
 def test_a_file_of_something_else_is_never_touched(sweep, tmp_path):
     for text in (b"my notes", b'{"a": 1}\n', b"one\ntwo\n", b'{"versions": {}\n{"versions": 1}\n'):
         (tmp_path / "out.jsonl").write_bytes(text)
-        with pytest.raises(ValueError, match=r"something else|damaged"):
+        with pytest.raises(
+            ValueError, match=r"out\.jsonl, line 1: expected a row that eigenzoo sweep wrote"
+        ):
             sweep({"keep": [0.5]})
         assert out(tmp_path) == text
 
@@ -392,7 +399,7 @@ def test_the_command_writes_rows_and_prints_them(run, dense_folder, texts, tmp_p
     assert "--force" in error
     code, _, error = run("sweep", dense_folder, texts / "a.txt", *words)
     assert code == 2
-    assert "something else" in error
+    assert "a.txt, line 1: expected a row that eigenzoo sweep wrote, but it is no JSON" in error
 
 
 def test_the_command_times_decoding(run, dense_folder, texts, tmp_path):
@@ -414,9 +421,11 @@ def test_the_model_is_loaded_as_evaluate_loads_it(run, dense_folder, texts, tmp_
     quick = ["--samples", "2", "--seq-len", "16", "--keep", "0.5"]
     code, text, _ = run("sweep", dense_folder, tmp_path / "rows.jsonl", *words, *quick)
     assert code == 0
-    found = json.loads(run("evaluate", dense_folder, *words)[1])
+    evaluated = json.loads(run("evaluate", dense_folder, *words)[1])
     dense = json.loads(text)[0]
-    assert load(str(dense_folder)).model.config.max_position_embeddings == found["window"] == 256
+    assert (
+        load(str(dense_folder)).model.config.max_position_embeddings == evaluated["window"] == 256
+    )
     assert dense["evaluation"]["window"] == 256
     assert dense["dtype"] == "bfloat16"
-    assert all(dense[name] == found[name] for name in ("perplexity", "tokens", "kv_share"))
+    assert all(dense[name] == evaluated[name] for name in ("perplexity", "tokens", "kv_share"))

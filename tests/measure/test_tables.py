@@ -7,11 +7,17 @@ import tiny
 from PIL import Image
 
 from eigenzoo.zoo.inference.checkpoint import load
-from eigenzoo.zoo.measure import plots, summary
+from eigenzoo.zoo.measure import plots
 from eigenzoo.zoo.measure.calibrator import Calibration
-from eigenzoo.zoo.measure.summary import sections
-from eigenzoo.zoo.measure.sweep import Evaluation, Sweep, grid
-from eigenzoo.zoo.utils.jsonl import read_rows
+from eigenzoo.zoo.measure.evaluate import Evaluation
+from eigenzoo.zoo.measure.grid import grid
+from eigenzoo.zoo.measure.sweep import Sweep
+from eigenzoo.zoo.measure.sweep_table import increase, label, sections
+from eigenzoo.zoo.utils import jsonl
+
+
+def read_rows(path):
+    return jsonl.read_rows(path, jsonl.SWEEP)
 
 
 def swept(model, path, axes, decode=None):
@@ -50,9 +56,9 @@ def opt(tmp_path_factory):
 
 def test_numbers_of_the_report_are_those_of_the_rows(run, llama, opt, tmp_path):
     code, text, _ = run("report", llama, opt, "--out", tmp_path / "report", "--json")
-    found = json.loads(text)
+    printed = json.loads(text)
     assert code == 0
-    for section, file in zip(found, (llama, opt), strict=True):
+    for section, file in zip(printed, (llama, opt), strict=True):
         dense, *rows = read_rows(file)
         assert section["perplexity"] == dense["perplexity"]
         told = {(x["keep"], x["perplexity"], x["kv_share"]) for x in section["table"]}
@@ -61,15 +67,15 @@ def test_numbers_of_the_report_are_those_of_the_rows(run, llama, opt, tmp_path):
         assert len(section["table"]) == len(done)
         for x in section["table"]:
             assert x["increase"] == pytest.approx(x["perplexity"] / dense["perplexity"] - 1)
-    labels = {x["label"] for x in found[0]["table"]}
+    labels = {x["label"] for x in printed[0]["table"]}
     assert labels == {"fisher, keys rebuild", "fisher, keys anchored", "eigen, keys rebuild"}
-    assert {x["label"] for x in found[1]["table"]} == {"fisher"}
-    reason = found[0]["refused"]["eigen, keys anchored, keep 0.5"]
+    assert {x["label"] for x in printed[1]["table"]} == {"fisher"}
+    reason = printed[0]["refused"]["eigen, keys anchored, keep 0.5"]
     assert "eigen rebuilds its keys" in reason
     text = (tmp_path / "report" / "report.md").read_text()
     assert reason in text
     assert "latent joint-kv" in text
-    for x in (x for section in found for x in section["table"]):
+    for x in (x for section in printed for x in section["table"]):
         assert (
             f"{x['perplexity']:.2f} ({100 * x['increase']:+.1f} %) at {x['kv_share']:.3f}" in text
         )
@@ -106,13 +112,13 @@ def test_every_figure_in_the_report_is_a_picture_of_something(run, llama, opt, t
 
 
 def test_figures_show_the_rows_numbers(llama, opt):
-    (found,) = sections(read_rows(llama))
-    drawn = plots.quality(found, "title").axes[0]
+    (section,) = sections(read_rows(llama))
+    drawn = plots.quality(section, "title").axes[0]
     shown = {line.get_label(): line.get_xydata().tolist() for line in drawn.get_lines()}
-    for label, cells in found.table.items():
-        want = sorted([r["kv_share"], 100 * summary.increase(r)] for r in cells.values())
-        assert shown[label] == want
-    row = found.table["fisher, keys rebuild"][0.5]
+    for name, cells in section.table.items():
+        want = sorted([r["kv_share"], 100 * increase(r)] for r in cells.values())
+        assert shown[name] == want
+    row = section.table["fisher, keys rebuild"][0.5]
     texts = [t.get_text() for t in plots.ranks(row, "title").axes[0].texts]
     assert texts == [str(r) for r in (*row["k_ranks"], *row["v_ranks"])]
     panels = plots.errors(row, "title").axes[:2]
@@ -129,10 +135,10 @@ def test_figures_show_the_rows_numbers(llama, opt):
 
 def test_speeds_of_decoding_are_in_the_table(run, timed, tmp_path):
     code, text, _ = run("report", timed, "--out", tmp_path / "report", "--json")
-    (found,) = json.loads(text)
+    (section,) = json.loads(text)
     assert code == 0
     rows = [r for r in read_rows(timed) if "decode" in r]
-    assert [x["decode"] for x in found["table"]] == [r["decode"] for r in rows]
+    assert [x["decode"] for x in section["table"]] == [r["decode"] for r in rows]
     text = (tmp_path / "report" / "report.md").read_text()
     for row in rows:
         assert f"at {row['kv_share']:.3f}, {row['decode']['speedup']:.2f}x" in text
@@ -159,10 +165,10 @@ def test_the_figure_of_cost_has_a_point_a_row(timed):
         (section,) = sections(rows)
         axes = plots.cost(section, 0.5, "title").axes[0]
         points = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
-        for row, increase in ((one, 20), (two, 100 * (worse - 1))):
-            ((x, y),) = points[summary.label(row)]
+        for row, more in ((one, 20), (two, 100 * (worse - 1))):
+            ((x, y),) = points[label(row)]
             assert x == row["decode"]["speedup"]
-            assert y == pytest.approx(increase)
+            assert y == pytest.approx(more)
         assert axes.get_yscale() == scale
         assert [1, 0] in [line.get_xydata()[0].tolist() for line in axes.get_lines()]
         assert "32 slots" in axes.get_xlabel()
@@ -190,7 +196,8 @@ def test_nothing_is_replaced_unless_forced(run, llama, tmp_path):
 
 
 def test_without_matplotlib_the_extra_is_named(run, llama, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "eigenzoo.zoo.measure.plots")
+    for name in ("plots", "report"):
+        monkeypatch.delitem(sys.modules, f"eigenzoo.zoo.measure.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, error = run("report", llama, "--out", tmp_path / "report")
     assert code == 2
@@ -211,7 +218,7 @@ def test_what_is_no_sweep_ends_in_one_line(run, llama, tmp_path):
     (tmp_path / "headless.jsonl").write_text("".join(lines[1:]))
     for name, named in {
         "empty": "no rows yet",
-        "other": "something else",
+        "other": "other.jsonl, line 1: expected a row that eigenzoo sweep wrote, but it lacks",
         "headless": "no row is of the uncompressed",
         "missing": "does not exist",
     }.items():

@@ -2,16 +2,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eigenzoo.zoo.models.attention import (
-    Causal,
-    alibi_slopes,
-    causal_mask,
-    latent_attention,
-    latent_decode,
-    lift,
-    lift_heads,
-    one_token,
-)
+from eigenzoo.zoo.models.attention import latent_attention, latent_decode, lift, lift_heads
+from eigenzoo.zoo.models.mask import CausalMask, alibi_slopes, causal_matrix, decode_mask
 
 torch.manual_seed(0)
 
@@ -23,7 +15,7 @@ torch.manual_seed(0)
 def test_one_token_reads_what_a_prompt_reads(key_heads, latents, width):
     q, k = torch.randn(2, 6, 9, 8), torch.randn(2, key_heads, 9, 8)
     v = torch.randn(2, latents, 9, width)
-    prompt = latent_attention(q, k, v, Causal(), 0.3)
+    prompt = latent_attention(q, k, v, CausalMask(), 0.3)
     for t in range(9):
         one = latent_decode(q[:, :, t : t + 1], k, v, torch.tensor([[0, t + 1]]), 0.3)
         torch.testing.assert_close(one[:, :, 0], prompt[:, :, t])
@@ -47,7 +39,7 @@ def test_lifting_after_attention_equals_lifting_values(latents):
 
 def test_padding_is_seen_by_nobody_but_itself():
     valid = torch.tensor([[False, False, True, True]])
-    mask = causal_mask(torch.arange(4), 4, valid)[0, 0]
+    mask = causal_matrix(torch.arange(4), 4, valid)[0, 0]
     want = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]).bool()
     assert torch.equal(mask, want)
 
@@ -56,15 +48,15 @@ def test_padding_is_seen_by_nobody_but_itself():
 def test_a_few_tokens_see_as_far_as_themselves(new):
     q, k, v = torch.randn(2, 6, 9, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 2, 9, 5)
     few = latent_decode(q[:, :, -new:], k, v, torch.tensor([[0, 9]]), 0.3)
-    torch.testing.assert_close(few, latent_attention(q, k, v, Causal(), 0.3)[:, :, -new:])
+    torch.testing.assert_close(few, latent_attention(q, k, v, CausalMask(), 0.3)[:, :, -new:])
 
 
 def test_one_token_begins_behind_padding_and_skips_it_between():
     visible = torch.tensor([[True] * 6, [False, False, True, False, True, True]])
-    seen = one_token(torch.tensor([4]), visible)
+    seen = decode_mask(torch.tensor([4]), visible)
     assert seen.span.tolist() == [[0, 5], [2, 5]]
     assert seen.bias.isinf().tolist() == (~visible).tolist()
-    assert one_token(torch.tensor([4])).span.tolist() == [[0, 5]]
+    assert decode_mask(torch.tensor([4])).span.tolist() == [[0, 5]]
 
 
 def test_slopes_without_a_bias_count_slots():
@@ -80,15 +72,15 @@ def test_slopes_without_a_bias_count_slots():
 
 
 def prompt(heads=6, new=11, slots=29, dtype=torch.float32, batch=2):
-    """Queries, keys and values of three numbers of heads and two widths."""
+    """Queries, keys and values with different numbers of heads, and values of another width."""
     shapes = (heads, new, 10), (heads // 3, slots, 10), (heads, slots, 13)
     return [torch.randn(batch, *shape).to(dtype) for shape in shapes]
 
 
-def defined(q, k, v, seen: Causal, scale: float):
-    """The same in fp64, with a matrix of what is added to the scores."""
+def defined(q, k, v, seen: CausalMask, scale: float):
+    """Attention in fp64 with the mask as a matrix."""
     new, slots = q.size(2), k.size(2)
-    mask = causal_mask(torch.arange(slots - new, slots), slots, seen.valid)
+    mask = causal_matrix(torch.arange(slots - new, slots), slots, seen.valid)
     if seen.slopes is not None:
         ahead = seen.position[:, None] - seen.position[:, -new:, None]
         added = seen.slopes[:, None, None].double() * ahead[:, None]
@@ -102,9 +94,9 @@ def defined(q, k, v, seen: Causal, scale: float):
 def test_a_part_of_a_prompt_reads_what_a_mask_lets_it(new, alibi, padded):
     q, k, v = prompt(new=new)
     valid = torch.arange(29) >= torch.tensor([[0], [20]])
-    seen = Causal(valid if padded else None)
+    seen = CausalMask(valid if padded else None)
     if alibi:
-        seen = Causal(seen.valid, (valid.cumsum(1) - 1).clamp(min=0), alibi_slopes(6))
+        seen = CausalMask(seen.valid, (valid.cumsum(1) - 1).clamp(min=0), alibi_slopes(6))
     got, want = latent_attention(q, k, v, seen, 0.3), defined(q, k, v, seen, 0.3)
     real = valid[:, None, -new:, None] if padded else torch.ones(1, dtype=torch.bool)
     torch.testing.assert_close(got.where(real, 0), want.where(real, 0).float())
@@ -115,9 +107,9 @@ def test_a_part_of_a_prompt_reads_what_a_mask_lets_it(new, alibi, padded):
 @pytest.mark.parametrize(("heads", "first"), [(6, 0), (33, 57_000), (12, 1 << 20)])
 def test_alibi_is_as_exact_far_from_the_first_position(dtype, heads, first):
     q, k, v = prompt(heads, 50, 8192, dtype, batch=1)
-    seen = Causal(None, torch.arange(8192)[None] + first, alibi_slopes(heads))
+    seen = CausalMask(None, torch.arange(8192)[None] + first, alibi_slopes(heads))
     want = defined(q, k, v, seen, 0.3)
-    # a few roundings of outputs of about 1, in the dtype: columns add none that grow with positions
+    # a few rounding errors of outputs of about 1: the columns' errors do not grow with positions
     atol = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     got = latent_attention(q, k, v, seen, 0.3).double()
     torch.testing.assert_close(got, want, atol=atol, rtol=0)
@@ -127,7 +119,7 @@ def test_alibi_is_as_exact_far_from_the_first_position(dtype, heads, first):
 def test_a_prompt_makes_no_matrix_of_tokens_and_slots(new):
     q, k, v = prompt(new=new, slots=96)
     position = torch.arange(96)[None].expand(2, -1)
-    seen = Causal(position > 3, position, alibi_slopes(6))
+    seen = CausalMask(position > 3, position, alibi_slopes(6))
     made = []
 
     class Watch(TorchDispatchMode):
@@ -144,7 +136,7 @@ def test_a_prompt_makes_no_matrix_of_tokens_and_slots(new):
 
 def test_a_later_part_has_the_gradients_of_its_definition():
     inputs = [x.double().requires_grad_() for x in prompt()]
-    seen = Causal(None, torch.arange(29)[None], alibi_slopes(6).double())
+    seen = CausalMask(None, torch.arange(29)[None], alibi_slopes(6).double())
     got = torch.autograd.grad(latent_attention(*inputs, seen, 0.3).square().sum(), inputs)
     want = torch.autograd.grad(defined(*inputs, seen, 0.3).square().sum(), inputs)
     torch.testing.assert_close(got, want)

@@ -71,10 +71,10 @@ def test_zeros_stay_zero_when_packed(bits):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_writes_land_in_their_slots_in_place(bits):
     cache = StaticCache(LATENTS, batch=1, slots=5, bits=bits)
-    where = [x.data_ptr() for x in cache.keys[1]]
+    addresses = [x.data_ptr() for x in cache.keys[1]]
     x = torch.randn(1, 4, 2, 8)
     keys, _ = cache.layer(1).update(torch.tensor([1, 3]), x, torch.randn(1, 1, 2, 40))
-    assert [x.data_ptr() for x in keys] == where
+    assert [x.data_ptr() for x in keys] == addresses
     got = keys.unpack(torch.float32)
     assert torch.equal(got[:, :, [1, 3]], pack(x, bits).unpack(torch.float32))
     assert not got[:, :, [0, 2, 4]].any()
@@ -83,5 +83,7 @@ def test_packed_writes_land_in_their_slots_in_place(bits):
 def test_bits_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"bits is 3: expected one of 16, 8, 4"):
         StaticCache(LATENTS, 1, 5, bits=3)
-    with pytest.raises(ValueError, match="a latent of 7 numbers leaves half a byte at 4 bits"):
+    with pytest.raises(
+        ValueError, match="a latent of 7 numbers does not fill whole bytes at 4 bits"
+    ):
         StaticCache([(Latent(1, 7), Latent(1, 8))], 1, 5, bits=4)

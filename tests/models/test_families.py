@@ -1,4 +1,4 @@
-"""Every family in every published shape, beside transformers, from the same folder."""
+"""Every variant of every family, compared with transformers on the same checkpoint."""
 
 import pytest
 import tiny
@@ -78,11 +78,11 @@ def test_last_returns_the_last_logits(pair):
 def test_a_cache_serves_the_next_prompt_as_it_is(pair):
     _, ours = pair
     cache = ours.new_cache(2, 30)
-    where = [x.data_ptr() for x in cache.keys + cache.values]
+    addresses = [x.data_ptr() for x in cache.keys + cache.values]
     ours(tokens(30), torch.arange(30), cache)
     second = tokens(30).flip(1)[:, :11]
     close(ours(second, torch.arange(11), cache), ours(second))
-    assert where == [x.data_ptr() for x in cache.keys + cache.values]
+    assert addresses == [x.data_ptr() for x in cache.keys + cache.values]
 
 
 def test_writing_past_the_end_raises_before_anything_is_overwritten(pair):
@@ -104,9 +104,9 @@ def test_casting_the_model_does_not_round_its_angles():
 def test_positions_that_were_not_learned_are_refused(variant, tmp_path):
     save(variant, tmp_path)
     model = load(str(tmp_path)).model
-    with pytest.raises(ValueError, match="knows 256 positions, 257"):
+    with pytest.raises(ValueError, match="has 256 learned positions, given 257"):
         model(tokens(257))
-    with pytest.raises(ValueError, match="knows 256 positions, 300"):
+    with pytest.raises(ValueError, match="has 256 learned positions, given 300"):
         model.new_cache(1, 300)
 
 
@@ -126,28 +126,28 @@ def test_positions_that_were_not_learned_are_refused(variant, tmp_path):
     ids=str,
 )
 def test_transformers_ignores_what_llm_foundry_means(ignored):
-    # why FoundryMPT, not transformers alone, says what an MPT with these fields computes
+    # so the reference for MPTs with these fields is FoundryMPT, not transformers alone
     x = tokens(20)
-    plain, changed = tiny.hf("mpt"), tiny.hf("mpt", **ignored)
-    assert torch.equal(plain(x).logits, changed(x).logits)
+    default, changed = tiny.hf("mpt"), tiny.hf("mpt", **ignored)
+    assert torch.equal(default(x).logits, changed(x).logits)
 
 
 @pytest.mark.parametrize(
     ("family", "change", "named"),
     [
         ("opt", {"activation_function": "quick_gelu"}, "activation_function 'quick_gelu'"),
-        ("opt", {"hidden_size": 60}, "does not divide"),
+        ("opt", {"hidden_size": 60}, "hidden_size is 60: expected a multiple"),
         ("mpt", {"attn_config": {"rope": True}}, "attn_config.rope"),
-        ("mpt", {"attn_config": {"sliding_window_size": 128}}, "sliding_window_size, 128"),
+        ("mpt", {"attn_config": {"sliding_window_size": 128}}, "sliding_window_size to 128"),
         ("mpt", {"attn_config": {"prefix_lm": True}}, "prefix_lm"),
         ("mpt", {"attn_config": {"qk_gn": True}}, "qk_gn"),
-        ("mpt", {"attn_config": {"attn_type": "linear"}}, "attn_type, 'linear'"),
-        ("mpt", {"ffn_config": {"ffn_type": "mptglu"}}, "ffn_type, 'mptglu'"),
-        ("mpt", {"norm_type": "triton_rmsnorm"}, "norm_type, 'triton_rmsnorm'"),
-        ("mpt", {"d_model": 60}, "d_model"),
+        ("mpt", {"attn_config": {"attn_type": "linear"}}, "attn_type to 'linear'"),
+        ("mpt", {"ffn_config": {"ffn_type": "mptglu"}}, "ffn_type to 'mptglu'"),
+        ("mpt", {"norm_type": "triton_rmsnorm"}, "norm_type to 'triton_rmsnorm'"),
+        ("mpt", {"d_model": 60}, "d_model is 60: expected a multiple"),
     ],
 )
-def test_what_a_family_does_not_have_is_refused_by_name(family, change, named):
+def test_an_unsupported_field_raises_an_error_that_names_it(family, change, named):
     raw = CONFIG_MAPPING[family](**tiny.SIZES[family]).to_dict() | {"model_type": family}
     with pytest.raises(ValueError, match=named):
         native_config(raw | change)

@@ -8,7 +8,7 @@ from eigenzoo.kernels import ops
 from eigenzoo.kernels.install import install
 from eigenzoo.zoo.inference.generate import Generator, fastest_dtype
 from eigenzoo.zoo.inference.int8 import quantize
-from eigenzoo.zoo.measure.contestants import weight_bytes
+from eigenzoo.zoo.measure.timed_models import weight_bytes
 from eigenzoo.zoo.models import linear
 from eigenzoo.zoo.models.linear import Linear
 
@@ -62,9 +62,9 @@ def test_with_fused_ops_every_linear_layer_of_one_token_is_fused(monkeypatch, fa
 
 def test_an_int8_weight_is_off_by_half_a_scale_at_most(layer):
     layer.weight[3] = 0
-    plain = layer.weight.clone()
+    before = layer.weight.clone()
     quantize(torch.nn.Sequential(layer))
-    error = (layer.weight * layer.scale[:, None] - plain).abs()
+    error = (layer.weight * layer.scale[:, None] - before).abs()
     assert layer.weight.dtype == torch.int8
     assert (error <= layer.scale[:, None] * 0.501).all()
     assert (error[3] == 0).all()
@@ -80,19 +80,19 @@ def test_every_linear_layer_is_int8_and_the_embedding_is_not(family):
 
 
 def test_int8_weights_count_as_one_byte_each():
-    plain = tiny.native(num_hidden_layers=1, tie_word_embeddings=True)
-    light = quantize(copy.deepcopy(plain))
+    original = tiny.native(num_hidden_layers=1, tie_word_embeddings=True)
+    light = quantize(copy.deepcopy(original))
     saved = sum(3 * m.weight.numel() for m in light.modules() if isinstance(m, Linear))
-    before, after = (weight_bytes(m, m.head) for m in (plain, light))
+    before, after = (weight_bytes(m, m.head) for m in (original, light))
     assert after == before - saved
 
 
 @pytest.mark.parametrize("family", tiny.SIZES)
-def test_an_int8_model_says_nearly_what_the_plain_one_says(family):
-    plain = tiny.native(family)
-    light = quantize(copy.deepcopy(plain))
+def test_an_int8_model_says_nearly_what_the_original_one_says(family):
+    original = tiny.native(family)
+    light = quantize(copy.deepcopy(original))
     x = tiny.tokens(2, 20)
-    want, got = (m(x).log_softmax(-1).exp() for m in (plain, light))
+    want, got = (m(x).log_softmax(-1).exp() for m in (original, light))
     assert (want - got).abs().sum(-1).max() < 0.1
 
 

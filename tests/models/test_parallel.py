@@ -1,4 +1,4 @@
-"""Two processes that share a model, beside the one that has all of it."""
+"""Two processes that share a model, compared with one process that has all of it."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 
-assert register  # the classes here, without remote code
+assert register  # its import registers the classes, so none come from checkpoints
 pytestmark = pytest.mark.slow
 WAYS = {
     "llama biases": Settings(keep=0.5, keys="anchored", heads_per_latent=(2, 1), rank_multiple=2),
@@ -38,7 +38,7 @@ REFUSED = {
 
 
 def compressed(way: str, place):
-    """A small checkpoint of a shape in `test_families`."""
+    """A small compressed checkpoint of a variant in `variants`."""
     (place / "dense").mkdir(parents=True)
     variants.save(way, place / "dense")
     dense, settings = load(str(place / "dense")), (WAYS | REFUSED)[way]
@@ -48,7 +48,7 @@ def compressed(way: str, place):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Checkpoints by their way, in which each of two processes has written what it found."""
+    """Checkpoints by way; each of two processes has written its results beside them."""
     place = tmp_path_factory.mktemp("shared")
     made = {way: compressed(way, place / way.replace(" ", "-")) for way in WAYS | REFUSED}
     launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
@@ -63,7 +63,7 @@ def folders(tmp_path_factory):
 
 
 def read(folder) -> list[dict]:
-    """What each process found."""
+    """The results of each process."""
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -74,39 +74,39 @@ def folder(request, folders):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    """What one process finds that has all of the model."""
+    """The results of one process that has the whole model."""
     return measured(AutoModelForCausalLM.from_pretrained(folder))
 
 
 def test_logits_and_tokens_are_those_of_one_process(folder, one):
-    for found in read(folder):
-        got, want = torch.tensor(found["logits"]), torch.tensor(one["logits"])
+    for result in read(folder):
+        got, want = torch.tensor(result["logits"]), torch.tensor(one["logits"])
         real = MASK.bool()
-        # sums of two processes are added in another order than one process's
+        # two processes add the terms of sums in another order than one
         torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=1e-5)
-        assert found["growing"] == found["static"] == one["static"] == one["growing"]
+        assert result["growing"] == result["static"] == one["static"] == one["growing"]
 
 
 def test_fused_ops_and_the_native_generator_work_on_a_share(folder, one):
-    for found in read(folder):
-        assert found["fused"] == one["static"]
-        assert found["native"] == [row[20:] for row in one["static"]]
+    for result in read(folder):
+        assert result["fused"] == one["static"]
+        assert result["native"] == [row[20:] for row in one["static"]]
 
 
 def test_gradients_are_those_of_one_process(folder, one):
-    for found in read(folder):
-        assert found["grads"].keys() == one["grads"].keys()
+    for result in read(folder):
+        assert result["grads"].keys() == one["grads"].keys()
         for name, want in one["grads"].items():
-            got = torch.tensor(found["grads"][name])
-            # as above, through a backward pass
+            got = torch.tensor(result["grads"][name])
+            # as above, but through a backward pass
             torch.testing.assert_close(got, torch.tensor(want), atol=1e-5, rtol=1e-3, msg=name)
 
 
 def test_each_process_holds_half_of_cache_and_matrices(folder, one):
-    for found in read(folder):
-        assert found["cache"] * 2 == one["cache"]
+    for result in read(folder):
+        assert result["cache"] * 2 == one["cache"]
         for name, size in one["weights"].items():
-            part = found["weights"][name] * 2 == size
+            part = result["weights"][name] * 2 == size
             norm, bias = "norm" in name, name.endswith(("o_proj.bias", "down_proj.bias"))
             assert part != (norm or bias or "positions" in name or "project_" in name), name
 
@@ -121,14 +121,14 @@ def test_it_is_saved_again_as_it_was(folder):
 @pytest.mark.parametrize(
     ("way", "reason"),
     {
-        "llama grouped": "layer 0 holds 1 latents of keys and 4 of values, which 2 processes",
+        "llama grouped": "layer 0 has 1 latents of keys and 4 of values, which 2 processes",
         "foundry qk_ln": "qk_ln norms queries and keys over all heads",
     }.items(),
 )
 def test_what_cannot_be_shared_is_refused(folders, way, reason):
-    for found in read(folders[way]):
-        assert found.keys() == {"refused"}
-        assert reason in found["refused"]
+    for result in read(folders[way]):
+        assert result.keys() == {"error"}
+        assert reason in result["error"]
 
 
 def test_what_a_layer_is_given_moves_to_the_device_of_the_layer(folder):

@@ -8,7 +8,7 @@ from eigenzoo.zoo.models.rope import frequencies, rotate
 
 
 @pytest.mark.parametrize("name", ROPES)
-@pytest.mark.parametrize("length", [40, 100])  # longrope turns to its long factors after 64
+@pytest.mark.parametrize("length", [40, 100])  # longrope uses its long factors from 64 on
 def test_angles_are_those_of_transformers(name, length):
     config = LlamaConfig(
         hidden_size=64,
@@ -25,7 +25,7 @@ def test_angles_are_those_of_transformers(name, length):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "proportional"])
-def test_unknown_types_are_refused_by_name(kind):
+def test_an_unknown_type_raises_an_error_that_names_it(kind):
     with pytest.raises(ValueError, match=kind):
         frequencies({"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}, 16, 64)
 

@@ -41,9 +41,9 @@ def test_errors_without_ctrl_c_stay_what_they_are():
 def test_where_ctrl_c_is_ignored_or_another_thread_works_nothing_is_changed():
     def work():
         with interruptible():
-            found.append(signal.getsignal(signal.SIGINT))
+            handlers.append(signal.getsignal(signal.SIGINT))
 
-    found, handler = [], signal.getsignal(signal.SIGINT)
+    handlers, handler = [], signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
@@ -52,4 +52,4 @@ def test_where_ctrl_c_is_ignored_or_another_thread_works_nothing_is_changed():
         work()
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert found == [handler, signal.SIG_IGN]
+    assert handlers == [handler, signal.SIG_IGN]

@@ -20,10 +20,10 @@ def card(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the README.md of FOLDER anew, with measurements in it."""
+    """Write the README.md of FOLDER again, with measurements in it."""
     from huggingface_hub import ModelCard
 
-    from ...hub_export.card import add
+    from ...hub_export.measurements import add
 
     text = add(folder, measured or [])
     if as_json:

@@ -3,10 +3,11 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
+from ..utils.records import EvaluationResult, EvaluationRow, PositionRecord, RetrievalRecord
 from .options import (
     AsJson,
     Device,
@@ -76,7 +77,7 @@ def evaluate(
     from ..inference.perplexity import mean_perplexity, token_losses
     from ..measure import probe
     from ..measure import tables as report
-    from ..models.config import kv_bytes
+    from ..measure.evaluate import cache_size
     from ..utils.provenance import device_name, versions
 
     if (length and not retrieval) or ((limit or include_path) and not tasks):
@@ -92,27 +93,36 @@ def evaluate(
     checkpoint = load(source, dtype, device, revision, trust_remote_code)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     longest = model.config.max_position_embeddings
-    found = {"model": source} | kv_bytes(model.config, model.dtype, kv_bits)
+    result: EvaluationResult = {"model": source, **cache_size(model.config, model.dtype, kv_bits)}
     if by_position or not (retrieval or tasks):
         window = window or min(2048, longest)
         tokens = encode(tokenizer, words).to(model.device)
         losses = token_losses(model, tokens, window, windows, kv_bits)
-        found |= mean_perplexity(losses)._asdict() | {"text": name_of(text), "window": window}
+        quality = mean_perplexity(losses)
+        result["perplexity"], result["tokens"] = quality.perplexity, quality.tokens
+        result["text"], result["window"] = name_of(text), window
         if by_position:
-            found["by_position"] = [x._asdict() for x in probe.by_position(losses)]
+            buckets = [x._asdict() for x in probe.by_position(losses)]
+            result["by_position"] = cast(list[PositionRecord], buckets)
     if retrieval:
         length = length or [n for n in LENGTHS if n <= longest] or [longest]
         rows = probe.retrieval(
             model, tokenizer, words, length, facts=facts, seed=seed, bits=kv_bits
         )
-        found |= {"text": name_of(text), "retrieval": [x._asdict() for x in rows]}
+        result["text"] = name_of(text)
+        result["retrieval"] = cast(list[RetrievalRecord], [x._asdict() for x in rows])
     if tasks:
         stop = stop_tokens(checkpoint)
-        found["tasks"] = run_tasks(
+        result["tasks"] = run_tasks(
             model, tokenizer, chosen, limit, batch_size, stop, trust_remote_code, kv_bits
         )
     if not as_json:
-        report.evaluation(found)
+        report.evaluation(result)
         return
-    how = {"processor": device_name(model.device), "versions": versions()}
-    print(json.dumps(found | how | {"command": command_line()}, default=float))
+    row: EvaluationRow = {
+        **result,
+        "processor": device_name(model.device),
+        "versions": versions(),
+        "command": command_line(),
+    }
+    print(json.dumps(row, default=float))

@@ -38,10 +38,10 @@ def push(
     continues; unchanged files are not sent.
     """
     from ...hub_export import hub
-    from ..inference.hub import split
+    from ..inference.hub import parse_hub_id
     from ..measure import tables as report
 
-    split(repo_id)
+    parse_hub_id(repo_id)
     if dry_run:
         hub.check_folder(folder)
         done = hub.Pushed(hub.changes(folder, repo_id, revision), None)

@@ -1,7 +1,6 @@
 """eigenzoo report."""
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -18,31 +17,19 @@ def report(
 ) -> None:
     """Turn the rows of sweeps into a table and plots."""
     from ...hub_export.export import check_free, new_folder
-    from ..measure import tables as terminal
-    from ..measure.summary import as_json as table
-    from ..measure.summary import markdown, sections
-    from ..utils.jsonl import read_rows
+    from ..measure import tables
+    from ..measure.report import write_report
+    from ..measure.sweep_table import as_json as table
+    from ..measure.sweep_table import sections
+    from ..utils.jsonl import SWEEP, read_rows
 
-    try:
-        from ..measure.plots import figures
-    except ModuleNotFoundError:
-        raise ValueError("plots need matplotlib: pip install 'eigenzoo[plot]'") from None
     check_free(out, force)
-    found = sections([row for file in files for row in read_rows(file)])
-    drawn = figures(found)
-    names = {title: f"{_plain(title)}.png" for title in drawn}
+    groups = sections([row for file in files for row in read_rows(file, SWEEP)])
     with new_folder(out, force) as folder:
-        for title, name in names.items():
-            drawn[title].savefig(folder / name)
-        (folder / "report.md").write_text(markdown(found, names), encoding="utf-8")
+        figures = write_report(folder, groups)
     if as_json:
-        print(json.dumps([table(section) for section in found]))
+        print(json.dumps([table(section) for section in groups]))
         return
-    for section in found:
-        terminal.sweep(section)
-    say(f"wrote {out}/report.md and {len(names)} figures")
-
-
-def _plain(title: str) -> str:
-    """A title as the name of a file."""
-    return re.sub(r"[^\w.=+-]+", "-", title).strip("-")
+    for section in groups:
+        tables.sweep(section)
+    say(f"wrote {out}/report.md and {figures} figures")

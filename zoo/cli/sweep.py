@@ -126,20 +126,22 @@ def sweep(
     from tqdm import tqdm
 
     from ..inference.data import read_text
-    from ..measure import tables as report
+    from ..measure import tables
     from ..measure.calibrator import Calibration
-    from ..measure.summary import line, sections
-    from ..measure.sweep import Evaluation, Sweep, grid
-    from ..utils.jsonl import read_rows
+    from ..measure.evaluate import Evaluation
+    from ..measure.grid import distinct, grid
+    from ..measure.sweep import Sweep
+    from ..measure.sweep_table import line, sections
+    from ..utils.jsonl import SWEEP, read_rows
 
     if out.exists() and not force:
-        read_rows(out)  # a file of something else is found before the model is loaded
+        read_rows(out, SWEEP)  # fails for any other file before the model is loaded
     if text is not None:
         read_text(text)
     original = load(source, dtype, device, revision, trust_remote_code)
     config = original.model.config
     length = config.max_position_embeddings
-    settings = grid(
+    asked = grid(
         {
             "method": method or ["fisher"],
             "keep": keep or [0.8, 0.6],
@@ -166,10 +168,10 @@ def sweep(
         *(original, out, evaluation, calibrations, command, save_statistics, force, decode),
         ready=partial(fuse, ops=ops, compile=True),
     )
-    settings = work.distinct(settings)
+    settings = distinct(asked, config)
+    if work.file:
+        say(f"{len(work.file)} cells are in {out} already")
     rows, total = [], 1 + len(settings) * len(calibrations)
-    if work.done:
-        say(f"{len(work.done)} cells are in {out} already")
     for number, row in enumerate(work.rows(settings), start=1):
         rows.append(row)
         tqdm.write(f"[{number}/{total}] {line(row)}", file=sys.stderr)
@@ -177,5 +179,5 @@ def sweep(
         print(json.dumps(rows))
         return
     for section in sections(rows):
-        report.sweep(section)
+        tables.sweep(section)
     typer.echo(f"wrote {out}; next: eigenzoo report {out} --out {out.with_suffix('')}")

@@ -1,12 +1,13 @@
 """Compression in one call: calibrate, solve, choose ranks, fold, refit."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
 from ..models.config import Config
 from ..models.model import Model
+from ..utils.records import LayerRecord
 from .allocate import Ranks, few_pairs, proportional
 from .basis import LayerBasis
 from .calibrate import calibrate
@@ -26,7 +27,7 @@ class Compressed(NamedTuple):
     """A model with a smaller cache; layers: ranks and errors of each, ready for JSON."""
 
     model: Model
-    layers: list[dict[str, Any]]
+    layers: list[LayerRecord]
     settings: Settings  # with every choice made
     bases: list[LayerBasis]
 
@@ -93,7 +94,7 @@ def compress(
         low = refit(model, tokens, bases, ranks, anchor)
     else:
         low = fold(model, bases, ranks, anchor)
-    return Compressed(low, layers, settings, bases)
+    return Compressed(low, cast(list[LayerRecord], layers), settings, bases)
 
 
 def choose_ranks(

@@ -47,13 +47,13 @@ class Distiller(NamedTuple):
         """What the head reads at tokens (B, T): (B T, width)."""
         recompute = self.recompute and torch.is_grad_enabled()
         with self.autocast(tokens.device):
-            x, pos, where = model.begin(tokens)
+            x, pos, attn_metadata = model.begin(tokens)
             x = x.float()  # sums over the layers need the digits
             for block in model.layers:
                 if recompute:
-                    x = checkpoint(block, x, pos, where, None, use_reentrant=False)
+                    x = checkpoint(block, x, pos, attn_metadata, None, use_reentrant=False)
                 else:
-                    x = block(x, pos, where, None)
+                    x = block(x, pos, attn_metadata, None)
             return model.finish(x).flatten(0, 1)
 
     def targets(self, teacher: Model, rows: Tensor) -> Callable[[int], Tensor]:

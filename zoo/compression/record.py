@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..inference.perplexity import Perplexity, perplexity
 from ..models.config import Config, kv_bytes
 from ..models.model import Model
 from ..utils.provenance import versions
+from ..utils.records import CompressionOrigin, QualityRecord, SettingsRecord, TextRecord
 from .methods import METHODS
 from .settings import Settings
 
@@ -47,12 +48,12 @@ def about(
     calibration: str,
     tokens: Tensor,
     seed: int,
-) -> dict[str, Any]:
+) -> CompressionOrigin:
     """What a record says of how it was compressed."""
     return {
         "base_model": original.name,
-        "base_license": original.licence,
-        **settings._asdict(),
+        "base_license": original.license,
+        **settings_record(settings),
         "share": kv_bytes(low, torch.bfloat16)["kv_share"],  # as keep counts, whatever the dtype
         "calibration": calibrated_on(calibration, tokens) if len(tokens) else None,
         "seed": seed,
@@ -60,7 +61,12 @@ def about(
     }
 
 
-def calibrated_on(calibration: str, tokens: Tensor) -> dict[str, Any]:
+def settings_record(settings: Settings) -> SettingsRecord:
+    """Settings as rows and records have them."""
+    return cast(SettingsRecord, settings._asdict())
+
+
+def calibrated_on(calibration: str, tokens: Tensor) -> TextRecord:
     """What a record says of tokens (N, T) from a source."""
     sequences, length = tokens.shape
     source = _name(calibration)
@@ -73,14 +79,14 @@ def evaluation(
     text: Path | None,
     held_out: Tensor,
     calibration: str,
-) -> dict[str, Any]:
+) -> QualityRecord:
     """What a record says of perplexity: on a file, or else on sequences held out (N, T)."""
     longest = next(iter(models.values())).config.max_position_embeddings
     words, rows = windows(tokenizer, text, held_out, calibration, longest)
-    found = {
+    perplexities = {
         name: perplexity(model, rows.flatten(), rows.size(1)) for name, model in models.items()
     }
-    return measured(words, rows, found)
+    return measured(words, rows, perplexities)
 
 
 def windows(
@@ -101,11 +107,15 @@ def windows(
     return text.name, test[: len(test) // window * window].view(-1, window)
 
 
-def measured(words: str, rows: Tensor, found: Mapping[str, Perplexity]) -> dict[str, Any]:
-    """What a record says of perplexities on windows."""
-    tokens = next(iter(found.values())).tokens
-    perplexities = {name: x.perplexity for name, x in found.items()}
-    return {"text": words, "window": rows.size(1), "tokens": tokens, **perplexities}
+def measured(words: str, rows: Tensor, perplexities: Mapping[str, Perplexity]) -> QualityRecord:
+    """What a record says of perplexities, by the name of the model, on windows."""
+    about = {
+        "text": words,
+        "window": rows.size(1),
+        "tokens": next(iter(perplexities.values())).tokens,
+    }
+    numbers = {name: x.perplexity for name, x in perplexities.items()}
+    return cast(QualityRecord, about | numbers)
 
 
 def _name(calibration: str) -> str:

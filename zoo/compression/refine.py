@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..inference.data import hold_out
 from ..models.families import model_of
 from ..models.model import Model
 from ..utils.provenance import fingerprint
+from ..utils.records import RefineStep
 from ..utils.resume import check_same, read_state, write_state
 from .distill import Distiller
 from .schedule import RefineSettings
@@ -35,11 +36,11 @@ class Refined(NamedTuple):
     """
 
     model: Model
-    history: list[dict[str, Any]]
+    history: list[RefineStep]
     stopped: str
 
     @property
-    def best(self) -> dict[str, Any]:
+    def best(self) -> RefineStep:
         """The measurement of the model."""
         return min(self.history, key=lambda x: x["held_out"])
 
@@ -142,7 +143,7 @@ class _Run:
         )
         self.step, self.began, self.diverged = 0, time.perf_counter(), False
         self.losses: list[float] = []  # since the last measurement
-        self.history: list[dict[str, Any]] = []
+        self.history: list[RefineStep] = []
         self.about = settings._asdict() | {
             "weights": fingerprint(*self.best.values()),
             "text": fingerprint(tokens, held_out),

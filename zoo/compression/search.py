@@ -45,10 +45,10 @@ class ErrorBudget:
         self.settings: list[list[Setting]] = [[] for _ in bases]
         self.inputs = []
         with torch.inference_mode():
-            x, self.pos, self.where = model.begin(tokens)
+            x, self.pos, self.attn_metadata = model.begin(tokens)
             for block in model.layers:
                 self.inputs.append(x)
-                x = block(x, self.pos, self.where, None)
+                x = block(x, self.pos, self.attn_metadata, None)
             self.inputs.append(x)
 
     def setting(self, layer: int, step: int) -> Setting:
@@ -78,7 +78,7 @@ class ErrorBudget:
         try:
             block.attn = low
             with torch.inference_mode():
-                got = block(self.inputs[layer], self.pos, self.where, None)
+                got = block(self.inputs[layer], self.pos, self.attn_metadata, None)
         finally:
             block.attn = dense
         want = self.inputs[layer + 1]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from ..utils.replace import replacing
 from ..utils.resume import check_same
 
 PROGRESS = "progress.json"
@@ -56,9 +57,8 @@ def take_steps(
         for number, step in enumerate(steps[done:], done + 1):
             bar.set_description(step.name)
             stale = step.take()
-            fresh = state.with_suffix(".part")
-            fresh.write_text(json.dumps({"facts": dict(facts), "done": number}))
-            fresh.replace(state)
+            with replacing(state) as part:
+                part.write_text(json.dumps({"facts": dict(facts), "done": number}))
             for name in stale:
                 delete(name)
             bar.update(step.cost)

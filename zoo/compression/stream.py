@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from ..inference.weights import LayerFiles
 from ..models.cache import LayerCache, StaticCache
 from ..models.families import model_of
 from ..models.model import Model
+from ..utils.records import LayerRecord
 from .allocate import Ranks
 from .basis import LayerBasis
 from .calibrate import gather_sums
@@ -233,9 +234,9 @@ class Stream:
         return choose_ranks(self.model.config, self.bases, self.settings)
 
     @property
-    def layers(self) -> list[dict[str, Any]]:
+    def layers(self) -> list[LayerRecord]:
         """The ranks and errors of every layer, as in `Compressed`."""
-        return report(self.bases, self.ranks)
+        return cast(list[LayerRecord], report(self.bases, self.ranks))
 
     @property
     def perplexities(self) -> dict[str, Perplexity]:

@@ -1,1 +1,1 @@
-"""Load a checkpoint, read text, generate, measure perplexity."""
+"""Load checkpoints, read text, generate, and measure perplexity."""

@@ -1,4 +1,4 @@
-"""Read checkpoints: Hugging Face folders, Hub ids, GGUF files and eigenzoo's own folders."""
+"""Load checkpoints: Hugging Face folders, Hub ids, GGUF files and compressed checkpoints."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -24,30 +24,25 @@ from transformers import (
 from ..models.config import Config, kv_bytes
 from ..models.families import FAMILIES
 from ..models.model import Model
-from .hub import FAILURES, licence, reason, split
+from .hub import FAILURES, card_license, failure_reason, parse_hub_id
 from .weights import LayerFiles, build, opened, read_folder
 
-MODEL_TYPE = "eigen"  # what config.json of a compressed checkpoint says
-FORMAT = 1  # of compressed checkpoints; 0: config.json says none, and no hashes of its code
+MODEL_TYPE = "eigen"  # `model_type` in config.json of a compressed checkpoint
+FORMAT = 1  # newest format of compressed checkpoints; 0: no `format_version` and no code hashes
 FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "README.md"]
-LATER = {
-    "anchor",
-    "pairs",
-    "k_bits",
-    "v_bits",
-}  # came after format 0; where config.json has none, by default off
-PICKLED = ["pytorch_model*.bin*"]  # fetched where there is nothing else
+LATER = {"anchor", "pairs", "k_bits", "v_bits"}  # optional: added to config.json after format 0
+PICKLED = ["pytorch_model*.bin*"]  # downloaded only if there are no safetensors
 
 
 class Checkpoint(NamedTuple):
-    """A model, the tokenizer that belongs to it, and its config.json."""
+    """A model with its tokenizer, its config.json and its generation config."""
 
     model: Model
     tokenizer: PreTrainedTokenizerBase
     config: dict[str, Any]
     generation: GenerationConfig
     name: str  # the Hub id, or the last part of a path
-    licence: str | None  # as its card says
+    license: str | None  # from the model card
 
 
 def load(
@@ -57,16 +52,16 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """Load a dense or a compressed model for inference.
+    """Load a dense or a compressed checkpoint for inference.
 
     source: a folder, a GGUF file or a Hub id, org/name or org/name@revision. dtype: None keeps the
     checkpoint's own. trust_remote_code: let the tokenizer run code that comes with the checkpoint.
-    Raises ValueError for what cannot be read: no such place, an unknown architecture, damaged or
-    missing weights.
+    Raises ValueError if the source does not exist, its architecture is not supported, or weights
+    are damaged or missing.
     """
     path = locate(source, revision)
     raw = read_config(path)
-    config = native_config(raw)  # refuses what it does not know before any weight is read
+    config = native_config(raw)  # raises for unsupported models before weights are read
     tensors = _read_gguf(path, raw) if path.suffix == ".gguf" else read_folder(path)
     model = build(config, tensors, dtype, device, native=raw["model_type"] == MODEL_TYPE)
     return _checkpoint(source, path, raw, model, trust_remote_code)
@@ -79,10 +74,10 @@ def open_layers(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Checkpoint, "LayerFiles"]:
-    """As `load` for a dense model, but its layers stay on disk, and are read one by one.
+    """As `load` for a dense model whose layers stay on disk, to be read one at a time.
 
-    The model of the checkpoint holds what is not in a layer; its layers are on meta. Raises
-    ValueError also where the weights are no safetensors.
+    The returned model holds the weights outside layers; its layers are on meta. Raises ValueError
+    also if the weights are not in safetensors.
     """
     path = locate(source, revision)
     raw = read_config(path)
@@ -95,7 +90,7 @@ def _checkpoint(
 ) -> Checkpoint:
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = path.parent if gguf else path
-    # transformers chooses the tokenizer by the config, and may not take this one
+    # transformers chooses the tokenizer's class by the config, and may not accept this config
     foreign = model.config.foreign or raw["model_type"] == MODEL_TYPE
     like = {"config": CONFIG_MAPPING[model.config.family]()} if foreign else {}
     try:
@@ -104,21 +99,21 @@ def _checkpoint(
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{folder} holds no tokenizer that can be read: {reason}") from error
-    local = path.stem if gguf else path.name  # a whole path would tell of the machine
-    name = local if Path(source).expanduser().exists() else split(source)[0]
-    return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name, licence(folder))
+        raise ValueError(f"{folder} has no tokenizer: add its files ({reason})") from error
+    local = path.stem if gguf else path.name  # cards show it, so not the user's whole path
+    name = local if Path(source).expanduser().exists() else parse_hub_id(source)[0]
+    return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name, card_license(folder))
 
 
 def stop_tokens(checkpoint: Checkpoint) -> list[int]:
-    """The tokens that end a text, by the generation config and by the tokenizer."""
+    """The end-of-text tokens of the generation config and of the tokenizer, sorted."""
     ends = checkpoint.generation.eos_token_id
     listed = ends if isinstance(ends, list) else [ends]
     return sorted({e for e in (*listed, checkpoint.tokenizer.eos_token_id) if e is not None})
 
 
 def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
-    """What config.json says of a checkpoint: sizes, ranks, bytes of cache and provenance."""
+    """What config.json of a checkpoint records: sizes, ranks, cache bytes and provenance."""
     raw = read_config(locate(source, revision, ["config.json"]))
     c = native_config(raw)
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
@@ -145,9 +140,10 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def locate(source: str, revision: str | None = None, files: Sequence[str] = FILES) -> Path:
-    """The folder or GGUF file that `source` names, downloaded if it is a Hub id.
+    """The folder or GGUF file of `source`, downloaded if it is a Hub id.
 
-    A Hub id may say its revision: org/name@revision. Raises ValueError for what is not there.
+    A Hub id may include a revision: org/name@revision. files: patterns of the files to download.
+    Raises ValueError if the source does not exist or cannot be downloaded.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -159,7 +155,7 @@ def locate(source: str, revision: str | None = None, files: Sequence[str] = FILE
         raise ValueError(f"{source} is a file: expected a folder, a .gguf file or a Hub id")
     if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") != 1:
         raise ValueError(f"{source} does not exist: expected a folder, a .gguf file or a Hub id")
-    name, revision = split(source, revision)
+    name, revision = parse_hub_id(source, revision)
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
         if files is FILES and not list(folder.glob("*.safetensors")):
@@ -167,12 +163,12 @@ def locate(source: str, revision: str | None = None, files: Sequence[str] = FILE
         return folder
     except FAILURES as error:
         raise ValueError(
-            f"{source} is no folder here, and the Hub did not give it: {reason(error)}"
+            f"{source} is not a local folder, and the download failed: {failure_reason(error)}"
         ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder, or what a GGUF file says in its place."""
+    """config.json of a folder, or the same from a GGUF file. Raises ValueError without one."""
     if path.suffix == ".gguf":
         if find_spec("gguf") is None:
             raise ValueError(f"{path} needs the package gguf: pip install 'eigenzoo[gguf]'")
@@ -181,13 +177,13 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / "config.json").read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path} holds no config.json: expected a model folder") from None
+        raise ValueError(f"{path} has no config.json: expected a model folder") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}/config.json is not JSON: {error}") from error
 
 
 def native_config(raw: dict[str, Any]) -> Config:
-    """The native config that a config.json describes. Refuses by name what is not supported."""
+    """The native config for a config.json. Raises ValueError naming an unsupported field."""
     kind = raw.get("model_type")
     family = raw.get("family") if kind == MODEL_TYPE else kind
     if family not in FAMILIES:
@@ -199,17 +195,18 @@ def native_config(raw: dict[str, Any]) -> Config:
     if kind == MODEL_TYPE:
         if raw.get("format_version", 0) > FORMAT:
             raise ValueError(
-                f"the checkpoint is of format {raw['format_version']}, and this eigenzoo reads up "
-                f"to {FORMAT}: upgrade eigenzoo"
+                f"the checkpoint has format {raw['format_version']}, but this eigenzoo reads "
+                f"formats up to {FORMAT}: upgrade eigenzoo"
             )
         names = {f.name for f in fields(config)}
-        lacking = names - raw.keys() - LATER
-        if lacking:
-            raise ValueError(f"config.json lacks {', '.join(sorted(lacking))}")
+        missing = names - raw.keys() - LATER
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(sorted(missing))}: export it again")
         return config(**{name: raw[name] for name in names & raw.keys()})
     if raw.get("quantization_config"):
         raise ValueError(
-            "the weights are quantised: expected plain weights; dequantise the checkpoint first"
+            "config.json has a quantization_config: expected weights that are not quantized; "
+            "dequantize the checkpoint first"
         )
     known = CONFIG_MAPPING[family]
     if config.foreign:
@@ -217,11 +214,11 @@ def native_config(raw: dict[str, Any]) -> Config:
     try:
         return config.from_hf(raw | known.from_dict(raw).to_dict())
     except StrictDataclassError as error:
-        raise ValueError(f"config.json is unsound: {error}") from error
+        raise ValueError(f"config.json does not fit transformers' {family}: {error}") from error
 
 
 def _read_gguf(path: Path, raw: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """transformers reads and dequantises GGUF. raw: its config, slow to parse again."""
+    """The tensors of a GGUF file, dequantized by transformers. raw: as `read_config` returns it."""
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     hf = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, config=config
@@ -230,18 +227,18 @@ def _read_gguf(path: Path, raw: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _generation(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
-    """The checkpoint's generation config, or one made of its token ids."""
+    """The checkpoint's generation config, or one with the token ids of its config.json."""
     path = folder / "generation_config.json"
     if not path.exists():
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         return GenerationConfig(**{name: raw.get(name) for name in names})
     values = json.loads(path.read_text())
-    values.pop("max_new_tokens", None)  # it would beat the caller's max_length
+    values.pop("max_new_tokens", None)  # it would override the caller's max_length
     return GenerationConfig.from_dict(values)
 
 
 def weight_bytes(source: str, dtype: torch.dtype | None = None, revision: str | None = None) -> int:
-    """Bytes that weights take in a dtype, by default as stored; 0 where none are in safetensors."""
+    """Bytes of the weights in a dtype, by default as stored; 0 if they are not in safetensors."""
     paths = list(locate(source, revision).glob("*.safetensors"))
     if dtype is None:
         return sum(path.stat().st_size for path in paths)

@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation, as token ids."""
+"""Text for calibration, evaluation and prompts, as token ids."""
 
 import pydoc_data.topics
 from pathlib import Path
@@ -13,7 +13,7 @@ from .generate import sample_text
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file in UTF-8. Raises ValueError if there is none."""
+    """The text of a UTF-8 file. Raises ValueError if it is missing, empty or not text."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -26,12 +26,12 @@ def read_text(path: str | Path) -> str:
 
 
 def python_docs() -> str:
-    """English text that every Python brings along: the topics of its own help."""
+    """English text that is part of Python: the topics of its help."""
     return "\n\n".join(pydoc_data.topics.topics.values())
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Token ids (N,) of a whole text, with the tokenizer's own default for special tokens."""
+    """Token ids (N,) of a text, with the special tokens that the tokenizer adds by default."""
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
 
 
@@ -45,8 +45,9 @@ def calibration_tokens(
 ) -> Tensor:
     """(samples, length) tokens from `source`: a text file, `hub:DATASET[:CONFIG]`, or `self`.
 
-    `self` is text sampled from the model, so that no data is needed. Of a text, windows spread
-    over its whole length are taken, fewer if it is short. Raises ValueError for less than two.
+    `self` means text sampled from the model, which needs no data. From a text, windows are taken
+    evenly over its whole length, fewer than `samples` if it is short. Raises ValueError if it has
+    fewer than two windows.
     """
     if samples < 2 or length < 2:
         raise ValueError(
@@ -58,7 +59,8 @@ def calibration_tokens(
             start = tokenizer.eos_token_id
         if start is None:
             raise ValueError(
-                "the tokenizer has no first token to sample text from: give --calibration FILE"
+                "the tokenizer has no begin or end token, from which text could be sampled: give "
+                "--calibration FILE"
             )
         return sample_text(model, start, samples, length, seed)
     if source.startswith("hub:"):
@@ -77,15 +79,19 @@ def calibration_tokens(
 
 
 def hold_out(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (N, T) without the last eighth of their rows, at least one, and that eighth."""
+    """Split tokens (N, T): all rows but the last eighth (at least one), and that eighth."""
     if len(tokens) < 2:
-        raise ValueError(f"given {len(tokens)} sequences: expected at least 2, to hold one out")
+        raise ValueError(f"given {len(tokens)} sequences: expected 2 or more, to hold out one")
     kept, held_out = tokens.tensor_split([len(tokens) - (len(tokens) // 8 or 1)])
     return kept, held_out
 
 
 def hub_text(name: str, characters: int) -> str:
-    """Text of a dataset `DATASET[:CONFIG]`: its train split, column `text`, streamed."""
+    """Text of a dataset `DATASET[:CONFIG]`, streamed: column `text` of its train split.
+
+    It has `characters` characters or a little more, or the whole split. Raises ValueError if the
+    dataset cannot be read or has no such column.
+    """
     try:
         import datasets
     except ImportError:
@@ -118,11 +124,11 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a prompt, as a user's message if the tokenizer has a chat template.
 
-    chat: False leaves the template out, True insists on it. Raises ValueError if there is none,
-    or nothing in the prompt.
+    chat: False does not use the template, True requires it. Raises ValueError if it is required
+    but missing, or if the prompt has no tokens.
     """
     if chat and not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template: leave --chat out")
+        raise ValueError("the tokenizer has no chat template: omit --chat")
     if tokenizer.chat_template and chat is not False:
         message = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)

@@ -1,25 +1,22 @@
-"""Generation over a static cache: one compiled graph for prompts, one for decoding."""
+"""Generation with a static cache: one compiled graph for prefill, one for decoding."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch._dynamo.utils import calculate_time_spent
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
+from torch import Tensor
 from tqdm import tqdm
 
-from ..models.cache import LayerCache, StaticCache
 from ..models.model import Model
+from .steps import check_compiler, compile_seconds, decode_by_layer, decode_step, prefill
 
-PART = 2048  # tokens of a prompt at once: more take memory in proportion and are no faster
+PART = 2048  # tokens per prefill step: more would take more memory and would not be faster
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen; temperature 0 takes the likeliest."""
+    """How the next token is chosen; temperature 0 takes the most likely one."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -27,7 +24,7 @@ class Sampling(NamedTuple):
     seed: int = 0
 
     def check(self) -> None:
-        """Raise ValueError for settings that make no distribution."""
+        """Raise ValueError for settings out of range."""
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"given {self}: expected temperature >= 0, top_k >= 0 and top_p above 0 up to 1"
@@ -44,49 +41,16 @@ def choose(logits: Tensor, sampling: Sampling, random: torch.Generator | None = 
         logits = logits.masked_fill(logits < least, -torch.inf)
     if sampling.top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)
-        rest = p.cumsum(-1) - p >= sampling.top_p  # the likeliest token always stays
+        rest = p.cumsum(-1) - p >= sampling.top_p  # the most likely token always stays
         logits = logits.masked_fill(rest.gather(1, order.argsort()), -torch.inf)
     return logits.softmax(-1).multinomial(1, generator=random)[:, 0]
 
 
-def _step(
-    model: Model, tokens: Tensor, pos: Tensor, cache: StaticCache, valid: Tensor | None
-) -> Tensor:
-    return model(tokens, pos, cache, valid, last=1)[:, -1]
-
-
-# compiled once for all layers of equal shapes; no limit to how many differ
-@torch.compiler.nested_compile_region(max_reuse_entries=sys.maxsize)
-def _layer(layer: nn.Module, x: Tensor, pos: Tensor, where: Any, cache: LayerCache) -> Tensor:
-    return layer(x, pos, where, cache)
-
-
-def _decode(
-    model: Model, tokens: Tensor, pos: Tensor, cache: StaticCache, valid: Tensor | None
-) -> Tensor:
-    """`_step` for one token a sequence, as it is compiled: layer by layer in one graph."""
-    x, pos, where = model.begin(tokens, pos, cache, valid)
-    for i, layer in enumerate(model.layers):
-        x = _layer(layer, x, pos, where, cache.layer(i))
-    return model.head(model.finish(x))[:, -1]
-
-
-def _prompt(
-    model: Model, tokens: Tensor, past: Tensor, cache: StaticCache, valid: Tensor | None
-) -> Tensor:
-    """A step of many tokens, which reads no slot behind its own.
-
-    past: the slots before; as a number, how many there are would be compiled into the graph.
-    """
-    end = past.size(0) + tokens.size(1)
-    valid = None if valid is None else valid[:, :end]
-    return model(tokens, None, cache.first(end), valid, last=1)[:, -1]
-
-
 def fastest_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the device computes in it, else float32 on a CPU; None: no reason to change.
+    """The dtype in which a device decodes fastest; None: that of the checkpoint.
 
-    float16 is none of a CPU's own, whatever the checkpoint is in.
+    It is bfloat16 if the device computes in bfloat16. Other CPUs get float32, also for a checkpoint
+    in float16, in which CPUs do not compute.
     """
     if device.type == "cpu":
         native = torch.cpu._is_avx512_bf16_supported()
@@ -96,10 +60,11 @@ def fastest_dtype(device: torch.device) -> torch.dtype | None:
 
 
 class Generator:
-    """A model with one cache, for prompt after prompt: nothing is allocated or compiled twice.
+    """A model with one cache, for one batch of prompts after the other.
 
-    The prompt's graph takes any length; the decoding graph takes one token a sequence. Prompts of
-    different lengths are padded on the left, and positions are counted behind the padding.
+    Memory is allocated and graphs are compiled once: the prefill graph takes prompts of any length,
+    the decoding graph one token per sequence. Prompts of different lengths are padded on the left;
+    positions are counted after the padding.
     """
 
     def __init__(
@@ -111,27 +76,32 @@ class Generator:
         compile_prefill: bool | None = None,
         bits: int | None = None,
     ):
-        """compile: decoding; compile_prefill: prompts as well, by default as `compile` says.
+        """Allocate the cache. Compilation happens at the first use.
 
-        bits: of a number in the cache, 16, 8 or 4, by default as the model's config says.
-        Raises ValueError if there is no compiler to compile with.
+        batch: number of sequences. slots: size of the cache, in tokens of prompt and answer.
+        compile: compile decoding. compile_prefill: compile prefill, by default as `compile`. bits:
+        per cached number, 16, 8 or 4, by default as the model's config says. Raises ValueError if
+        there is no C++ compiler, if the model has fewer positions, or for unsupported bits.
         """
         self.model, self.batch, self.slots = model, batch, slots
         self.cache = model.new_cache(batch, slots, bits=bits)
         device = model.device
         self.valid = torch.ones(batch, slots, dtype=torch.bool, device=device)
-        prefill = compile if compile_prefill is None else compile_prefill
-        if (compile or prefill) and device.type == "cpu":
+        if compile_prefill is None:
+            compile_prefill = compile
+        if (compile or compile_prefill) and device.type == "cpu":
             check_compiler()
-        # sizes that differ from a model before must not become symbols, which layers compiled once
-        # cannot hold; so every model, and every size of a cache, is compiled by itself
-        fixed = {"fullgraph": True, "dynamic": False, "recompile_limit": sys.maxsize}
-        self.decode = torch.compile(_decode, **fixed) if compile else _step  # type: ignore[call-overload]
-        self.prompt = torch.compile(_prompt, fullgraph=True) if prefill else _prompt
+        # Regions that layers share cannot hold symbolic sizes. So sizes must stay static, and each
+        # model and each cache size is compiled separately, without a limit on their number.
+        self.decode = decode_step
+        if compile:
+            static = {"fullgraph": True, "dynamic": False, "recompile_limit": sys.maxsize}
+            self.decode = torch.compile(decode_by_layer, **static)  # type: ignore[call-overload]
+        self.prefill = torch.compile(prefill, fullgraph=True) if compile_prefill else prefill
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor, start: int) -> Tensor:
-        """Run tokens (B, T) at slots from `start` on; logits (B, vocabulary) of the last one.
+        """Process tokens (B, T) at the slots from `start` on; logits (B, vocabulary) of the last.
 
         Raises ValueError, before anything is written, if they do not fit the cache.
         """
@@ -147,16 +117,16 @@ class Generator:
         return logits
 
     def _advance(self, tokens: Tensor, start: int) -> Tensor:
-        valid = self.valid if self.batch > 1 else None  # one sequence is never padded
+        valid = self.valid if self.batch > 1 else None  # a single sequence has no padding
         if tokens.size(1) == 1:
             pos = torch.arange(start, start + 1, device=tokens.device)
             return self.decode(self.model, tokens, pos, self.cache, valid)
         past = torch.empty(start, device=tokens.device)
-        if self.prompt is not _prompt:  # any other length takes the same graph
+        if self.prefill is not prefill:  # one graph for all lengths
             torch._dynamo.mark_dynamic(tokens, 1)
-            if start > 1:  # none is another graph: then nothing is past
+            if start > 1:  # sizes 0 and 1 cannot be dynamic: they have graphs of their own
                 torch._dynamo.mark_dynamic(past, 0)
-        return self.prompt(self.model, tokens, past, self.cache, valid)
+        return self.prefill(self.model, tokens, past, self.cache, valid)
 
     def stream(
         self,
@@ -165,23 +135,24 @@ class Generator:
         sampling: Sampling | None = None,
         stop: Sequence[int] = (),
     ) -> Iterator[Tensor]:
-        """Yield the next token of every sequence, (B,), until all have stopped or had enough.
+        """Yield the next token of every sequence, (B,), up to `max_new_tokens` times.
 
-        A sequence that has produced one of `stop` repeats it. Raises ValueError if the prompts
-        and the new tokens do not fit the cache.
+        prompts: token ids, one list per sequence. stop: tokens that end a sequence; it repeats the
+        one it ended with until all sequences have ended. Raises ValueError if the prompts and the
+        new tokens do not fit the cache.
         """
         sampling = sampling or Sampling()
         sampling.check()
         if len(prompts) != self.batch or not all(len(p) for p in prompts):
             raise ValueError(
                 f"given {len(prompts)} prompts of {[len(p) for p in prompts]} tokens: expected "
-                f"{self.batch}, none empty"
+                f"{self.batch} prompts, each with one token or more"
             )
         longest = max(len(p) for p in prompts)
         if longest + max_new_tokens - 1 > self.slots or max_new_tokens < 1:
             raise ValueError(
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit a cache of "
-                f"{self.slots} slots: ask for fewer or make a larger cache"
+                f"{self.slots} slots: ask for fewer (at least 1) or make a larger cache"
             )
         device = self.valid.device
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
@@ -205,12 +176,12 @@ class Generator:
 
 
 class Answer(NamedTuple):
-    """The new tokens of every prompt, up to and with its end token, and how fast they came."""
+    """The new tokens of every prompt, its end token included, and the speed of generation."""
 
     tokens: list[list[int]]
-    tokens_per_second: float | None  # None for fewer than three steps
-    first_seconds: float  # to the first token of every prompt
-    compile_seconds: float  # of all seconds, those in the compiler; few where its cache serves
+    tokens_per_second: float | None  # of decoding; None for fewer than three steps
+    first_seconds: float  # from the start to the first tokens
+    compile_seconds: float  # spent in torch.compile, few if its cache holds the graphs
 
 
 def answer(
@@ -221,9 +192,10 @@ def answer(
     stop: Sequence[int] = (),
     show: Callable[[Tensor], None] | None = None,
 ) -> Answer:
-    """Run `Generator.stream` to its end; `show` gets every step's tokens (B,) as they come.
+    """Run `Generator.stream` to its end; arguments and errors as there.
 
-    The speed leaves out the prompt and the first step after it, which waits for the compiler.
+    show: called with the tokens (B,) of every step. The speed excludes prefill and the first
+    decoding step, which may wait for the compiler.
     """
     rows: list[list[int]] = [[] for _ in prompts]
     times, start, compiled = [], time.perf_counter(), compile_seconds()
@@ -239,26 +211,11 @@ def answer(
     return Answer(rows, speed, times[0] - start, compile_seconds() - compiled)
 
 
-def compile_seconds() -> float:
-    """What torch.compile has taken in this process so far, with what it read from its cache."""
-    return calculate_time_spent()["total_wall_time"]
-
-
-def check_compiler() -> None:
-    """Raise ValueError if torch.compile would find no C++ compiler for the CPU."""
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        raise ValueError(
-            "torch.compile needs a C++ compiler and found none: install g++ or clang, or pass "
-            "--no-compile"
-        ) from None
-
-
 def sample_text(model: Model, start: int, samples: int, length: int, seed: int = 0) -> Tensor:
-    """Text of the model's own, to calibrate on: (samples, length) tokens that begin with `start`.
+    """Sample text from the model, for calibration: tokens (samples, length).
 
-    Drawn at temperature 1 from the model's whole distribution, in one batch.
+    Every sequence begins with token `start`. All are sampled in one batch at temperature 1, without
+    top-k or top-p.
     """
     generator = Generator(model, samples, length, compile=False)
     new = generator.stream([[start]] * samples, length - 1, Sampling(temperature=1.0, seed=seed))

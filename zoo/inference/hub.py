@@ -1,4 +1,4 @@
-"""Names of the Hugging Face Hub, its cards, and what it means when it does not serve."""
+"""The Hugging Face Hub: its ids, the reasons of its failures, and the license on a card."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-FAILURES = (HTTPError, HFValidationError, OSError)  # of a connection, of a name, of a disk
+FAILURES = (HTTPError, HFValidationError, OSError)  # connection, bad name, disk
 
 
-def split(source: str, revision: str | None = None) -> tuple[str, str | None]:
-    """The repository and the revision that `org/name@revision` says, or `revision` beside a name.
+def parse_hub_id(source: str, revision: str | None = None) -> tuple[str, str | None]:
+    """The repository and the revision of org/name@revision, or of org/name and `revision`.
 
-    Raises ValueError for what is no name of a repository, and where two revisions are given.
+    Raises ValueError if it is not the id of a repository, or if two different revisions are given.
     """
     name, sign, own = source.partition("@")
     try:
@@ -28,40 +28,40 @@ def split(source: str, revision: str | None = None) -> tuple[str, str | None]:
     except HFValidationError:
         name = ""
     if name.count("/") != 1 or (sign and not own):
-        raise ValueError(f"{source!r} is no Hub id: expected org/name or org/name@revision")
+        raise ValueError(f"{source!r} is not a Hub id: expected org/name or org/name@revision")
     if own and revision not in (None, own):
-        raise ValueError(f"given revision {revision} and {source}: expected one of the two")
+        raise ValueError(f"given revision {revision} and {source}: expected only one revision")
     return name, own or revision
 
 
-def reason(error: BaseException) -> str:
-    """Why the Hub did not serve, and what to do, in a line; there is never a token in it."""
-    if isinstance(error, RuntimeError):  # of an upload: what went wrong stands behind it
+def failure_reason(error: BaseException) -> str:
+    """Why a request to the Hub failed and what to do, in one line without access tokens."""
+    if isinstance(error, RuntimeError):  # an upload raises it; its cause says what went wrong
         error = error.__cause__ or error
     response = getattr(error, "response", None)
     status = 0 if response is None else response.status_code
-    said = str(error).strip().splitlines()
+    lines = str(error).strip().splitlines()
     if isinstance(error, RevisionNotFoundError):
-        return "it has no such revision"
+        return "the repository has no such revision"
     if isinstance(error, GatedRepoError):
-        return "access to it has to be asked for on its page, and needs `hf auth login`"
+        return "the repository is gated: request access on its page, then run `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
-        return "there is no such repository, or it is private and needs `hf auth login`"
+        return "there is no such repository, or it is private: run `hf auth login` if it is"
     if status == 401 or isinstance(error, LocalTokenNotFoundError):
-        return "it does not know you: `hf auth login`, or set HF_TOKEN to a token that is valid"
+        return "the Hub does not accept your token: run `hf auth login`, or set a valid HF_TOKEN"
     if status == 403:
-        return "your token may not do that: take one that may write there"
+        return "your token lacks permission: use one that may write to this repository"
     if status in (409, 412):
-        return "it was changed by someone else at the same time: run the same command again"
+        return "someone else changed the repository at the same time: run the same command again"
     if status == 429 or status >= 500:
-        return f"the Hub is in trouble ({status}): run the same command again later"
+        return f"the Hub is unavailable or busy (status {status}): run the same command again later"
     if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE forbids to ask it"
-    return said[0] if said else type(error).__name__
+        return "HF_HUB_OFFLINE is set, so the Hub is not contacted: unset it"
+    return lines[0] if lines else type(error).__name__
 
 
-def licence(folder: Path) -> str | None:
-    """What the card in a checkpoint folder says of its licence; None if it says nothing."""
+def card_license(folder: Path) -> str | None:
+    """The license on the card of a checkpoint folder; None if it has no card or no license."""
     file = folder / "README.md"
     if not file.exists():
         return None

@@ -1,4 +1,4 @@
-"""Weights of linear layers in int8, activations as they are."""
+"""Quantize the weights of linear layers to int8; activations keep their dtype."""
 
 import torch
 from torch import nn
@@ -9,16 +9,16 @@ from ..models.model import Model
 
 @torch.no_grad()
 def quantize(model: Model) -> Model:
-    """Put the weights of every linear layer in int8, in place, and return the model.
+    """Quantize the weights of every linear layer to int8, in place, and return the model.
 
-    Symmetric, with an fp32 scale for every output: its largest weight divided by 127, so that no
-    weight is off by more than half a scale. The lifts of attention and the embedding stay as they
-    are; a head that shared the embedding's weight gets one of its own.
+    Quantization is symmetric with one fp32 scale per output: its largest absolute weight divided by
+    127. So the error of a weight is at most half a scale. The decoders of latents and the embedding
+    are not quantized; a head tied to the embedding gets a weight of its own.
     """
     for module in model.modules():
         if isinstance(module, Linear):
             weight = module.weight.float()
             module.scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)  # a row may be all zero
-            whole = (weight / module.scale[:, None]).round().to(torch.int8)
-            module.weight = nn.Parameter(whole, requires_grad=False)
+            codes = (weight / module.scale[:, None]).round().to(torch.int8)
+            module.weight = nn.Parameter(codes, requires_grad=False)
     return model

@@ -1,4 +1,4 @@
-"""Perplexity by the papers' protocol: windows that do not overlap."""
+"""Perplexity as in the papers: of windows that do not overlap."""
 
 import math
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from ..models.model import Model
 
 
 class Perplexity(NamedTuple):
-    """exp of the mean negative log-likelihood over `tokens` predicted tokens."""
+    """exp of the mean negative log-likelihood in nats, over `tokens` predicted tokens."""
 
     perplexity: float
     tokens: int
@@ -22,7 +22,7 @@ class Perplexity(NamedTuple):
 def perplexity(
     model: Model, tokens: Tensor, window: int = 2048, windows: int = 0, bits: int | None = None
 ) -> Perplexity:
-    """Perplexity by the papers' protocol. Arguments as in `token_losses`."""
+    """Perplexity of windows that do not overlap. Arguments and errors as in `token_losses`."""
     return mean_perplexity(token_losses(model, tokens, window, windows, bits))
 
 
@@ -35,20 +35,20 @@ def mean_perplexity(losses: Tensor) -> Perplexity:
 def token_losses(
     model: Model, tokens: Tensor, window: int = 2048, windows: int = 0, bits: int | None = None
 ) -> Tensor:
-    """Negative log-likelihoods in nats, (windows, window - 1), on the CPU.
+    """Negative log-likelihoods in nats, (windows, window - 1) on the CPU.
 
-    The papers' protocol: tokens (N,) are cut into windows that do not overlap, and each is
-    predicted from its second token on. windows: how many to take at most; 0 takes all. A last
-    piece shorter than a window is left out. bits: of the cache that is read, by default as the
-    config says; at 16 there is none, as nothing is lost in it. Raises ValueError if the text is
-    shorter than one window.
+    As in the papers, tokens (N,) are cut into windows that do not overlap, and in each window all
+    tokens but the first are predicted. A last piece shorter than a window is left out. windows: at
+    most so many; 0 means all. bits: per cached number, by default as the config says; at 16 no
+    cache is used, because it would not change the result. Raises ValueError if the text is shorter
+    than one window.
     """
     if window < 2:
         raise ValueError(f"window is {window}: expected at least 2 tokens")
     count = len(tokens) // window
     if count == 0:
         raise ValueError(
-            f"the text has {len(tokens)} tokens, less than one window of {window}: "
+            f"the text has {len(tokens)} tokens: expected at least one window of {window}; "
             "give a longer text or a smaller --window"
         )
     count = min(count, windows or count)
@@ -61,14 +61,14 @@ def token_losses(
 
 
 def rounding_cache(model: Model, batch: int, slots: int, bits: int | None) -> StaticCache | None:
-    """As `model.new_cache`, for what is read at once; None where it would lose nothing."""
+    """As `model.new_cache`; None if a cache would not round, so one prefill needs none."""
     packed = (model.config.least_bits if bits is None else bits) < 16
     return model.new_cache(batch, slots, bits=bits) if packed else None
 
 
 def row_losses(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihoods of targets (T,) by what the head reads, (T, width)."""
-    pieces = zip(hidden.split(512), targets.split(512), strict=True)  # all logits take gigabytes
+    """Negative log-likelihoods in nats of targets (T,). hidden: the head's input, (T, width)."""
+    pieces = zip(hidden.split(512), targets.split(512), strict=True)  # all logits are gigabytes
     return torch.cat(
         [F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in pieces]
     )

@@ -1,4 +1,4 @@
-"""Weights of checkpoints: read from files, checked, and given to a model, whole or by layer."""
+"""Weights of checkpoints: read and check files, and build a model, whole or layer by layer."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ from ..models.model import Model
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a folder: safetensors, or where there are none, PyTorch's own files."""
+    """Yield the tensors of a folder by name: from safetensors, else from PyTorch's .bin files."""
     if list(folder.glob("*.safetensors*")) or not list(folder.glob("pytorch_model*.bin*")):
         yield from _read_files(folder, "model.safetensors", _open_safetensors)
     else:
@@ -27,7 +27,7 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _read_files(
     folder: Path, whole: str, read: Callable[[Path], Iterator[tuple[str, Tensor]]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file, or of the shards that an index beside it lists."""
+    """Yield the tensors of file `whole`, or of the shards that its index lists."""
     for path in _shards(folder, whole):
         yield from read(path)
 
@@ -45,29 +45,29 @@ def _shards(folder: Path, whole: str) -> list[Path]:
 
 def _open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     with opened(path) as file:
-        for key in file.keys():  # noqa: SIM118, the file is no mapping
+        for key in file.keys():  # noqa: SIM118, not a mapping
             yield key, file.get_tensor(key)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file. Raises ValueError if it is damaged."""
+    """An open safetensors file. Raises ValueError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch or write it again") from error
+        raise ValueError(f"{path} is damaged ({error}): download or export it again") from error
 
 
 def _open_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Tensors only: anything else in the file is refused before it runs."""
+    """Yield the tensors of a pickled file. For other content, raises ValueError and runs none."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no end"
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors ({reason}): fetch it again, or convert "
-            "it to safetensors where you trust it"
+            f"{path} is damaged, or holds more than tensors ({reason}): download it again, or, if "
+            "you trust it, convert it to safetensors"
         ) from error
     while tensors:
         yield tensors.popitem()
@@ -80,17 +80,17 @@ def build(
     device: torch.device | str = "cpu",
     native: bool = False,
 ) -> Model:
-    """A model with these weights; each is cast and moved as it is read.
+    """A model with these weights, each cast to dtype and moved to device as it is read.
 
-    native: the names are those of our own checkpoints, else Hugging Face's. Raises ValueError
-    where a weight is missing, unknown, of another shape, or not finite.
+    native: names are those of compressed checkpoints, else those of Hugging Face's. Raises
+    ValueError if a weight is missing, unknown, of the wrong shape, or not finite.
     """
     parts = _native_parts if native else config.weights
     return model_of(config, _weights(_expected(config), parts, tensors, dtype, device))
 
 
 def _expected(config: Config) -> dict[str, Tensor]:
-    """The weights of a checkpoint by our names, on meta."""
+    """The weights that a checkpoint must have, by native name, on meta."""
     with torch.device("meta"):
         expected = new_model(config).state_dict()
     if config.tie_word_embeddings:
@@ -105,11 +105,13 @@ def _weights(
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> dict[str, Tensor]:
-    """The weights `expected`, out of tensors whose `parts` they are. Errors as in `build`."""
+    """The weights `expected`, made from `tensors` by `parts`. Errors as in `build`."""
     weights = {}
     for key, tensor in tensors:
         if not tensor.isfinite().all():
-            raise ValueError(f"weight {key} is not finite: the checkpoint is unsound")
+            raise ValueError(
+                f"weight {key} is not finite: use a checkpoint without NaN and infinity"
+            )
         for name, part in parts(key, tensor):
             if name == "head.weight" and name not in expected:
                 continue  # tied
@@ -118,8 +120,8 @@ def _weights(
                 raise ValueError(
                     f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}"
                 )
-            kind = dtype if part.is_floating_point() else None
-            weights[name] = part.to(device, kind or part.dtype)
+            cast = dtype if part.is_floating_point() else None
+            weights[name] = part.to(device, cast or part.dtype)
     missing = expected.keys() - weights.keys()
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
@@ -127,7 +129,7 @@ def _weights(
 
 
 class LayerFiles:
-    """Where a dense checkpoint in safetensors keeps every weight, to be read layer by layer."""
+    """A dense checkpoint in safetensors whose weights are read layer by layer."""
 
     def __init__(
         self,
@@ -136,15 +138,15 @@ class LayerFiles:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ):
-        """Reads names and shapes only. Arguments, but for the folder, and errors as in `build`."""
+        """Read only names and shapes. folder: of the checkpoint; the rest as in `build`."""
         if not list(folder.glob("*.safetensors*")):
             raise ValueError(
-                f"{folder} holds no safetensors: only those can be read layer by layer; convert "
-                "the checkpoint, or leave --stream out"
+                f"{folder} has no safetensors, which reading layer by layer needs: convert the "
+                "checkpoint, or omit --stream"
             )
         self.config, self.dtype, self.device = config, dtype, device
         self.paths = _shards(folder, "model.safetensors")
-        # by layer, "" for what is in none, and by file
+        # names of tensors by layer ("" for those outside layers) and file
         self.keys: dict[str, dict[Path, list[str]]] = {}
         self.expected: dict[str, dict[str, Tensor]] = {}
         for name, x in _expected(config).items():
@@ -162,12 +164,12 @@ class LayerFiles:
             self.keys.setdefault(layer, {}).setdefault(path, []).append(key)
 
     def model(self) -> Model:
-        """The model, with the weights that are in no layer; its layers are on meta."""
+        """The model with the weights outside layers; its layers are on meta."""
         return model_of(self.config, self._read(""), whole=False)
 
     @contextmanager
     def layer(self, model: Model, index: int) -> Iterator[Any]:
-        """A layer of the model with its weights, which are gone when the context ends."""
+        """Layer `index` of the model with its weights, which are freed when the context ends."""
         block, start = model.layers[index], f"layers.{index}."
         weights = {k.removeprefix(start): x for k, x in self._read(str(index)).items()}
         block.load_state_dict(weights, assign=True)

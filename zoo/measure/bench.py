@@ -1,4 +1,4 @@
-"""Decode speed and memory of several systems side by side, beside what memory allows."""
+"""Decode speed and memory of several models side by side, and what memory bandwidth allows."""
 
 import multiprocessing
 import time
@@ -14,27 +14,26 @@ from tqdm import tqdm
 
 from ..utils.interrupt import interruptible
 from ..utils.memory import peak, reset_peak
-from .contestants import Cell, Contestant
-
-Row = dict[str, Any]
+from ..utils.records import BenchCell, BenchResult
+from .timed_models import Cell, Contestant
 
 
 class Figures(NamedTuple):
-    """What a contestant's process says of itself once it is ready."""
+    """What a contestant's process reports once it is ready."""
 
     weight_bytes: int
     kv_bytes: int
     start_seconds: float  # of loading, and of the first round, which compiles
 
 
-def bench(contestants: Sequence[Contestant], cell: Cell, rounds: int = 3) -> list[Row]:
+def bench(contestants: Sequence[Contestant], cell: Cell, rounds: int = 3) -> list[BenchResult]:
     """Decode at the end of the context, each contestant in its own process, in turns; medians.
 
-    The first contestant is what the others are compared with. A row each: tokens per second, the
-    floor (bytes of weights and cache at the measured bandwidth), `kv_read_share`, the share s of
-    the cache in all bytes read; `speedup` over the first; `bound`, what a cache of a share r of
-    the first's bytes can give at most, 1 / (1 - s (1 - r)) with the first's s; and the peak of
-    memory while decoding. Who cannot do it has a row that says so, `failed`.
+    The others are compared with the first contestant. A row each: tokens per second; the floor
+    (bytes of weights and cache at the measured bandwidth); `kv_read_share`, the share s of the
+    cache in all bytes read; `speedup` over the first; `bound`, the largest speedup that a cache of
+    a share r of the first's bytes can give, 1 / (1 - s (1 - r)) with the first's s; and the peak
+    of memory while decoding. A contestant that fails has a row with the reason, `failed`.
     """
     bandwidth = read_bandwidth(cell.device)
     with ExitStack() as stack:
@@ -56,7 +55,7 @@ def bench(contestants: Sequence[Contestant], cell: Cell, rounds: int = 3) -> lis
 
 
 class _Worker:
-    """A process that holds a contestant and takes a round of steps when it is told to."""
+    """A process that holds a contestant and takes a round of steps when told to."""
 
     def __init__(self, contestant: Contestant, cell: Cell):
         self.contestant, self.cell = contestant, cell
@@ -83,13 +82,13 @@ class _Worker:
     def start(self) -> None:
         """Begin the process, and wait until it is ready."""
         self.process.start()
-        self.theirs.close()  # else its end would not be noticed here
+        self.theirs.close()  # else the end of the process would not be noticed here
         self.figures = self._ask() or self.figures
 
     def round(self) -> None:
         """Have a round of steps taken, unless the process is gone."""
         if self.failed is None:
-            with suppress(ConnectionError):  # what is gone is found by asking
+            with suppress(ConnectionError):  # a dead process is noticed by `_ask`
                 self.pipe.send("go on")
             if answer := self._ask():
                 times, self.memory = answer
@@ -98,7 +97,7 @@ class _Worker:
     def _ask(self) -> Any:
         try:
             answer = self.pipe.recv()
-        except (EOFError, ConnectionError):  # killed: for its memory, mostly
+        except (EOFError, ConnectionError):  # killed, mostly for its memory
             self.process.join()
             answer = f"stopped with exit code {self.process.exitcode}"
         if isinstance(answer, str):
@@ -106,10 +105,10 @@ class _Worker:
             return None
         return answer
 
-    def row(self, bandwidth: float) -> Row:
-        """What was found, with the floor that the bandwidth sets."""
+    def row(self, bandwidth: float) -> BenchResult:
+        """What was measured, with the floor that the bandwidth sets."""
         cell = self.cell
-        row: Row = {
+        row: BenchCell = {
             "model": self.contestant.name,
             "context": cell.context,
             "batch": cell.batch,
@@ -119,10 +118,11 @@ class _Worker:
             "device": cell.device.type,
         }
         if self.failed is not None:
-            return row | {"failed": self.failed}
+            return {**row, "failed": self.failed}
         seconds, figures = median(self.times), self.figures
         read = figures.weight_bytes + figures.kv_bytes
-        return row | {
+        return {
+            **row,
             "tokens_per_second": cell.batch / seconds,
             "seconds_per_step": seconds,
             "floor_seconds": read / bandwidth,
@@ -146,7 +146,7 @@ def _serve(pipe: Connection, contestant: Contestant, cell: Cell) -> None:
             reset_peak(cell.device)
             for _ in _orders(pipe):
                 pipe.send((run.round(), peak(cell.device)))
-    except KeyboardInterrupt:  # a terminal tells all processes
+    except KeyboardInterrupt:  # a terminal sends Ctrl-C to all processes
         return
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""One pass of calibration for many settings, kept on disk between runs."""
+"""Calibrate once for many settings, and keep the statistics on disk between runs."""
 
 import json
 import math
@@ -18,31 +18,34 @@ from ..compression.moments import Moments, Needs, Statistics
 from ..inference.data import calibration_tokens, read_text
 from ..models.model import Model
 from ..utils.provenance import fingerprint
+from ..utils.replace import replacing
+from ..utils.sweep_rows import CalibrationText, Seconds
 
 SUMS = ("count", "origin", "sum", "gram")
 
 
 def kind(needs: Needs) -> Needs:
-    """Needs of one kind are served by one pass.
+    """The kind of these needs: one pass of calibration serves all needs of one kind.
 
-    They differ in heads per latent, queries, and which sums are taken of gradients. With gradients
-    also the heads per latent must agree, since weights are those of whole blocks,
-    and the last token of a sequence, which predicts nothing, is not read: statistics taken with
-    and without them are kept apart, so that each equals what `gather` gives.
+    Needs of one kind may differ in heads per latent, in queries, and in which sums of gradients
+    are taken. With gradients the heads per latent must agree too, since the weights are those of
+    whole blocks. Needs with and without gradients are of different kinds: with gradients the last
+    token of a sequence, which predicts nothing, is not read, and the statistics must equal those
+    of `gather`.
     """
     heads = needs.heads_per_latent if needs.gradients else (1, 1)
     return needs._replace(heads_per_latent=heads, queries=False, unweighted=False, weighted=False)
 
 
 def union(needs: Sequence[Needs]) -> Needs:
-    """What serves all of these, which are of one kind: the blocks of all are diagonal in it."""
+    """The needs that serve all of these, which are of one kind: its blocks contain all theirs."""
     k, v = (math.lcm(*(n.heads_per_latent[side] for n in needs)) for side in (0, 1))
     asked = {f: any(getattr(n, f) for n in needs) for f in ("queries", "unweighted", "weighted")}
     return needs[0]._replace(heads_per_latent=(k, v), **asked)
 
 
 def narrow(statistics: Sequence[Statistics], have: Needs, want: Needs) -> list[Statistics]:
-    """The statistics of fewer heads per latent, out of those of more."""
+    """Statistics of fewer heads per latent, cut out of those of more."""
     k, v = (a // b for a, b in zip(have.heads_per_latent, want.heads_per_latent, strict=True))
     return [s.split(k, v) for s in statistics]
 
@@ -55,18 +58,25 @@ class Calibration(NamedTuple):
     seq_len: int = 1024
     seed: int = 0
 
-    def describe(self) -> dict[str, Any]:
-        """The same, a file by its last name and a digest. Raises ValueError if it is not there."""
-        if self.source == "self" or self.source.startswith("hub:"):
-            return self._asdict() | {"digest": None}
-        name, text = Path(self.source).name, read_text(self.source)
-        return self._asdict() | {"source": name, "digest": fingerprint(text)}
+    def describe(self) -> CalibrationText:
+        """The same, a file by name and digest. Raises ValueError if the file cannot be read."""
+        name, digest = self.source, None
+        if self.source != "self" and not self.source.startswith("hub:"):
+            name, digest = Path(self.source).name, fingerprint(read_text(self.source))
+        return {
+            "source": name,
+            "samples": self.samples,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "digest": digest,
+        }
 
 
 class Calibrator:
     """Tokens and statistics of one calibration, made when they are first needed.
 
-    folder: where they are kept, if anywhere. run: what else they depend on, as JSON knows it.
+    folder: where they are kept for another run, None for nowhere. run: what else they depend on,
+    ready for JSON.
     """
 
     def __init__(
@@ -77,11 +87,11 @@ class Calibrator:
         folder: Path | None = None,
         run: Mapping[str, Any] | None = None,
     ):
-        """Reads the file that the calibration names, if any; nothing long is done."""
+        """Read the file that the calibration names, if any. Nothing here takes long."""
         self.model, self.tokenizer, self.calibration = model, tokenizer, calibration
         self.folder, self.about = folder, calibration.describe()
         self.key = {**(run or {}), **self.about}
-        self.seconds: dict[str, float] = {}  # of making the tokens, and the last statistics
+        self.seconds: Seconds = {}  # of making the tokens, and the last statistics
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -99,22 +109,22 @@ class Calibrator:
                 )
             }
 
-        found = kept(self.folder, self.key, make)
-        self.seconds["text"] = float(found["seconds"])
-        return found["tokens"].to(self.model.device)
+        tensors = kept(self.folder, self.key, make)
+        self.seconds["text"] = float(tensors["seconds"])
+        return tensors["tokens"].to(self.model.device)
 
     def statistics(self, needs: Needs) -> list[Statistics]:
         """What `calibrate` gives for such needs."""
         tokens, key = self.tokens, self.key | needs._asdict()
-        found = kept(self.folder, key, lambda: pack(calibrate(self.model, tokens, *needs)))
-        self.seconds["calibrate"] = float(found["seconds"])
-        return unpack(found, len(self.model.layers), self.model.device)
+        tensors = kept(self.folder, key, lambda: pack(calibrate(self.model, tokens, *needs)))
+        self.seconds["calibrate"] = float(tensors["seconds"])
+        return unpack(tensors, len(self.model.layers), self.model.device)
 
 
 def kept(
     folder: Path | None, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """What `make` gives, and the `seconds` that it took; from `folder`, if it is there by `key`."""
+    """What `make` returns, with the `seconds` it took; from `folder` if it was kept under `key`."""
     path = folder and folder / f"{fingerprint(json.dumps(key))}.safetensors"
     if path and path.exists():
         return load_file(path)
@@ -123,12 +133,8 @@ def kept(
     made["seconds"] = torch.tensor(time.perf_counter() - start)
     if path:
         path.parent.mkdir(exist_ok=True)
-        beside = path.with_suffix(".part")
-        try:
-            save_file(made, beside)
-            beside.rename(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(path) as part:
+            save_file(made, part)
     return made
 
 
@@ -143,7 +149,7 @@ def pack(statistics: Sequence[Statistics]) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor], layers: int, device: torch.device) -> list[Statistics]:
-    """The statistics of so many layers that `pack` was given."""
+    """The statistics, of `layers` layers, that `pack` was given."""
 
     def moments(name: str) -> Any:
         if f"{name}.count" not in tensors:

@@ -1,187 +1,125 @@
-"""What `bench` lets decode side by side, each in a process of its own.
+"""The contestants of a bench: checkpoints, or random weights in one shape, and variants of them."""
 
-A contestant is plain data that can be sent to a process; `start` makes of it something that
-decodes, at the end of a cache that counts as full: its speed does not depend on what it holds.
-"""
-
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    Cache,
-    CompileConfig,
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-    StaticCache,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedConfig
 
-from ..inference.checkpoint import load, locate
-from ..inference.generate import Generator, Sampling, choose
+from ..compression.settings import Settings
+from ..inference.checkpoint import inspect, locate, native_config, read_config
+from ..models.bits import check_bits
 from ..models.config import Config
 from ..models.model import Model
-from .shapes import random_model
+from .shapes import shaped, uniform
+from .timed_models import Contestant, Native, Transformers
+
+Prepare = Callable[[Model], Model]
 
 
-class Cell(NamedTuple):
-    """Under what circumstances all contestants decode."""
+class Contestants(NamedTuple):
+    """Models of this package, the first of which the others are compared with, and variants.
 
-    context: int  # tokens a sequence has in its cache in the end
-    batch: int
-    slots: int  # of static caches, at least the context
-    steps: int  # in a round
-    dtype: torch.dtype
-    device: torch.device
-    compile: bool
-
-
-class Run(NamedTuple):
-    """A contestant that is ready."""
-
-    round: Callable[[], list[float]]  # seconds of every decoding step of a round
-    weight_bytes: int  # read in a step
-    kv_bytes: int  # read in a step, at the full context
-
-
-class Contestant(Protocol):
-    """What has a name, and can be started."""
-
-    @property
-    def name(self) -> str:
-        """As the rows have it."""
-
-    def start(self, cell: Cell) -> Run:
-        """Load or make the model and its cache."""
-
-
-@dataclass(frozen=True)
-class Native:
-    """A model of this package: a checkpoint, or random weights of a config's shape.
-
-    kv_bits: of the numbers in its cache; None leaves it to the model.
+    source: what transformers would load or build for the first. settings: those of compressed
+    shapes, with choices filled in.
     """
 
-    name: str
-    source: str | Config
-    prepare: Callable[[Model], Model]  # installs ops, for one
-    revision: str | None = None
-    trust_remote_code: bool = False
-    kv_bits: int | None = None
-
-    def start(self, cell: Cell) -> Run:
-        """See `Contestant`. A round takes tokens as `Generator.stream` does."""
-        if isinstance(self.source, str):
-            trust = self.revision, self.trust_remote_code
-            model = load(self.source, cell.dtype, cell.device, *trust).model
-        else:
-            model = random_model(self.source, cell.dtype, cell.device)
-        generator = Generator(
-            self.prepare(model), cell.batch, cell.slots, cell.compile, False, self.kv_bits
-        )
-        weights = weight_bytes(model, model.head)
-
-        def round() -> list[float]:
-            times = []
-            token = torch.zeros(cell.batch, dtype=torch.long, device=cell.device)
-            for slot in range(cell.context - cell.steps, cell.context):
-                start = time.perf_counter()
-                token = choose(generator.advance(token[:, None], slot), Sampling())
-                token.tolist()  # as who reads the stream would
-                times.append(time.perf_counter() - start)
-            return times
-
-        return Run(round, weights, generator.cache.nbytes * cell.context // cell.slots)
-
-
-@dataclass(frozen=True)
-class Transformers:
-    """transformers' own model and `generate`, with a dynamic cache or a static, compiled one."""
-
-    name: str
+    title: str
+    natives: Sequence[Native]
+    configs: Mapping[str, Config]  # of the natives by name, without variants
     source: str | PreTrainedConfig
-    static: bool
     revision: str | None = None
+    settings: Sequence[Settings] = ()
+    others: Sequence[Contestant] = ()
 
-    def start(self, cell: Cell) -> Run:
-        """See `Contestant`. The steps are those of `generate`, between two looks at what it has."""
-        model = self._load(cell.dtype).eval().to(cell.device)
-        config = model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        first = cell.context - cell.steps - 2  # a step for the prompt, one to warm up
-        static = StaticCache(config, max_cache_len=cell.slots) if self.static else None
-        if static is not None:
-            static.early_initialization(cell.batch, heads, size, cell.dtype, cell.device)
-        compiled = CompileConfig(fullgraph=True, mode="default")
-        compiled._compile_all_devices = True  # type: ignore[assignment]  # on a CPU as well
+    @property
+    def all(self) -> list[Contestant]:
+        """In the order of the rows."""
+        return [*self.natives, *self.others]
 
-        def filled() -> Cache:
-            if static is not None:
-                for layer in static.layers:
-                    layer.cumulative_length.fill_(first)  # type: ignore[union-attr]
-                return static
-            cache = DynamicCache(config=config)
-            held = torch.zeros(
-                *(cell.batch, heads, first, size), dtype=cell.dtype, device=cell.device
-            )
-            for i in range(config.num_hidden_layers):
-                cache.update(held, held, i)
-            return cache
-
-        def round() -> list[float]:
-            stamp = _Stamp()
-            model.generate(
-                torch.zeros(cell.batch, 1, dtype=torch.long, device=cell.device),
-                attention_mask=torch.ones(
-                    *(cell.batch, first + 1), dtype=torch.long, device=cell.device
-                ),
-                cache=filled(),
-                min_new_tokens=cell.steps + 2,
-                max_new_tokens=cell.steps + 2,
-                do_sample=False,
-                pad_token_id=0,
-                stopping_criteria=StoppingCriteriaList([stamp]),
-                disable_compile=not (self.static and cell.compile),
-                compile_config=compiled if self.static and cell.compile else None,
-            )
-            return [b - a for a, b in pairwise(stamp.times[1:])]
-
-        kv = 2 * config.num_hidden_layers * heads * size * cell.context * cell.batch
-        weights = weight_bytes(model, model.get_output_embeddings())
-        return Run(round, weights, kv * cell.dtype.itemsize)
-
-    def _load(self, dtype: torch.dtype) -> PreTrainedModel:
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the first checkpoint, float32 for random weights."""
         if not isinstance(self.source, str):
-            return AutoModelForCausalLM.from_config(self.source, dtype=dtype)
-        path = locate(self.source, self.revision)
-        gguf: dict[str, Any] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-        place: Path = path.parent if gguf else path
-        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **gguf)
+            return torch.float32
+        return getattr(torch, inspect(self.source, self.revision)["dtype"])
+
+    def check_length(self, slots: int) -> None:
+        """Raise ValueError if a model cannot read so many tokens."""
+        for config in self.configs.values():
+            config.check_length(slots)
+
+    def with_bits(self, kv_bits: Sequence[int]) -> "Contestants":
+        """Every model once more for each number of bits in its cache. Raises ValueError as due."""
+        widths = {
+            latent.width
+            for config in self.configs.values()
+            for layer in range(config.num_hidden_layers)
+            for latent in config.latents(layer)
+        }
+        for bits in kv_bits:
+            for width in widths:
+                check_bits(bits, width)
+        rounded = [
+            replace(model, name=f"{model.name}, {bits} bits", kv_bits=bits)
+            for bits in kv_bits
+            for model in self.natives
+        ]
+        return self._replace(natives=[*self.natives, *rounded])
+
+    def with_transformers(self) -> "Contestants":
+        """The first model in transformers as well: with a dynamic cache, and a static one."""
+        others = [
+            Transformers(f"transformers {cache}", self.source, cache == "static", self.revision)
+            for cache in ("dynamic", "static")
+        ]
+        return self._replace(others=[*self.others, *others])
 
 
-class _Stamp(StoppingCriteria):
-    """Notes when each token is there, and never stops."""
+def from_checkpoints(
+    sources: Sequence[str],
+    prepare: Prepare,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Contestants:
+    """Checkpoints, the first of which is the uncompressed one.
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    prepare: see `Native`. Raises ValueError for what is no checkpoint.
+    """
+    names = [Path(source).name for source in sources]
+    if len(set(names)) < len(names):
+        names = [*sources]
+    named = dict(zip(names, sources, strict=True))
+    configs = {n: native_config(read_config(locate(s, revision))) for n, s in named.items()}
+    natives = [Native(n, s, prepare, revision, trust_remote_code) for n, s in named.items()]
+    return Contestants(names[0], natives, configs, sources[0], revision)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        input_ids[:, -1].tolist()  # as who reads the stream would
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
+def from_shape(
+    shape: str,
+    layers: int | None,
+    context: int,
+    keeps: Sequence[float],
+    settings: Settings,
+    device: torch.device,
+    prepare: Prepare,
+) -> Contestants:
+    """Random weights in a published shape: dense, and compressed to every share in `keeps`.
 
-def weight_bytes(model: nn.Module, head: nn.Module) -> int:
-    """Bytes of weights that a decoding step reads: all but the tables it looks up."""
-    looked_up = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    looked_up.discard(head.weight)
-    return sum(p.nbytes for p in model.parameters() if p not in looked_up)
+    layers: so many only. context: tokens that the models must be able to read. settings: those of
+    the compressed models but for `keep`. Raises ValueError for an unknown shape and for settings
+    that do not fit it.
+    """
+    source = shaped(shape, layers, context)
+    dense = native_config(source.to_dict())
+    fitted = []
+    for keep in keeps:
+        asked = settings._replace(keep=keep)
+        asked.check()
+        fitted.append(asked.fit(dense, device.type))
+    configs = {"dense": dense} | {f"keep {s.keep:g}": uniform(dense, s) for s in fitted}
+    natives = [Native(name, config, prepare) for name, config in configs.items()]
+    title = shape + (f", {layers} layers" if layers else "")
+    return Contestants(title, natives, configs, source, settings=fitted)

@@ -1,17 +1,56 @@
-"""What a model costs and what it is worth: perplexity, bytes of cache, decode speed."""
+"""What a model costs and how good it is: perplexity, bytes of cache, decode speed."""
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from ..inference.data import python_docs, read_text
 from ..inference.generate import Generator, answer
 from ..inference.perplexity import perplexity
-from ..models.config import kv_bytes
+from ..models.config import Config, kv_bytes
 from ..models.model import Model
+from ..utils.provenance import fingerprint
+from ..utils.records import KvBytes
+from ..utils.sweep_rows import EvaluationText, PerplexityRecord
+
+
+class Comparison(PerplexityRecord, KvBytes):
+    """One of several models, as `compare` measures them."""
+
+    answer: Any  # token ids; the command line puts their text in their place
+    cache_bytes: int
+    decode_tokens_per_second: float
+
+
+class Evaluation(NamedTuple):
+    """What to measure perplexity on: a file, or None for Python's own help; see `perplexity`."""
+
+    text: Path | None = None
+    window: int = 2048
+    windows: int = 0
+
+    def words(self) -> str:
+        """The text. Raises ValueError if it cannot be read."""
+        return python_docs() if self.text is None else read_text(self.text)
+
+    def describe(self) -> EvaluationText:
+        """The same, a file by its last name, with a digest of the text."""
+        return {
+            "text": "Python's own help" if self.text is None else self.text.name,
+            "window": self.window,
+            "windows": self.windows,
+            "digest": fingerprint(self.words()),
+        }
+
+
+def cache_size(config: Config, dtype: torch.dtype, bits: int | None = None) -> KvBytes:
+    """`kv_bytes`, which says what the arguments are, as rows have it."""
+    return cast(KvBytes, kv_bytes(config, dtype, bits))
 
 
 def decode_speed(generators: Sequence[Generator], steps: int = 32, rounds: int = 3) -> list[float]:
@@ -37,21 +76,28 @@ def compare(
     prompt: Sequence[int],
     stop: Sequence[int],
     compile: bool = True,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Comparison]:
     """Perplexity, bytes, an answer to `prompt` and decode speed of each model.
 
     Perplexity takes `windows` windows of 1024 of `tokens`; the cache has `context` slots.
     """
     generators = [Generator(m, 1, context, compile, False) for m in models.values()]
-    rows: dict[str, dict[str, Any]] = {}
-    for (name, model), generator in zip(models.items(), generators, strict=True):
+    answers, qualities = [], []
+    for model, generator in zip(models.values(), generators, strict=True):
         new = min(48, context - len(prompt))
-        (tokens_of_answer,), *_ = answer(generator, [prompt], new, stop=stop)
-        quality = perplexity(model, tokens, 1024, windows)
-        rows[name] = (
-            quality._asdict() | kv_bytes(model.config, model.dtype) | {"answer": tokens_of_answer}
+        answers.append(answer(generator, [prompt], new, stop=stop).tokens[0])
+        qualities.append(perplexity(model, tokens, 1024, windows))
+    speeds = decode_speed(generators)
+    return {
+        name: {
+            "perplexity": quality.perplexity,
+            "tokens": quality.tokens,
+            **cache_size(model.config, model.dtype),
+            "answer": said,
+            "cache_bytes": generator.cache.nbytes,
+            "decode_tokens_per_second": speed,
+        }
+        for (name, model), generator, said, quality, speed in zip(
+            models.items(), generators, answers, qualities, speeds, strict=True
         )
-        rows[name]["cache_bytes"] = generator.cache.nbytes
-    for row, speed in zip(rows.values(), decode_speed(generators), strict=True):
-        row["decode_tokens_per_second"] = speed
-    return rows
+    }

@@ -1,6 +1,6 @@
-"""The native model, dense or compressed, as lm-evaluation-harness sees models (extra `eval`).
+"""A native model, dense or compressed, behind lm-evaluation-harness's interface (extra `eval`).
 
-It scores and generates what lm-eval's own HFLM would: the same tokens, cut at the same places.
+It scores and generates the same tokens as lm-eval's own HFLM, truncated in the same way.
 """
 
 import json
@@ -23,7 +23,7 @@ from ..models.model import Model
 
 
 class NativeLM(TemplateLM):
-    """What lm-eval asks of a model.
+    """The interface that lm-eval requires of a model.
 
     stop: tokens that end a text, beside the tokenizer's own. bits: of the cache, by default as the
     config says.
@@ -51,7 +51,7 @@ class NativeLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text that has nothing before it. Raises ValueError if none is."""
+        """The token to put before a text without context. Raises ValueError if there is none."""
         for token in (self.tokenizer.bos_token_id, self.eot_token_id):
             if token is not None:
                 return token
@@ -70,23 +70,25 @@ class NativeLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation of a context, and whether it is the greedy one."""
-        same = defaultdict(list)  # all answers of one token to one question are read off one run
+        same = defaultdict(list)  # answers of one token to one question share a forward pass
         for i, (_name, context, continuation) in enumerate(requests):
             self._check_length(len(continuation))
             same[tuple((context + continuation)[-self.max_length - 1 : -1])].append(i)
-        found: dict[int, tuple[float, bool]] = {}
+        scores: dict[int, tuple[float, bool]] = {}
         with tqdm(desc="scoring", total=len(requests), disable=None, leave=False) as bar:
             for batch in chunks(sorted(same, key=len, reverse=True), self.batch_size):
                 tokens = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)
                 for row, text in zip(tokens, batch, strict=True):
-                    row[: len(text)] = torch.tensor(text)  # it does not see the padding behind it
+                    row[: len(text)] = torch.tensor(
+                        text
+                    )  # attention is causal: padding behind it has no effect
                 cache = rounding_cache(self.model, len(tokens), tokens.size(1), self.bits)
                 hidden = self.model.hidden(tokens.to(self.device), cache=cache)
                 for x, text in zip(hidden, batch, strict=True):
                     for i in same[text]:
-                        found[i] = self._score(x[: len(text)], requests[i][2])
+                        scores[i] = self._score(x[: len(text)], requests[i][2])
                         bar.update()
-        return [found[i] for i in range(len(requests))]
+        return [scores[i] for i in range(len(requests))]
 
     def _score(self, hidden: Tensor, continuation: list[int]) -> tuple[float, bool]:
         """hidden: (T, width) of context and continuation without its last token."""
@@ -98,7 +100,7 @@ class NativeLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts: each token is predicted once, with all the context."""
+        """Log-likelihood of whole texts: each token is predicted once, with context."""
         owners, windows = [], []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -113,21 +115,21 @@ class NativeLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each context up to one of its stop strings, over the static cache.
 
-        Raises ValueError for settings of generation that are not known here.
+        Raises ValueError for generation settings that are not supported.
         """
         alike = defaultdict(list)
         for i, request in enumerate(requests):
             alike[json.dumps(request.args[1])].append(i)
-        found: dict[int, str] = {}
+        outputs: dict[int, str] = {}
         with tqdm(desc="generating", total=len(requests), disable=None, leave=False) as bar:
             for settings, members in alike.items():
                 members.sort(key=lambda i: len(requests[i].args[0]), reverse=True)
                 for batch in chunks(members, self.batch_size):
                     wanted = _wanted(json.loads(settings), seed=batch[0])
                     texts = self._generate([requests[i].args[0] for i in batch], wanted)
-                    found.update(zip(batch, texts, strict=True))
+                    outputs.update(zip(batch, texts, strict=True))
                     bar.update(len(batch))
-        return [found[i] for i in range(len(requests))]
+        return [outputs[i] for i in range(len(requests))]
 
     def _generate(self, contexts: list[str], wanted: "_Wanted") -> list[str]:
         until, new, sampling = wanted
@@ -165,7 +167,7 @@ class _Wanted(NamedTuple):
 
 
 def _wanted(settings: dict[str, Any], seed: int) -> _Wanted:
-    """A task's settings of generation. Raises ValueError for those that are not known here."""
+    """A task's generation settings. Raises ValueError for those that are not supported."""
     known: dict[str, Any] = dict(normalize_gen_kwargs(settings))
     until, new = [x for x in known.pop("until") if x], known.pop("max_gen_toks")
     del known["do_sample"]  # the temperature is 0 where nothing is drawn

@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from ..models.model import Model
+from ..utils.records import TaskRow
 from .lm_eval_model import NativeLM
 
 
@@ -37,7 +38,7 @@ def load_tasks(
             f"task {', '.join(unknown)!r} is unknown: expected names that `lm-eval ls tasks` "
             "lists, or of YAML files in the folder --include-path"
         )
-    random.seed(DEFAULT_RANDOM_SEED)  # the seeds of lm-eval's own command line
+    random.seed(DEFAULT_RANDOM_SEED)  # as lm-eval's own command line seeds
     np.random.seed(DEFAULT_OTHER_SEED)
     with _hub_metrics(trust_remote_code):
         try:
@@ -59,26 +60,26 @@ def run_tasks(
     stop: Sequence[int] = (),
     trust_remote_code: bool = False,
     bits: int | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Metrics of what `load_tasks` gave, by task, named `METRIC,FILTER` as lm-eval does.
+) -> dict[str, TaskRow]:
+    """Metrics of what `load_tasks` returned, by task, named `METRIC,FILTER` as lm-eval does.
 
     limit: documents to take of each task at most; stop, bits: as in `NativeLM`. Raises ValueError
     for tasks that would run code which the model writes.
     """
     lm = NativeLM(model, tokenizer, batch_size, stop, bits)
     with _hub_metrics(trust_remote_code):
-        found = evaluate(lm, tasks, limit=limit)
-    rows = {}
-    for name, row in found["results"].items():
+        results = evaluate(lm, tasks, limit=limit)
+    rows: dict[str, TaskRow] = {}
+    for name, row in results["results"].items():
         metrics = {key: value for key, value in row.items() if key not in ("name", "alias")}
-        facts = {"version": found["versions"].get(name), "shots": found["n-shot"].get(name)}
+        facts = {"version": results["versions"].get(name), "shots": results["n-shot"].get(name)}
         rows[name] = facts | metrics
     return rows
 
 
 @contextmanager
 def _hub_metrics(trusted: bool) -> Iterator[None]:
-    """Metrics that are scripts on the Hub, which lm-eval fetches and runs unasked, or none."""
+    """Refuse metrics that are scripts on the Hub, which lm-eval fetches and runs without asking."""
     if trusted:
         yield
         return
@@ -92,7 +93,7 @@ def _hub_metrics(trusted: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            if wanted:  # lm-eval may have swallowed the error, to stumble over what is missing
+            if wanted:  # lm-eval may have caught the error, and failed later without the metric
                 raise ValueError(
                     f"the metric {wanted[0]} is a script on the Hub: pass --trust-remote-code to "
                     "fetch and run it, or choose other tasks"

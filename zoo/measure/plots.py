@@ -1,21 +1,28 @@
-"""Figures of sweeps. Needs matplotlib (extra `plots`); draws without a screen and global state."""
+"""Figures of sweeps and benches. Draws without a screen and without pyplot's global state.
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+Importing this raises ValueError without matplotlib (extra `plot`).
+"""
 
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import TABLEAU_COLORS, Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+try:
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import TABLEAU_COLORS, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+except ModuleNotFoundError:
+    raise ValueError("plots need matplotlib: pip install 'eigenzoo[plot]'") from None
 
 from ..compression.cuts import NOISE
-from ..utils.jsonl import Row
-from .summary import Section, increase
+from ..utils.records import BenchRow, TimedRow
+from ..utils.sweep_rows import CompressedRow
+from .sweep_table import Section, increase
 
-COLOURS, MARKS = list(TABLEAU_COLORS.values()), "osD^vPX"
-SIDES = {"k": "keys", "v": "values"}
+COLORS, MARKS = list(TABLEAU_COLORS.values()), "osD^vPX"
 
 
 def figures(sections: Sequence[Section]) -> dict[str, Figure]:
@@ -50,9 +57,9 @@ def quality(section: Section, title: str) -> Figure:
     lowest = 1.0
     for i, (label, cells) in enumerate(section.table.items()):
         points = sorted((row["kv_share"], 100 * increase(row)) for row in cells.values())
-        colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+        color, mark = COLORS[i % len(COLORS)], MARKS[i % len(MARKS)]
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, label=label, color=colour, marker=mark)
+        axes.plot(x, y, label=label, color=color, marker=mark)
         lowest = min(lowest, *y)
     _scale(axes, lowest)
     axes.set(title=title, xlabel="share of the KV bytes that is kept")
@@ -73,10 +80,10 @@ def _scale(axes: Axes, lowest: float) -> None:
     axes.grid(which="both", alpha=0.3)
 
 
-def _timed(section: Section, keep: float) -> dict[str, Row]:
+def _timed(section: Section, keep: float) -> dict[str, CompressedRow]:
     """The rows at a share, by label, of which decoding was timed."""
-    found = {label: cells.get(keep, {}) for label, cells in section.table.items()}
-    return {label: row for label, row in found.items() if "decode" in row}
+    column = {label: cells[keep] for label, cells in section.table.items() if keep in cells}
+    return {label: row for label, row in column.items() if "decode" in row}
 
 
 def cost(section: Section, keep: float, title: str) -> Figure:
@@ -86,9 +93,9 @@ def cost(section: Section, keep: float, title: str) -> Figure:
     rows, order = _timed(section, keep), list(section.table)
     for label, row in rows.items():
         i = order.index(label)  # looks as in `quality`
-        colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+        color, mark = COLORS[i % len(COLORS)], MARKS[i % len(MARKS)]
         x, y = row["decode"]["speedup"], 100 * increase(row)
-        axes.plot(x, y, label=label, color=colour, marker=mark, linestyle="none")
+        axes.plot(x, y, label=label, color=color, marker=mark, linestyle="none")
     axes.axvline(1, color="grey", linewidth=0.8)
     _scale(axes, min(increase(row) for row in rows.values()))
     speed = f"decode speed relative to uncompressed, {section.slots} slots, not compiled"
@@ -97,14 +104,11 @@ def cost(section: Section, keep: float, title: str) -> Figure:
     return figure
 
 
-def ranks(row: Row, title: str) -> Figure:
+def ranks(row: CompressedRow, title: str) -> Figure:
     """A heat map of the ranks of keys and values in every layer."""
-    sides = [side for side, full in zip(SIDES, row["full_ranks"], strict=True) if full]
-    numbers = [row[f"{side}_ranks"] for side in sides]
-    shares = [
-        [rank / full for rank in side]
-        for side, full in zip(numbers, filter(None, row["full_ranks"]), strict=True)
-    ]
+    fulls = [n for n in row["full_ranks"] if n]
+    numbers = [row["k_ranks"], row["v_ranks"]][: len(fulls)]  # of joint latents only the first
+    shares = [[rank / full for rank in side] for side, full in zip(numbers, fulls, strict=True)]
     layers = len(numbers[0])
     figure = Figure(figsize=(max(6, 2 + 0.35 * layers), 2.2), layout="constrained", dpi=150)
     axes = figure.subplots()
@@ -112,57 +116,65 @@ def ranks(row: Row, title: str) -> Figure:
     image = axes.imshow(shares, aspect="auto", vmin=0, vmax=most, cmap="viridis")
     for y, side in enumerate(numbers):
         for x, rank in enumerate(side):
-            colour = "white" if shares[y][x] < 0.6 * most else "black"
-            axes.text(x, y, rank, ha="center", va="center", color=colour, fontsize=7)
-    names = [SIDES[side] for side in sides] if len(sides) > 1 else ["keys and values"]
+            color = "white" if shares[y][x] < 0.6 * most else "black"
+            axes.text(x, y, str(rank), ha="center", va="center", color=color, fontsize=7)
+    names = ["keys", "values"] if len(numbers) > 1 else ["keys and values"]
     axes.set_yticks(range(len(names)), names)
     axes.set_xticks(range(0, layers, max(1, layers // 16)))
     axes.set(title=title, xlabel="layer")
-    full = " or ".join(str(n) for n in sorted({n for n in row["full_ranks"] if n}))
-    figure.colorbar(image, label=f"rank / {full}")
+    figure.colorbar(image, label=f"rank / {' or '.join(map(str, sorted(set(fulls))))}")
     return figure
 
 
-def errors(row: Row, title: str) -> Figure:
+def errors(row: CompressedRow, title: str) -> Figure:
     """The share of each layer's error that is left at a rank, as the method counts it."""
-    curves = row["curves"]
+    curves, layers = row["curves"], row["layers"]
+    sides = [("keys", curves["k"], [(x["k_rank"], x["k_error"]) for x in layers])]
+    if "v" in curves:
+        sides.append(("values", curves["v"], [(x["v_rank"], x["v_error"]) for x in layers]))
     figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
-    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
-    layers = len(row["k_ranks"])
-    depth, colours = Normalize(0, max(1, layers - 1)), colormaps["viridis"]
-    for axes, (side, curve) in zip(panels, curves.items(), strict=True):
-        for layer, left in enumerate(curve["left"]):
-            colour, found = colours(depth(layer)), row["layers"][layer]
-            axes.plot(curve["ranks"], left, color=colour, linewidth=1)
-            axes.plot(found[f"{side}_rank"], found[f"{side}_error"], "o", color=colour)
-        name = SIDES[side] if len(curves) > 1 else "keys and values"
+    panels = figure.subplots(1, len(sides), squeeze=False, sharey=True)[0]
+    depth, colors = Normalize(0, max(1, len(layers) - 1)), colormaps["viridis"]
+    for axes, (name, curve, dots) in zip(panels, sides, strict=True):
+        for layer, (left, dot) in enumerate(zip(curve["left"], dots, strict=True)):
+            color = colors(depth(layer))
+            axes.plot(curve["ranks"], left, color=color, linewidth=1)
+            axes.plot(*dot, "o", color=color)
         axes.set_yscale("log", nonpositive="mask")  # at full rank nothing is left
-        axes.set(ylim=(NOISE, 2), title=name, xlabel="rank of a latent")
+        title_of_panel = name if len(sides) > 1 else "keys and values"
+        axes.set(ylim=(NOISE, 2), title=title_of_panel, xlabel="rank of a latent")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("share of the error left")
     figure.suptitle(title)
-    figure.colorbar(ScalarMappable(depth, colours), ax=list(panels), label="layer")
+    figure.colorbar(ScalarMappable(depth, colors), ax=list(panels), label="layer")
     return figure
 
 
-def decoding(rows: Sequence[Mapping[str, Any]], title: str) -> dict[str, Figure]:
+def save_decoding(rows: Sequence[BenchRow], title: str, folder: Path) -> None:
+    """Write speed.png and memory.png into the folder."""
+    for name, figure in decoding(rows, title).items():
+        figure.savefig(folder / f"{name}.png")
+
+
+def decoding(rows: Sequence[BenchRow], title: str) -> dict[str, Figure]:
     """What `bench.bench` measured, against the context: tokens per second, and peak memory."""
-    whole = [row for row in rows if "failed" not in row]
-    sides = {
-        "speed": ("tokens per second", "tokens_per_second", 1),
-        "memory": ("peak memory, GiB", "peak_memory", 2**-30),
-    }
+    timed = [row for row in rows if "failed" not in row]
     return {
-        name: _against_context(whole, title, label, key, scale)
-        for name, (label, key, scale) in sides.items()
+        "speed": _against_context(timed, title, "tokens per second", "tokens_per_second", 1),
+        "memory": _against_context(timed, title, "peak memory, GiB", "peak_memory", 2**-30),
     }
 
 
 def _against_context(
-    rows: Sequence[Mapping[str, Any]], title: str, label: str, key: str, scale: float
+    rows: Sequence[TimedRow],
+    title: str,
+    label: str,
+    key: Literal["tokens_per_second", "peak_memory"],
+    scale: float,
 ) -> Figure:
     """One panel a batch size, one line a model."""
-    batches, names = (list(dict.fromkeys(row[x] for row in rows)) for x in ("batch", "model"))
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    names = list(dict.fromkeys(row["model"] for row in rows))
     contexts = sorted({row["context"] for row in rows})
     figure = Figure(figsize=(1 + 3.5 * len(batches), 4.5), layout="constrained", dpi=150)
     panels = figure.subplots(1, len(batches), squeeze=False)[0]
@@ -170,9 +182,9 @@ def _against_context(
         for i, name in enumerate(names):
             cells = [x for x in rows if (x["batch"], x["model"]) == (batch, name)]
             points = sorted((x["context"], scale * x[key]) for x in cells)
-            colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+            color, mark = COLORS[i % len(COLORS)], MARKS[i % len(MARKS)]
             handle = name if batch == batches[0] else None
-            axes.plot(*zip(*points, strict=True), label=handle, color=colour, marker=mark)
+            axes.plot(*zip(*points, strict=True), label=handle, color=color, marker=mark)
         axes.set_xscale("log", base=2)
         axes.set_xticks(contexts, contexts)
         axes.set_ylim(bottom=0)

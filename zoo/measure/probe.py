@@ -1,6 +1,6 @@
-"""What perplexity alone hides: where in a window tokens get worse, and what is still found there.
+"""What perplexity alone hides: at which positions tokens get worse, and which facts are retrieved.
 
-A cache that keeps less may cost little on average and much where the text is far back.
+A compressed cache may cost little on average, and much for tokens far back in the context.
 """
 
 import math
@@ -37,8 +37,8 @@ class Bucket(NamedTuple):
 def by_position(losses: Tensor, first: int = 64) -> list[Bucket]:
     """Losses (windows, window - 1) as of `token_losses` in buckets of positions.
 
-    The buckets end at `first`, twice that, and so on up to the window. Weighted by `tokens`, their
-    losses average to that of the whole.
+    The buckets end at `first`, twice that, and so on up to the window. The average of their losses,
+    weighted by `tokens`, is the loss of all tokens.
     """
     window = losses.size(1) + 1
     doubled = (first << i for i in range(window.bit_length()))
@@ -52,7 +52,7 @@ def by_position(losses: Tensor, first: int = 64) -> list[Bucket]:
 
 
 class Planted(NamedTuple):
-    """A text that says a fact and ends in the question after it, and the right answer."""
+    """A text that states a fact and ends with a question about it, and the right answer."""
 
     prompt: list[int]
     answer: list[int]
@@ -93,8 +93,8 @@ def plant(
 def recall(generator: Generator, planted: Planted) -> tuple[bool, float]:
     """Whether greedy decoding gives the answer, and the mean log-likelihood of its tokens.
 
-    The answer is fed token by token over the cache: greedy decoding takes the same path up to its
-    first mistake, so that one pass tells both.
+    The answer is fed token by token over the cache. Greedy decoding takes the same path up to its
+    first mistake, so one pass measures both.
     """
     prompt, answer = (torch.tensor([x], device=generator.valid.device) for x in planted)
     rows = [generator.advance(prompt, 0)]
@@ -106,10 +106,10 @@ def recall(generator: Generator, planted: Planted) -> tuple[bool, float]:
 
 
 class Retrieval(NamedTuple):
-    """How well facts are found that stand at one depth of texts of one length."""
+    """How well facts at one depth of texts of one length are retrieved."""
 
     length: int  # tokens
-    depth: float  # 0: the text begins with the fact; 1: it stands before the question
+    depth: float  # 0: the fact begins the text; 1: it comes just before the question
     facts: int
     right: float  # share of facts that greedy decoding gives exactly
     loglikelihood: float  # mean per token of the right answer, in nats
@@ -127,7 +127,7 @@ def retrieval(
 ) -> list[Retrieval]:
     """Plant facts in texts of `lengths` tokens, ask for them, decode over the static cache.
 
-    Every length and depth is given the same facts. bits: as in `Generator`. Raises ValueError for
+    Every length and depth has the same facts. bits: as in `Generator`. Raises ValueError for
     lengths that do not fit.
     """
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -140,13 +140,15 @@ def retrieval(
     rows = []
     total = len(plan) * len(depths) * facts
     with tqdm(desc="asking", total=total, unit="fact", disable=None, leave=False) as bar:
-        for length in sorted(plan, reverse=True):  # what does not fit fails at once
+        for length in sorted(
+            plan, reverse=True
+        ):  # the longest first: what does not fit fails at once
             generator = Generator(model, 1, length, compile=False, bits=bits)
             for depth, texts in zip(depths, plan[length], strict=True):
-                found = []
+                answers = []
                 for one in texts:
-                    found.append(recall(generator, one))
+                    answers.append(recall(generator, one))
                     bar.update()
-                right, logs = (sum(x) / facts for x in zip(*found, strict=True))
+                right, logs = (sum(x) / facts for x in zip(*answers, strict=True))
                 rows.append(Retrieval(length, depth, facts, right, logs))
     return sorted(rows)

@@ -1,4 +1,4 @@
-"""Models of random weights in the shapes of published ones: their speed is that of trained ones."""
+"""Models of random weights in published shapes: they decode as fast as trained ones."""
 
 from functools import partial
 from math import lcm
@@ -59,7 +59,7 @@ SHAPES = {
 
 
 def shaped(name: str, layers: int | None = None, context: int = 0) -> PreTrainedConfig:
-    """transformers' config of a published model, cut to `layers`, that can read `context` tokens.
+    """transformers' config of a published model with `layers` layers that reads `context` tokens.
 
     Raises ValueError for a name that is not in `SHAPES`.
     """
@@ -75,10 +75,10 @@ def shaped(name: str, layers: int | None = None, context: int = 0) -> PreTrained
 
 
 def uniform(config: Config, settings: Settings) -> Config:
-    """The config of the same model with one rank everywhere, which keeps at most `settings.keep`.
+    """The config of the same model with one rank in all layers, keeping at most `settings.keep`.
 
-    settings: fitted to the config; of the method only the shape of its latents counts. Raises
-    ValueError where so little cannot be kept.
+    settings: fitted to the config; only the shape of the latents matters. Raises ValueError if
+    keys stay full and so little cannot be kept.
     """
     shared, keep = settings.heads_per_latent or (1, 1), settings.keep
     shares, step = (keep, keep), settings.rank_multiple
@@ -91,7 +91,7 @@ def uniform(config: Config, settings: Settings) -> Config:
     low = partial(low_config, config, heads_per_latent=shared, joint=settings.latent == "joint-kv")
     full = low(Ranks((), ())).full_ranks
     ranks = [int(share * n) // step * step for share, n in zip(shares, full, strict=True)]
-    room = sum(ranks) + step <= keep * sum(full)  # for one more, which keys need more
+    room = sum(ranks) + step <= keep * sum(full)  # for one more step, which keys need more
     if room and settings.latent == "separate" and settings.keys != "full":
         ranks[0] += step
     k, v = ((rank,) * config.num_hidden_layers for rank in ranks)
@@ -99,7 +99,7 @@ def uniform(config: Config, settings: Settings) -> Config:
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Model:
-    """A model of random weights: its speed is that of a trained one."""
+    """A model of random weights, which decodes as fast as a trained one."""
     with torch.device("meta"):
         model = new_model(config).to(dtype)
     model.to_empty(device=device)

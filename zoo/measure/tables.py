@@ -1,33 +1,42 @@
-"""Results as tables for a terminal."""
+"""Print results as tables in a terminal."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
 
-from .summary import Section, caption, cells
+from ..utils.records import (
+    BenchResult,
+    EvaluationResult,
+    LayerRecord,
+    PositionRecord,
+    RetrievalRecord,
+    TaskRow,
+)
+from .evaluate import Comparison
+from .sweep_table import Section, caption, cells
 
 
-def layers(rows: Sequence[Mapping[str, Any]]) -> None:
+def layers(rows: Sequence[LayerRecord]) -> None:
     """Print the ranks of every layer as bars, with errors and thresholds where there are any."""
-    titles = {"k_rank": "keys", "v_rank": "values"}
-    if not any(x["v_rank"] for x in rows):
-        titles = {"k_rank": "keys and values"}
-    widest = max(x[name] for x in rows for name in titles)
+    both = any(x["v_rank"] for x in rows)
+    heads = ["keys", "", "values", ""] if both else ["keys and values", ""]
+    widest = max(max(x["k_rank"], x["v_rank"]) for x in rows)
     extra = [name for name in rows[0] if name not in ("k_rank", "v_rank")]
-    heads = [head for title in titles.values() for head in (title, "")]
     table = Table("layer", *heads, *extra)
     for i, x in enumerate(rows):
         cells = []
-        for rank in (x[name] for name in titles):
+        for rank in (x["k_rank"], x["v_rank"]) if both else (x["k_rank"],):
             cells += [str(rank), "█" * max(1, round(12 * rank / widest))]
-        more = (f"{n:.4f}" if isinstance(n := x[name], float) else str(n) for name in extra)
-        table.add_row(str(i), *cells, *more)
+        by_name: Mapping[str, Any] = x
+        more = (by_name[name] for name in extra)
+        cells += [f"{n:.4f}" if isinstance(n, float) else str(n) for n in more]
+        table.add_row(str(i), *cells)
     Console().print(table)
 
 
-def comparison(rows: Mapping[str, Mapping[str, Any]], context: int, text: str) -> None:
+def comparison(rows: Mapping[str, Comparison], context: int, text: str) -> None:
     """Print what was measured of several models side by side."""
     names = {
         "perplexity": f"perplexity on {text}",
@@ -37,21 +46,22 @@ def comparison(rows: Mapping[str, Mapping[str, Any]], context: int, text: str) -
         "answer": "answer",
     }
     table = Table("", *rows)
+    columns: list[Mapping[str, Any]] = [*rows.values()]
     for key, title in names.items():
-        cells = [row[key] for row in rows.values()]
+        cells = [column[key] for column in columns]
         table.add_row(title, *(f"{x:.2f}" if isinstance(x, float) else str(x) for x in cells))
     Console().print(table)
 
 
 def changes(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print what a push does to every file."""
+    """Print what a push does to each file."""
     table = Table("file", "MB", "")
     for x in rows:
         table.add_row(x["path"], f"{x['size'] / 1e6:.2f}", x["state"])
     Console().print(table)
 
 
-def bench(rows: Sequence[Mapping[str, Any]]) -> None:
+def bench(rows: Sequence[BenchResult]) -> None:
     """Print what `bench.bench` measured."""
     heads = "model", "tok/s", "ms/step", "floor", "KV read", "speed", "bound", "peak MiB"
     places = dict.fromkeys((x["context"], x["batch"], x["slots"]) for x in rows)
@@ -82,26 +92,26 @@ def bench(rows: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def evaluation(found: Mapping[str, Any]) -> None:
-    """Print what `eigenzoo evaluate` found: of perplexity, positions, retrieval, tasks."""
-    if "perplexity" in found:
+def evaluation(result: EvaluationResult) -> None:
+    """Print what `eigenzoo evaluate` measured: perplexity, positions, retrieval, tasks."""
+    if "perplexity" in result:
         print(
-            f"perplexity {found['perplexity']:.4f} on {found['tokens']} tokens of {found['text']} "
-            f"in windows of {found['window']}"
+            f"perplexity {result['perplexity']:.4f} on {result['tokens']} tokens of "
+            f"{result['text']} in windows of {result['window']}"
         )
     print(
-        f"{found['kv_bytes_per_token']} KV bytes per token, {found['kv_share']:.1%} of the "
-        f"uncompressed {found['kv_bytes_per_token_dense']}"
+        f"{result['kv_bytes_per_token']} KV bytes per token, {result['kv_share']:.1%} of the "
+        f"uncompressed {result['kv_bytes_per_token_dense']}"
     )
-    if "by_position" in found:
-        positions(found["by_position"])
-    if "retrieval" in found:
-        retrieval(found["retrieval"])
-    if "tasks" in found:
-        tasks(found["tasks"])
+    if "by_position" in result:
+        positions(result["by_position"])
+    if "retrieval" in result:
+        retrieval(result["retrieval"])
+    if "tasks" in result:
+        tasks(result["tasks"])
 
 
-def positions(rows: Sequence[Mapping[str, Any]]) -> None:
+def positions(rows: Sequence[PositionRecord]) -> None:
     """Print what `probe.by_position` measured."""
     table = Table("tokens before", "predicted", "loss in nats", "perplexity")
     for x in rows:
@@ -110,14 +120,14 @@ def positions(rows: Sequence[Mapping[str, Any]]) -> None:
     Console().print(table)
 
 
-def retrieval(rows: Sequence[Mapping[str, Any]]) -> None:
+def retrieval(rows: Sequence[RetrievalRecord]) -> None:
     """Print what `probe.retrieval` measured, one line a length and one column a depth."""
     depths = sorted({x["depth"] for x in rows})
     table = Table("tokens", *(f"depth {depth:.0%}" for depth in depths))
     for length in sorted({x["length"] for x in rows}):
         cells = {x["depth"]: x for x in rows if x["length"] == length}
-        found = [cells[depth] for depth in depths]
-        table.add_row(str(length), *(f"{x['right']:.0%} {x['loglikelihood']:.2f}" for x in found))
+        row = [cells[depth] for depth in depths]
+        table.add_row(str(length), *(f"{x['right']:.0%} {x['loglikelihood']:.2f}" for x in row))
     Console().print(table)
     print(
         f"share of {rows[0]['facts']} facts that greedy decoding gives, and mean log-likelihood of "
@@ -125,8 +135,8 @@ def retrieval(rows: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def tasks(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print what `tasks.run_tasks` measured."""
+def tasks(rows: Mapping[str, TaskRow]) -> None:
+    """Print what `lm_eval_tasks.run_tasks` measured."""
     table = Table("task", "documents", "shots", "metric", "value", "standard error")
     for name, row in rows.items():
         for metric in (key for key in row if "," in key and "_stderr," not in key):
@@ -146,19 +156,20 @@ def sweep(section: Section) -> None:
     print(caption(section))
 
 
-def checkpoint(found: Mapping[str, Any]) -> None:
-    """Print what `checkpoint.inspect` found."""
+def checkpoint(about: Mapping[str, Any]) -> None:
+    """Print what `checkpoint.inspect` returned."""
     table = Table(show_header=False)
-    for key, value in {**found, **(found["compression"] or {})}.items():
+    compression = about["compression"] or {}
+    for key, value in {**about, **compression}.items():
         by_layer = ("k_ranks", "v_ranks", "k_bits", "v_bits")
         hidden = (*by_layer, "compression", "layers", "refined", "measured")
         if key not in hidden and value is not None:
             table.add_row(key, str(value))
-    for run in (found["compression"] or {}).get("refined", []):
+    for run in compression.get("refined", []):
         kl = f"KL {run['kl_before']:.4g} -> {run['kl_after']:.4g} nats per token"
         table.add_row("refined", f"{run['best_step']} steps, {kl}")
     Console().print(table)
     names = {"k_rank": "k_ranks", "v_rank": "v_ranks", "k_bits": "k_bits", "v_bits": "v_bits"}
-    columns = {name: found[key] for name, key in names.items() if found[key]}
+    columns = {name: about[key] for name, key in names.items() if about[key]}
     rows = zip(*columns.values(), strict=True)
-    layers([dict(zip(columns, row, strict=True)) for row in rows])
+    layers([cast(LayerRecord, dict(zip(columns, row, strict=True))) for row in rows])

@@ -1,1 +1,1 @@
-"""The models: torch and one another only, for every file here travels with checkpoints."""
+"""Models, caches and attention. These files travel with checkpoints: they import only torch."""

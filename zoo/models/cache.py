@@ -1,4 +1,4 @@
-"""The compressed key/value cache: fixed buffers, written in place, safe for CUDA graphs."""
+"""The compressed KV cache: fixed buffers, written in place, safe for CUDA graphs."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from .bits import LEVELS, check_bits
 
-SCALE = torch.bfloat16  # of the steps: fp32's range, and a step need not be exact
+SCALE = torch.bfloat16  # dtype of the scales: it has fp32's range, and they need not be exact
 
 
 class Latent(NamedTuple):
-    """What a layer keeps of its keys, or of its values, per token.
+    """What a layer caches per token of its keys, or of its values.
 
-    `heads` vectors of `width` numbers of `bits` each; below 16 bits a vector has a scale as well.
+    That is `heads` vectors of `width` numbers with `bits` bits each. Below 16 bits, each vector has
+    a scale too.
     """
 
     heads: int
@@ -23,19 +24,19 @@ class Latent(NamedTuple):
     bits: int = 16
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes per token, where numbers that are not quantised are of a dtype."""
+        """Bytes per token, scales included. dtype: of numbers that are not quantized."""
         if self.bits == 16 or not self.width:
             return self.heads * self.width * dtype.itemsize
         return self.heads * (self.width * self.bits // 8 + SCALE.itemsize)
 
 
 class Packed(NamedTuple):
-    """Vectors of whole numbers times a scale of their own.
+    """Quantized vectors: integer codes, and one scale per vector.
 
-    codes: (B, heads, S, width) in int8; or two in a byte, (B, heads, S, width / 2) in uint8, of
-    which the low bits are the first half of a vector. Four bits n stand for n - 7.5, so that all
-    sixteen are used, alike above and below zero. scale: (B, heads, S, 1), the largest number of a
-    vector in `LEVELS`.
+    codes: with 8 bits (B, heads, S, width) in int8; with 4 bits (B, heads, S, width / 2) in uint8,
+    where the low and high halves of the bytes hold the first and second half of a vector. A 4-bit
+    code n means n - 7.5, so the 16 levels are symmetric around zero. scale: (B, heads, S, 1), the
+    largest absolute value of a vector divided by its entry in `LEVELS`.
     """
 
     codes: Tensor
@@ -43,11 +44,11 @@ class Packed(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Of a number."""
+        """Bits per number."""
         return 8 if self.codes.dtype == torch.int8 else 4
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """(B, heads, S, width)."""
+        """The numbers, (B, heads, S, width), in a dtype."""
         x = self.codes.to(dtype)
         if self.bits == 4:
             x = torch.cat((self.codes & 15, self.codes >> 4), dim=-1).to(dtype) - LEVELS[4]
@@ -55,10 +56,13 @@ class Packed(NamedTuple):
 
 
 def pack(x: Tensor, bits: int) -> Packed:
-    """Vectors (B, heads, S, width) in 8 or 4 bits: none is off by more than half its scale."""
+    """Quantize vectors (B, heads, S, width) to 8 or 4 bits.
+
+    The error of a number is at most half the scale of its vector.
+    """
     x = x.float()
     scale = (x.abs().amax(-1, keepdim=True) / LEVELS[bits]).clamp(min=1e-30)
-    # up to what SCALE holds, by its bits: torch.compile leaves a cast there and back out
+    # Round up to bf16 by its bits: torch.compile would remove a cast to bf16 and back.
     scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
     x = x / scale
     if bits == 8:
@@ -70,13 +74,13 @@ def pack(x: Tensor, bits: int) -> Packed:
 Buffer = Tensor | Packed
 
 
-def plain(x: Buffer, dtype: torch.dtype) -> Tensor:
-    """Numbers (B, heads, S, width), whatever they are kept as."""
+def unpacked(x: Buffer, dtype: torch.dtype) -> Tensor:
+    """The numbers of a buffer, (B, heads, S, width). dtype: of the result if x is packed."""
     return x.unpack(dtype) if isinstance(x, Packed) else x
 
 
 class LayerCache(NamedTuple):
-    """The buffers of one layer. It does not know which: compiled layers of equal shapes are one."""
+    """The buffers of one layer. It has no layer index, so layers of equal shapes compile once."""
 
     keys: Buffer
     values: Buffer
@@ -97,9 +101,8 @@ def _write(buffer: Buffer, pos: Tensor, x: Tensor) -> Buffer:
 class StaticCache:
     """Buffers (B, heads, S, width) for the keys and values of every layer, allocated once.
 
-    Numbers of 8 or 4 bits are `Packed`. A slot is written once per prompt and read only by tokens
-    at or after it, so a cache is used for the next prompt as it is: what an earlier prompt left
-    behind is never seen.
+    Below 16 bits they are `Packed`. A token writes its slot before any token reads it, so a cache
+    serves the next prompt without being cleared: what the previous prompt wrote is never read.
     """
 
     def __init__(
@@ -111,15 +114,15 @@ class StaticCache:
         device: torch.device | str = "cpu",
         bits: int | None = None,
     ):
-        """bits: 16, 8 or 4 for all numbers; None leaves it to each latent.
+        """bits: 16, 8 or 4 for all numbers; None: the bits of each latent.
 
-        Raises ValueError for other bits, and where two numbers do not fill their bytes.
+        Raises ValueError for other bits, and for an odd width at 4 bits.
         """
 
         def zeros(latent: Latent, width: int, dtype: torch.dtype) -> Tensor:
-            # zeros, not empty: a slot not seen still enters as 0 * v, and 0 * nan is nan
+            # not empty: slots that are not attended to enter as 0 * v, and 0 * NaN is NaN
             x = torch.zeros(batch, latent.heads, slots, width, dtype=dtype, device=device)
-            torch._dynamo.mark_static_address(x)  # else in-place writes rule out CUDA graphs
+            torch._dynamo.mark_static_address(x)  # otherwise in-place writes prevent CUDA graphs
             return x
 
         def buffer(latent: Latent) -> Buffer:
@@ -140,9 +143,10 @@ class StaticCache:
         return LayerCache(self.keys[index], self.values[index])
 
     def first(self, slots: int) -> "StaticCache":
-        """The first slots as a cache: a view, so what is written there is written here.
+        """A view of the first slots as a cache: writes to it are writes to this cache.
 
-        A prompt's next part is best given the slots up to its own: it reads all that it is given.
+        Attention of a prompt reads all slots of the cache it is given. So for a part of a prompt,
+        pass only the slots up to its end.
         """
 
         def cut(x: Buffer) -> Buffer:
@@ -156,11 +160,14 @@ class StaticCache:
         return view
 
     def check(self, tokens: Tensor, pos: Tensor) -> None:
-        """Raise ValueError unless tokens (B, T) at slots pos (T,) fit; compiled code skips it."""
+        """Raise ValueError unless tokens (B, T) at slots pos (T,) fit; compiled code skips this."""
         if torch.compiler.is_compiling():
-            return  # a look at pos would break the graph: generation counts slots itself
+            return  # reading pos would break the graph, and `Generator` has checked the slots
         if tokens.size(0) != self.batch:
-            raise ValueError(f"the cache was made for batch {self.batch}, given {tokens.size(0)}")
+            raise ValueError(
+                f"given {tokens.size(0)} sequences: expected {self.batch}, the batch of the cache; "
+                "make a cache for this batch"
+            )
         if int(pos.max()) >= self.slots or int(pos.min()) < 0:
             raise ValueError(
                 f"slots {int(pos.min())} to {int(pos.max())} do not fit a cache of {self.slots}: "
@@ -169,6 +176,6 @@ class StaticCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the buffers hold."""
+        """Bytes of the buffers."""
         buffers = self.keys + self.values
         return sum(sum(y.nbytes for y in x) if isinstance(x, Packed) else x.nbytes for x in buffers)

@@ -1,4 +1,4 @@
-"""What every family's config says: sizes, and what the cache keeps of each token."""
+"""The base class of all configs: sizes of a model, and what its cache keeps per token."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -13,17 +13,17 @@ from .cache import Latent
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sizes that all families share, and what their caches keep.
+    """Sizes that all families have, and what their caches keep.
 
-    k_ranks, v_ranks: numbers per token and latent, one a layer; empty means full rank.
-    k_bits, v_bits: of each of these numbers in a cache, one a layer; empty means 16, which is
-    the model's own dtype.
-    joint_kv: one latent holds keys and values; its ranks are k_ranks, those of v_ranks are 0.
+    k_ranks, v_ranks: the rank of latents, one per layer; empty means full rank.
+    k_bits, v_bits: bits per cached number, one per layer; empty means 16, the model's dtype.
+    k_heads_per_latent, v_heads_per_latent: kv heads that share one latent.
+    joint_kv: one latent holds keys and values; its ranks are k_ranks, and v_ranks are 0.
     """
 
-    family: ClassVar[str]  # its name in `families.FAMILIES`, which is transformers' model_type
-    foreign: ClassVar[bool] = False  # config.json may hold what transformers' class refuses
-    rotary: ClassVar[bool] = False  # a rotation between projection and score: keys are lifted
+    family: ClassVar[str]  # the key in `families.FAMILIES`, which is transformers' model_type
+    foreign: ClassVar[bool] = False  # config.json may hold fields that transformers' class rejects
+    rotary: ClassVar[bool] = False  # keys are rotated (RoPE), so queries cannot read latents
 
     vocab_size: int
     hidden_size: int
@@ -46,17 +46,20 @@ class Config:
     joint_kv: bool = False
 
     def __post_init__(self) -> None:
-        """Fill in full ranks and refuse what does not fit together."""
-        for f in fields(self):  # JSON knows lists only
+        """Fill in full ranks. Raises ValueError for fields that do not fit together."""
+        for f in fields(self):  # JSON has lists, not tuples
             if isinstance(value := getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(value))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"{self.num_attention_heads} query heads do not divide among "
-                f"{self.num_key_value_heads} kv heads"
+                f"num_attention_heads is {self.num_attention_heads}: expected a multiple of "
+                f"num_key_value_heads, {self.num_key_value_heads}"
             )
         if self.joint_kv and self.k_heads_per_latent != self.v_heads_per_latent:
-            raise ValueError("joint_kv: expected as many heads per latent for keys as for values")
+            raise ValueError(
+                f"joint_kv with {self.k_heads_per_latent} and {self.v_heads_per_latent} heads per "
+                "latent of keys and of values: expected equal numbers"
+            )
         for name, shared in (("k", self.k_heads_per_latent), ("v", self.v_heads_per_latent)):
             if shared < 1 or self.num_key_value_heads % shared:
                 raise ValueError(
@@ -82,64 +85,64 @@ class Config:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
-        """From config.json of a dense checkpoint, defaults filled in. Refuses what it cannot run.
+        """Read the config of a dense checkpoint. raw: config.json with defaults filled in.
 
-        Raises ValueError that names the field.
+        Raises ValueError naming an unsupported field.
         """
         raise NotImplementedError
 
     def weights(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The parts of one tensor of a Hugging Face checkpoint, by their names here."""
+        """Yield native (name, tensor) pairs for one tensor of a Hugging Face checkpoint."""
         raise NotImplementedError
 
     @property
     def full_ranks(self) -> tuple[int, int]:
-        """Numbers of an uncompressed latent of keys, and of values."""
+        """The width of an uncompressed latent of keys, and of values."""
         k, v = self.k_heads_per_latent * self.head_dim, self.v_heads_per_latent * self.head_dim
         return (k + v, 0) if self.joint_kv else (k, v)
 
     @property
     def learned_positions(self) -> int:
-        """How many positions the model has a vector for; 0 where it needs none."""
+        """The number of learned position embeddings; 0 if the model has none."""
         return 0
 
     def check_length(self, slots: int) -> None:
-        """Raise ValueError if the model does not know as many positions."""
+        """Raise ValueError if the model has fewer learned positions than `slots`."""
         limit = self.learned_positions
         if limit and slots > limit:
             raise ValueError(
-                f"the model knows {limit} positions, {slots} tokens or slots do not fit: take "
-                "fewer, a smaller window or a smaller cache"
+                f"the model has {limit} learned positions, given {slots} tokens or slots: use "
+                "fewer tokens, a smaller window or a smaller cache"
             )
 
     @property
     def fixed_angles(self) -> bool:
-        """Whether a rotation, if there is one, never depends on the length of the text."""
+        """Whether the rotation angles of a position never depend on the length of the text."""
         return True
 
     @property
     def nonlinear(self) -> tuple[bool, bool]:
-        """Whether keys, and values, are more than a linear map of the layer's input."""
+        """Whether keys, and values, are nonlinear in the layer's input."""
         return False, False
 
     @property
     def least_bits(self) -> int:
-        """The fewest bits of a number in the cache."""
+        """The smallest number of bits per cached number in any layer."""
         return min((16, *self.k_bits, *self.v_bits))
 
     def compressed(self, layer: int) -> tuple[bool, bool]:
-        """Whether a layer holds less than whole keys, and less than whole values."""
+        """Whether a layer's keys, and its values, have less than full rank."""
         k, v = self.k_ranks[layer] < self.full_ranks[0], self.v_ranks[layer] < self.full_ranks[1]
         return k, k if self.joint_kv else v
 
     def latents(self, layer: int) -> tuple[Latent, Latent]:
-        """What the cache keeps of keys and of values per token. Full rank keeps plain heads."""
+        """What a layer caches per token of keys and of values; at full rank, whole heads."""
         heads = self.num_key_value_heads
         low_k, low_v = self.compressed(layer)
         k = Latent(heads // self.k_heads_per_latent, self.k_ranks[layer])
         v = Latent(heads // self.v_heads_per_latent, self.v_ranks[layer])
-        plain = Latent(heads, self.head_dim)
-        k, v = k if low_k else plain, v if low_v else plain
+        whole = Latent(heads, self.head_dim)
+        k, v = k if low_k else whole, v if low_v else whole
         if self.k_bits:
             k = k._replace(bits=self.k_bits[layer])
         if self.v_bits:
@@ -147,11 +150,11 @@ class Config:
         return k, v
 
     def lifted(self, layer: int) -> tuple[bool, bool]:
-        """Whether the lifts of keys, and of values, stay matrices of their own in this layer.
+        """Whether the decoders of keys, and of values, are separate matrices in this layer.
 
-        Folding the lift of a latent of R numbers into the projections of its query heads makes
-        them R / head_dim times as large: it is done where that is no larger than 1, and where
-        nothing stands between projection and lift.
+        Folding a decoder of rank R into the projections of its query heads makes them R / head_dim
+        times as large. So a decoder is folded only if R <= head_dim, and if no rotation, norm or
+        clip lies between projection and decoder.
         """
         low_k, low_v = self.compressed(layer)
         k = self.k_ranks[layer]
@@ -161,21 +164,21 @@ class Config:
 
     @property
     def kv_width(self) -> int:
-        """Numbers that the cache keeps per token, over all layers."""
+        """Numbers in the cache per token, summed over all layers."""
         pairs = (self.latents(layer) for layer in range(self.num_hidden_layers))
         return sum(k.heads * k.width + v.heads * v.width for k, v in pairs)
 
     @property
     def dense_kv_width(self) -> int:
-        """The same for the uncompressed model."""
+        """As `kv_width`, for the uncompressed model."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 
 
 def kv_bytes(config: Config, dtype: torch.dtype, bits: int | None = None) -> dict[str, Any]:
-    """Bytes that the cache takes per token, scales included, and those of the uncompressed model.
+    """Bytes of cache per token, scales included, of this and of the uncompressed model.
 
-    bits: of all numbers, by default as the config says. A share is of the same dtype: beside
-    float32, 8 bits are a quarter.
+    dtype: of 16-bit numbers and of the uncompressed cache; relative to float32, 8 bits are a
+    quarter. bits: for all numbers, by default as the config says.
     """
     pairs = (config.latents(layer) for layer in range(config.num_hidden_layers))
     latents = [x if bits is None else x._replace(bits=bits) for pair in pairs for x in pair]

@@ -1,4 +1,4 @@
-"""The families that eigenzoo knows, by transformers' model_type."""
+"""The supported families, by transformers' model_type, and how to make their models."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from .qwen2 import Qwen2, Qwen2Config
 
 
 class Family(NamedTuple):
-    """Config and model of a family."""
+    """The config class and the model class of a family."""
 
     config: type[Config]
     model: Callable[..., Model]
@@ -30,14 +30,14 @@ FAMILIES = {
 
 
 def new_model(config: Config) -> Model:
-    """An uninitialised model of the config's family."""
+    """A model of the config's family, its weights uninitialized."""
     return FAMILIES[config.family].model(config)
 
 
 def model_of(config: Config, weights: Mapping[str, Tensor], whole: bool = True) -> Model:
-    """A model of these weights, which it shares and does not copy, ready for inference.
+    """A model with these weights (shared, not copied), ready for inference.
 
-    whole: False leaves on meta what has no weight.
+    whole: False permits missing weights, which stay on meta.
     """
     with torch.device("meta"):
         model = new_model(config)

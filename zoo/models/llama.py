@@ -1,16 +1,16 @@
-"""Llama with Eigen Attention: the cache holds keys and values in a low-rank basis.
+"""Llama with a low-rank KV cache (Eigen Attention, Saxena et al., arXiv 2408.05646).
 
-Beside transformers' `modeling_llama.py`, what is peculiar here:
-- `k_ranks` and `v_ranks` of the config say how wide a latent is in each layer, and one latent may
-  serve several kv heads. A dense model is the same class at full rank: nothing is lifted there.
-- Compressed keys are cached before the rotation, and lifted and rotated when they are read;
-  whole keys are cached rotated, as everywhere.
-- With `anchor` > 1 they are turned within their block of slots and then encoded, so that decoding
-  needs one query a block instead of one lifted key a token.
-- With `pairs` a basis mixes heads, never frequencies. It lets the rotation pass, so that latents
-  are cached rotated, as keys are, and queries read them directly.
-- Values stay latent: the lift is folded into `o_proj` where that makes it no larger, else it is
-  applied after attention, to one vector a head instead of one a cached token.
+Differences from transformers' `modeling_llama.py`:
+- `k_ranks` and `v_ranks` of the config give the width of a latent in each layer. One latent may
+  serve several kv heads. A dense model is the same class at full rank, without encoders.
+- Full-rank keys are cached rotated, as usual. Compressed keys are cached before the rotation, and
+  are lifted and rotated when they are read.
+- With `anchor` > 1, keys are rotated relative to the center of their block of slots, then encoded.
+  Decoding then needs one rotated query per block instead of one lifted key per token.
+- With `pairs`, a basis mixes heads but not rotation frequencies, so it commutes with the rotation:
+  latents are cached rotated, and queries read them directly.
+- Values are not lifted before attention in a decoding step. Their decoder is folded into `o_proj`
+  if that does not enlarge it; otherwise it is applied after attention, once per query head.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Mask, Seen, absorb, anchored_decode, lift, lift_heads, rebuild, rotary_decode
+from .attention import absorb, anchored_decode, lift, lift_heads, rebuild, rotary_decode
 from .cache import Buffer, LayerCache
 from .config import Config
 from .linear import Linear
+from .mask import DecodeMask, Mask
 from .model import LatentAttention, Model, parameter
 from .rope import frequencies, rotate
 
@@ -39,7 +40,12 @@ NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(Config):
-    """Sizes of a Llama, by the names of transformers' LlamaConfig, and what its cache keeps."""
+    """Sizes of a Llama, named as in transformers' LlamaConfig, and what its cache keeps.
+
+    anchor: slots of a block; above 1, compressed keys are rotated relative to the center of their
+    block when they are cached. key_mean: lifted keys get the part of their mean that the basis
+    drops. pairs: the numbers of a key latent are complex, each with one rotation frequency.
+    """
 
     family: ClassVar[str] = "llama"
     rotary: ClassVar[bool] = True
@@ -48,36 +54,38 @@ class LlamaConfig(Config):
     rms_norm_eps: float = 1e-6
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_theta": 10_000.0})
     mlp_bias: bool = False
-    anchor: int = 1  # compressed keys are turned within blocks of so many slots when cached
-    key_mean: bool = False  # lifted keys get back what the basis leaves of their mean
-    pairs: bool = False  # a latent holds complex numbers, each of one rotation frequency
+    anchor: int = 1
+    key_mean: bool = False
+    pairs: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what rotated keys cannot do."""
+        """As in `Config`. Raises ValueError also for ways of caching keys that do not combine."""
         if self.joint_kv:
-            raise ValueError("joint_kv is not supported where keys are rotated")
+            raise ValueError(
+                f"joint_kv is not supported for {self.family}, which rotates keys: expected false"
+            )
         if self.anchor < 1:
-            raise ValueError(f"anchor is {self.anchor}: expected the slots of a block, 1 or more")
+            raise ValueError(f"anchor is {self.anchor}: expected 1 or more slots per block")
         if (self.anchor > 1 or self.pairs) and not self.fixed_angles:
             raise ValueError(
-                "longrope turns by other angles in long texts: compressed keys cannot be cached "
-                "turned; rebuild them, or keep them in full"
+                "with longrope, the angles of a position change when the text becomes long, so "
+                "compressed keys cannot be cached rotated: rebuild them, or keep keys in full"
             )
         if self.pairs and (self.anchor > 1 or any(r % 2 for r in self.k_ranks)):
             raise ValueError(
                 f"anchor is {self.anchor}, k_ranks is {list(self.k_ranks)}: expected anchor 1 and "
-                "even ranks where latents of keys are pairs"
+                "even ranks, because latents of keys are pairs"
             )
         super().__post_init__()
 
     @property
     def fixed_angles(self) -> bool:
-        """Whether a position turns by the same angles however long the text becomes."""
+        """Whether the rotation angles of a position never depend on the length of the text."""
         return self.rope_parameters.get("rope_type") != "longrope"
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
-        """From transformers' LlamaConfig. Raises ValueError for what is not supported."""
+        """From transformers' LlamaConfig. Raises ValueError naming an unsupported field."""
         if raw["hidden_act"] != "silu":
             raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported: expected 'silu'")
         bias = dict.fromkeys(
@@ -87,34 +95,37 @@ class LlamaConfig(Config):
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw} | bias)
 
     def weights(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The parts of one tensor of a Hugging Face checkpoint, by their names here."""
+        """Yield native (name, tensor) pairs for one tensor of a Hugging Face checkpoint."""
         parts = key.removeprefix("model.").split(".")
-        if parts[-1] != "inv_freq":  # old checkpoints store what is computed
+        if parts[-1] != "inv_freq":  # old checkpoints store it; here it is computed
             yield ".".join(NAMES.get(part, part) for part in parts), tensor
 
 
 Angles = tuple[Tensor, Tensor]  # cos, sin: (B or 1, 1, positions, D / 2)
 
 
-class Where(NamedTuple):
-    """What attention needs of positions: of every slot, of the new tokens, and who sees whom.
+class AttentionMetadata(NamedTuple):
+    """Rotation angles and the mask of one step, made once and used by all layers.
 
-    Where keys are anchored, a prompt's `slots` are the centres of their blocks.
+    slot_angles: of every slot; for a prompt with anchored keys, of the center of the slot's block.
+    new_angles: of the T new tokens. mask: which slots each new token sees. block_angles: of the
+    new tokens, measured from the centers of their blocks. center_angles: of the one new token,
+    measured from the center of every block. The last two are for anchored keys, else None.
     """
 
-    slots: Angles
-    new: Angles
+    slot_angles: Angles
+    new_angles: Angles
     mask: Mask
-    offset: Angles | None = None  # of the new tokens within their blocks
-    ahead: Angles | None = None  # of the one new token from the centre of every block
+    block_angles: Angles | None = None
+    center_angles: Angles | None = None
 
 
 class Attention(LatentAttention):
-    """Attention of one layer over latents. Weights are named as in a Hugging Face checkpoint."""
+    """Attention of one layer over latents."""
 
     anchored_decode: Callable[..., Tensor] = staticmethod(anchored_decode)
     rotary_decode: Callable[..., Tensor] = staticmethod(rotary_decode)
-    k_pairs: Tensor | None  # the frequency of every pair of columns, (L, R / 2): kept, never cast
+    k_pairs: Tensor | None  # (L, R / 2), which frequency each pair of columns has; int64
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -139,54 +150,60 @@ class Attention(LatentAttention):
         self.register_buffer("k_pairs", pairs)
         self.v_up = parameter(v.heads, v.width, shared[1] * d) if v_up else None
 
-    def forward(self, x: Tensor, pos: Tensor, where: Where, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, pos: Tensor, attn_metadata: AttentionMetadata, cache: LayerCache | None
+    ) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
-        k = self._cached(self.k_proj(x), where)  # (B, L, T, R)
+        k = self._keys_to_cache(self.k_proj(x), attn_metadata)  # (B, L, T, R)
         v = self.v_proj(x).unflatten(-1, (self.v.heads, -1)).transpose(1, 2)  # (B, L, T, R)
         keys, values = (k, v) if cache is None else cache.update(pos, k, v)
-        prompt = x.size(1) > 1  # for one token, lifting what it read is less work than all values
+        prompt = x.size(1) > 1  # for one token, lifting the output costs less than lifting values
         if self.v_up is not None and prompt:
             values = lift(values, self.v_up, self.head_dim)
-        y = self._read(q, keys, values, where)
+        y = self._attend_rotary(q, keys, values, attn_metadata)
         if self.v_up is not None and not prompt:
             y = lift_heads(y, self.v_up, self.head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def _cached(self, k: Tensor, where: Where) -> Tensor:
-        """What the cache keeps of keys as they are projected, (B, T, width): (B, L, T, R)."""
-        if self.k_down is not None and where.offset is not None:
-            turned = rotate(k.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), *where.offset)
+    def _keys_to_cache(self, k: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """From projected keys (B, T, width) to what the cache keeps of them, (B, L, T, R)."""
+        if self.k_down is not None and metadata.block_angles is not None:
+            heads = k.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            turned = rotate(heads, *metadata.block_angles)
             grouped = turned.unflatten(1, (self.k.heads, -1))  # (B, L, G / L, T, D)
             return grouped.transpose(2, 3).flatten(3) @ self.k_down
         k = k.unflatten(-1, (self.k.heads, -1)).transpose(1, 2)
         if self.k_pairs is not None:
             pairs = self.own(self.k_pairs)
-            cos, sin = (x[:, 0][..., pairs].transpose(1, 2) for x in where.new)
+            cos, sin = (x[:, 0][..., pairs].transpose(1, 2) for x in metadata.new_angles)
             return rotate(k, cos, sin)
-        return rotate(k, *where.new) if self.k_up is None else k
+        return rotate(k, *metadata.new_angles) if self.k_up is None else k
 
-    def _read(self, q: Tensor, k: Buffer, v: Buffer, where: Where) -> Tensor:
-        """What queries (B, H, T, D), not yet rotated, read of cached keys and values."""
-        seen, up, mean = where.mask, self.k_up, self.k_mean
-        if self.k_down is not None and where.ahead is not None and isinstance(seen, Seen):
+    def _attend_rotary(
+        self, q: Tensor, k: Buffer, v: Buffer, metadata: AttentionMetadata
+    ) -> Tensor:
+        """Attention of queries (B, H, T, D), not yet rotated, over cached keys and values."""
+        mask, up, mean = metadata.mask, self.k_up, self.k_mean
+        angles = metadata.center_angles
+        if self.k_down is not None and angles is not None and isinstance(mask, DecodeMask):
             return self.anchored_decode(
-                *(q, k, v, seen.span, self.scale, *where.ahead, up, mean, self.anchor, seen.bias)
+                *(q, k, v, mask.span, self.scale, *angles, up, mean, self.anchor, mask.bias)
             )
-        q = rotate(q, *where.new)
+        q = rotate(q, *metadata.new_angles)
         if self.k_pairs is not None and up is not None:
             q = absorb(q, up, self.head_dim)
-        elif up is not None and isinstance(seen, Seen):
+        elif up is not None and isinstance(mask, DecodeMask):
             return self.rotary_decode(
-                *(q, k, v, seen.span, self.scale, *where.slots, up, mean, seen.bias)
+                *(q, k, v, mask.span, self.scale, *metadata.slot_angles, up, mean, mask.bias)
             )
         elif up is not None:
-            k = rebuild(k, *where.slots, up, mean)
-        return self.attend(q, k, v, seen)
+            k = rebuild(k, *metadata.slot_angles, up, mean)
+        return self.attend(q, k, v, mask)
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward layer."""
+    """SwiGLU feed-forward network."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -201,7 +218,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind a norm and beside a residual."""
+    """One layer: attention and MLP, each after a norm and with a residual connection."""
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -210,14 +227,16 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, pos: Tensor, where: Where, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, pos: Tensor, attn_metadata: AttentionMetadata, cache: LayerCache | None
+    ) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
-        x = x + self.attn(self.attn_norm(x), pos, where, cache)
+        x = x + self.attn(self.attn_norm(x), pos, attn_metadata, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Llama(Model):
-    """A Llama for language modelling."""
+    """A Llama language model."""
 
     config: LlamaConfig
     inv_freq: Tensor
@@ -237,14 +256,14 @@ class Llama(Model):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Compute the rotary frequencies anew, in fp32, where the weights are."""
+        """Recompute the rotary frequencies in fp32, on the device of the weights."""
         c = self.config
         inv_freq, self.rope_scale = frequencies(
             c.rope_parameters, c.head_dim, c.max_position_embeddings
         )
         self.inv_freq = inv_freq.to(self.device)
 
-    def _apply(self, fn, recurse=True):  # `.to(bfloat16)` would round the angles as well
+    def _apply(self, fn, recurse=True):  # `.to(bfloat16)` would round the frequencies too
         super()._apply(fn, recurse)
         self.reset_buffers()
         return self
@@ -252,7 +271,7 @@ class Llama(Model):
     def rope(self, position: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B or 1, 1, S, D / 2) of positions (B or 1, S), in fp32.
 
-        newest: the positions of the new tokens; the largest chooses longrope's frequencies.
+        newest: positions of the new tokens; the largest selects longrope's frequencies.
         """
         inv_freq = self.inv_freq[0]
         if len(self.inv_freq) == 2:
@@ -262,34 +281,35 @@ class Llama(Model):
         return angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
 
     def offset(self, position: Tensor, pos: Tensor, anchor: int) -> tuple[Tensor, Angles]:
-        """Centre of the block of every slot, (B or 1, S), and angles of the new tokens from it.
+        """The block center of every slot, (B or 1, S), and the new tokens' angles relative to it.
 
-        A block begins at the position of its first slot. Keys turned by these angles keep their
-        length: the factor on cos and sin comes with the centre.
+        A block begins at the position of its first slot. These cosines and sines are without
+        RoPE's factor (YaRN, longrope), which is applied with the angles of the center.
         """
         first = torch.arange(position.size(1), device=pos.device) // anchor * anchor
-        centre = position[:, first] + anchor // 2
-        cos, sin = self.rope((position - centre)[:, pos], position)
-        return centre, (cos / self.rope_scale, sin / self.rope_scale)
+        center = position[:, first] + anchor // 2
+        cos, sin = self.rope((position - center)[:, pos], position)
+        return center, (cos / self.rope_scale, sin / self.rope_scale)
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Tokens (B, T) as vectors (B, T, width)."""
+        """Embed tokens (B, T): (B, T, width). Positions enter in attention only."""
         return self.embed(tokens)
 
-    def where(self, position: Tensor, pos: Tensor, mask: Mask) -> Where:
-        """Angles of every slot and of the new tokens, and the mask."""
+    def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> AttentionMetadata:
+        """Rotation angles and the mask, for all layers."""
         new = position[:, pos]
         cos, sin = self.rope(position, new)
-        where = Where((cos, sin), (cos[:, :, pos], sin[:, :, pos]), mask)
+        metadata = AttentionMetadata((cos, sin), (cos[:, :, pos], sin[:, :, pos]), mask)
         anchor = self.config.anchor
         if anchor == 1:
-            return where
-        centre, offset = self.offset(position, pos, anchor)
-        where = where._replace(offset=offset)
+            return metadata
+        center, offset = self.offset(position, pos, anchor)
+        metadata = metadata._replace(block_angles=offset)
         if len(pos) > 1:
-            return where._replace(slots=self.rope(centre, new))
-        cos, sin = self.rope(new - centre[:, ::anchor], new)
-        return where._replace(ahead=(cos * self.rope_scale, sin * self.rope_scale))
+            return metadata._replace(slot_angles=self.rope(center, new))
+        cos, sin = self.rope(new - center[:, ::anchor], new)
+        angles = cos * self.rope_scale, sin * self.rope_scale
+        return metadata._replace(center_angles=angles)
 
     def finish(self, x: Tensor) -> Tensor:
         """The final norm."""

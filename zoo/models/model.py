@@ -1,8 +1,8 @@
-"""What every family's model is: its sizes, what its cache keeps, and how state passes through it.
+"""The base classes of all families: a model, and its attention over latents.
 
-A family's file (llama.py, opt.py, mpt.py, ...) defines `Config`, `Attention`, `Block` and `Model`,
-and says how a Hugging Face checkpoint maps to them. Parts are named alike everywhere: `embed`,
-`layers[i].attn.{q,k,v,o}_proj`, `head`, so that no step asks which family it is given.
+Each family's file (llama.py, opt.py, mpt.py, ...) defines its config, attention, block and model,
+and maps the tensors of a Hugging Face checkpoint to them. Parts have the same names in all
+families (`embed`, `layers[i].attn.{q,k,v,o}_proj`, `head`), so code elsewhere treats all alike.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,91 +11,93 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import Causal, Mask, Seen, causal_mask, latent_attention, latent_decode, one_token
+from .attention import latent_attention, latent_decode
 from .cache import Buffer, Latent, StaticCache
 from .config import Config
+from .mask import CausalMask, DecodeMask, Mask, causal_matrix, decode_mask
 
 
 class LatentAttention(nn.Module):
-    """What fold and calibrate rely on in the attention of every family."""
+    """Base class of every family's attention. Calibration and folding use these attributes."""
 
-    # what defines attention at decoding; `kernels.install` puts fused ops in their place
+    # the definition of attention in a decoding step; `kernels.install` replaces it by a fused op
     latent_decode: Callable[..., Tensor] = staticmethod(latent_decode)
 
     layer: int
-    heads: int  # of queries
+    heads: int  # query heads
     head_dim: int
     k: Latent
     v: Latent
     q_proj: nn.Linear
     k_proj: nn.Linear
-    v_proj: Any  # a linear layer, or None where k holds values as well
+    v_proj: Any  # a linear layer, or None if joint latents in k hold values too
     o_proj: nn.Linear
     scale: float
-    share: tuple[int, int] = (0, 1)  # which part of heads and latents is here, and of how many
+    share: tuple[int, int] = (0, 1)  # (i, n): this process has part i of n of heads and latents
 
     def split(self, part: int, parts: int) -> None:
-        """From here on be given one of `parts` equal parts of the projections' heads and latents.
+        """Expect projections that hold only part `part` of `parts` equal parts of the heads.
 
-        Raises ValueError where they do not divide: a latent and its heads stay together.
+        A latent and its heads stay in one part. Raises ValueError if the latents do not divide
+        evenly.
         """
         if self.k.heads % parts or self.v.heads % parts:
             raise ValueError(
-                f"layer {self.layer} holds {self.k.heads} latents of keys and {self.v.heads} of "
-                f"values, which {parts} processes cannot share evenly: take as many processes as "
-                "divide both, or compress with a smaller --heads-per-latent"
+                f"layer {self.layer} has {self.k.heads} latents of keys and {self.v.heads} of "
+                f"values, which {parts} processes cannot share evenly: use a number of processes "
+                "that divides both, or compress with a smaller --heads-per-latent"
             )
         self.share = part, parts
         self.heads //= parts
         self.k, self.v = (x._replace(heads=x.heads // parts) for x in (self.k, self.v))
 
     def own(self, x: Tensor) -> Tensor:
-        """What is here of x, which has a row for every head, or for every latent."""
+        """This process's rows of x, which has one row per head or per latent."""
         part, parts = self.share
         return x if parts == 1 else x.chunk(parts)[part]
 
     def attend(self, q: Tensor, k: Buffer, v: Buffer, mask: Mask) -> Tensor:
-        """What queries (B, H, T, R) read of keys and values: (B, H, T, W)."""
-        if isinstance(mask, Seen):
+        """Attention of q (B, H, T, R) over k (B, K, S, R) and v (B, L, S, W): (B, H, T, W)."""
+        if isinstance(mask, DecodeMask):
             return self.latent_decode(q, k, v, mask.span, self.scale, mask.bias, mask.slopes)
         return latent_attention(q, k, v, mask, self.scale)
 
 
 class Model(nn.Module):
-    """A language model. State is passed in: tokens, their slots and a cache."""
+    """A language model. It keeps no state: tokens, their slots and a cache are arguments."""
 
     config: Config
     embed: nn.Embedding
-    layers: Sequence[Any]  # blocks: block(x, pos, where, cache) -> x, with attention in block.attn
+    layers: Sequence[Any]  # block(x, pos, attn_metadata, cache) -> x; attention is block.attn
     head: nn.Linear
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Tokens (B, T) at positions (B or 1, T) as vectors (B, T, width)."""
+        """Embed tokens (B, T) at positions (B or 1, T): (B, T, width)."""
         raise NotImplementedError
 
-    def where(self, position: Tensor, pos: Tensor, mask: Mask) -> Any:
-        """What the layers' attention needs of positions and masks, made once for all of them.
+    def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> Any:
+        """What attention needs to know about positions and mask, made once per step.
 
-        position: (B or 1, S) of every slot; pos: (T,) slots of the new tokens; mask: for one
-        token `Seen`; for a prompt `Causal`, or what `causal_mask` makes where the new tokens may
-        not be the last.
+        position: (B or 1, S), of every slot. pos: (T,), slots of the new tokens. mask: `DecodeMask`
+        for one token; `CausalMask` for a prompt in the last slots, else `causal_matrix`. Families
+        without rotation return a mask.
         """
         return mask
 
     def rope(self, position: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions, where keys are rotated: see `llama.py`."""
+        """Cosines and sines of positions, in families that rotate keys: see `llama.py`."""
         raise NotImplementedError
 
     def offset(self, position: Tensor, pos: Tensor, anchor: int) -> tuple[Tensor, Any]:
-        """Angles within blocks of slots, where keys are rotated: see `llama.py`."""
+        """Angles within blocks of slots, in families that rotate keys: see `llama.py`."""
         raise NotImplementedError
 
     def finish(self, x: Tensor) -> Tensor:
-        """Output of the last layer, (B, T, width), to what the head reads."""
+        """From the output of the last layer, (B, T, width), to the input of the head."""
         raise NotImplementedError
 
     def reset_buffers(self) -> None:
-        """Compute anew what is computed and not stored, where the weights are."""
+        """Recompute, on the device of the weights, the buffers that checkpoints do not store."""
 
     def begin(
         self,
@@ -104,9 +106,9 @@ class Model(nn.Module):
         cache: StaticCache | None = None,
         valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
-        """What the first layer is given: x (B, T, width), slots (T,), and what `where` returns."""
+        """The first layer's arguments: x (B, T, width), slots (T,) and the attention metadata."""
         slots = tokens.size(1) if cache is None else cache.slots
-        last = pos is None or slots == tokens.size(1)  # then the new tokens take the last slots
+        last = pos is None or slots == tokens.size(1)  # whether the tokens take the last slots
         if pos is None:
             pos = torch.arange(slots - tokens.size(1), slots, device=tokens.device)
         self.config.check_length(slots)
@@ -116,11 +118,11 @@ class Model(nn.Module):
         position = slot if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
         mask: Mask
         if tokens.size(1) == 1:
-            mask = one_token(pos, None if valid is None else valid | (slot == pos))
+            mask = decode_mask(pos, None if valid is None else valid | (slot == pos))
         else:
-            mask = Causal(valid) if last else causal_mask(pos, slots, valid)
-        where = self.where(position, pos, mask)
-        return self.start(tokens, position[:, pos]), pos, where
+            mask = CausalMask(valid) if last else causal_matrix(pos, slots, valid)
+        attn_metadata = self.attention_metadata(position, pos, mask)
+        return self.start(tokens, position[:, pos]), pos, attn_metadata
 
     def hidden(
         self,
@@ -129,10 +131,10 @@ class Model(nn.Module):
         cache: StaticCache | None = None,
         valid: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads, (B, T, width). Arguments as in `forward`."""
-        x, pos, where = self.begin(tokens, pos, cache, valid)
+        """The input of the head, (B, T, width). Arguments and errors as in `forward`."""
+        x, pos, attn_metadata = self.begin(tokens, pos, cache, valid)
         for i, layer in enumerate(self.layers):
-            x = layer(x, pos, where, None if cache is None else cache.layer(i))
+            x = layer(x, pos, attn_metadata, None if cache is None else cache.layer(i))
         return self.finish(x)
 
     def forward(
@@ -143,21 +145,24 @@ class Model(nn.Module):
         valid: Tensor | None = None,
         last: int = 0,
     ) -> Tensor:
-        """tokens (B, T) -> logits (B, T, vocabulary), or of the `last` tokens only.
+        """tokens (B, T) -> logits (B, T, vocabulary), or of the last `last` tokens only.
 
-        pos: (T,) slots that the tokens take in the cache, one row for the whole batch; by default
-        the last T, which is faster for a prompt: see `StaticCache.first`. Without a cache the
-        tokens see one another only. valid: (B, S), false at slots that hold padding; positions
-        are counted over the true ones. Raises ValueError if the tokens do not fit the cache.
+        pos: (T,), the cache slots of the tokens, the same for the whole batch; by default the last
+        T slots, which is faster for a prompt: see `StaticCache.first`. Without a cache the tokens
+        attend to one another only. valid: (B, S), false at slots that hold padding; positions are
+        counted over the other slots. Raises ValueError if the tokens do not fit the cache or the
+        model's positions.
         """
         return self.head(self.hidden(tokens, pos, cache, valid)[:, -last:])
 
     def new_cache(
         self, batch: int, slots: int, dtype: torch.dtype | None = None, bits: int | None = None
     ) -> StaticCache:
-        """An empty cache for `batch` sequences of up to `slots` tokens, in the model's dtype.
+        """An empty cache for `batch` sequences of up to `slots` tokens.
 
-        bits: of a number, 16, 8 or 4; None leaves it to the config.
+        dtype: of unpacked numbers, by default the model's. bits: per number, 16, 8 or 4, by
+        default as the config says. Raises ValueError if the model has fewer positions, or if the
+        bits do not fit the ranks.
         """
         self.config.check_length(slots)
         latents = [(layer.attn.k, layer.attn.v) for layer in self.layers]
@@ -165,15 +170,15 @@ class Model(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights."""
+        """The dtype of the weights."""
         return self.embed.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.embed.weight.device
 
 
 def parameter(*shape: int) -> nn.Parameter:
-    """An uninitialised parameter."""
+    """An uninitialized parameter."""
     return nn.Parameter(torch.empty(*shape))

@@ -1,14 +1,14 @@
-"""MPT with Eigen Attention: ALiBi instead of a rotation, so attention runs in the low-rank space.
+"""MPT with a low-rank KV cache. ALiBi rotates no keys, so attention runs in the low-rank space.
 
-Beside llm-foundry's `modeling_mpt.py` and transformers' version of it, what is peculiar here:
+Differences from llm-foundry's `modeling_mpt.py` and from transformers' version of it:
 - The fused `Wqkv` of a checkpoint is split when it is read.
-- `clip_qkv` and `qk_ln` bend queries, keys and values after their projection. Then the encoder
-  stays a matrix of its own (`k_down`, `v_down`) behind the bend, else it is folded.
-- ALiBi adds to a score what depends on the distance only, so it goes with the mask.
-- Queries read the latents directly; constants in keys cancel; see `opt.py`.
+- `clip_qkv` and `qk_ln` are nonlinear and follow the projection. With them, the encoder is a
+  separate matrix after them (`k_down`, `v_down`); otherwise it is folded into the projection.
+- ALiBi adds a term to the scores that depends on the distance only, so it is part of the mask.
+- Queries read the latents directly, and compressed keys have no bias: see `opt.py`.
 - Both config layouts are read. transformers ignores `alibi_bias_max`, `alibi: false`, `no_bias`,
-  `qk_ln`, `kv_n_heads`, `expansion_ratio`, `logit_scale` and `norm_type`; this file follows
-  llm-foundry, where they mean something.
+  `qk_ln`, `kv_n_heads`, `expansion_ratio`, `logit_scale` and `norm_type`; this file implements
+  them as llm-foundry does.
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Causal, Mask, Seen, absorb, alibi_slopes, lift_heads
+from .attention import absorb, lift_heads
 from .cache import LayerCache
 from .config import Config
 from .linear import Linear
+from .mask import CausalMask, DecodeMask, Mask, alibi_slopes
 from .model import LatentAttention, Model, parameter
 
 NAMES = {
@@ -39,7 +40,7 @@ NAMES = {
     "lm_head": "head",
 }
 MULTI_HEAD = "multihead_attention"
-KV_HEADS = {MULTI_HEAD: None, "multiquery_attention": 1}  # None: as many as there are queries
+KV_HEADS = {MULTI_HEAD: None, "multiquery_attention": 1}  # None: as many as query heads
 NORMS = {
     "layernorm": nn.LayerNorm,
     "low_precision_layernorm": nn.LayerNorm,
@@ -56,7 +57,7 @@ class MPTConfig(Config):
     foreign: ClassVar[bool] = True
 
     ffn_hidden_size: int
-    bias: bool = False  # of feed-forward layers and norms
+    bias: bool = False  # of MLPs and norms
     norm_type: str = "low_precision_layernorm"
     norm_eps: float = 1e-5
     alibi: bool = True
@@ -69,20 +70,20 @@ class MPTConfig(Config):
 
     @property
     def nonlinear(self) -> tuple[bool, bool]:
-        """Clipping bends keys and values, norms bend keys."""
+        """Whether keys, and values, are nonlinear: clips apply to both, norms to keys only."""
         return self.clip_qkv is not None or self.qk_ln, self.clip_qkv is not None
 
     @property
     def learned_positions(self) -> int:
-        """How many there are."""
+        """The number of learned position embeddings; 0 if there are none."""
         return self.max_position_embeddings if self.learned_pos_emb else 0
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
-        """From transformers' config or llm-foundry's. Raises ValueError for what is not here."""
+        """From transformers' or llm-foundry's config. Raises ValueError naming a bad field."""
         attn, ffn = raw.get("attn_config") or {}, raw.get("ffn_config") or {}
         width, heads, bias = raw["d_model"], raw["n_heads"], not raw["no_bias"]
-        _refuse(raw, attn, ffn)
+        _check_supported(raw, attn, ffn)
         kv_heads = attn.get("kv_n_heads") or KV_HEADS[attn.get("attn_type", MULTI_HEAD)] or heads
         alibi, scale = attn.get("alibi", True), raw.get("logit_scale")
         return cls(
@@ -104,7 +105,7 @@ class MPTConfig(Config):
             norm_eps=raw.get("norm_eps") or raw["layer_norm_epsilon"],
             alibi=alibi,
             alibi_bias_max=attn.get("alibi_bias_max", 8),
-            learned_pos_emb=not alibi and raw["learned_pos_emb"],  # llm-foundry: ALiBi wins
+            learned_pos_emb=not alibi and raw["learned_pos_emb"],  # as llm-foundry does
             softmax_scale=attn.get("softmax_scale"),
             clip_qkv=attn.get("clip_qkv") or None,
             qk_ln=attn.get("qk_ln", False),
@@ -112,7 +113,7 @@ class MPTConfig(Config):
         )
 
     def weights(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The parts of one tensor of a checkpoint, by their names here. `Wqkv` becomes three."""
+        """Yield native (name, tensor) pairs for one tensor of a checkpoint; three for `Wqkv`."""
         parts = key.removeprefix("model.").removeprefix("transformer.").split(".")
         name = ".".join(NAMES.get(part, part) for part in parts)
         if "Wqkv" not in parts:
@@ -125,12 +126,12 @@ class MPTConfig(Config):
             yield name.replace("Wqkv", f"{part}_proj"), x.clone()
 
 
-def _refuse(raw: dict, attn: dict, ffn: dict) -> None:
-    """Raise ValueError for fields that ask for what is not here."""
+def _check_supported(raw: dict, attn: dict, ffn: dict) -> None:
+    """Raise ValueError naming a field that asks for an unsupported feature."""
     known_type = attn.get("kv_n_heads") or attn.get("attn_type", MULTI_HEAD) in KV_HEADS
     ffn_type = ffn.get("ffn_type", "mptmlp")
     window, activation = attn.get("sliding_window_size"), ffn.get("ffn_act_fn")
-    asked = {
+    unsupported = {  # None: supported
         "attn_config.attn_type": None if known_type else str(attn["attn_type"]),
         "attn_config.prefix_lm": attn.get("prefix_lm") or None,
         "attn_config.qk_gn": attn.get("qk_gn") or None,
@@ -145,15 +146,17 @@ def _refuse(raw: dict, attn: dict, ffn: dict) -> None:
         "use_norm_in_ffn": raw.get("use_norm_in_ffn") or None,
         "norm_type": None if raw["norm_type"].lower() in NORMS else raw["norm_type"],
     }
-    for name, value in asked.items():
+    for name, value in unsupported.items():
         if value is not None:
-            raise ValueError(f"config.json asks for {name}, {value!r}: not supported")
+            raise ValueError(f"config.json sets {name} to {value!r}, which is not supported")
     if raw["d_model"] % raw["n_heads"]:
-        raise ValueError(f"d_model {raw['d_model']} does not divide by {raw['n_heads']} heads")
+        raise ValueError(
+            f"d_model is {raw['d_model']}: expected a multiple of n_heads, {raw['n_heads']}"
+        )
 
 
 class Projection(Linear):
-    """A linear layer, clipped and normed where the config asks for it: clip first."""
+    """A linear layer, followed by a clip and then a norm if the config asks for them."""
 
     def __init__(self, config: MPTConfig, outputs: int, bias: bool, norm: bool):
         super().__init__(config.hidden_size, outputs, bias=bias)
@@ -169,7 +172,7 @@ class Projection(Linear):
 
 
 class Attention(LatentAttention):
-    """Attention of one layer in the space of its latents."""
+    """Attention of one layer over latents, which queries read without decoding them."""
 
     def __init__(self, config: MPTConfig, layer: int):
         super().__init__()
@@ -178,11 +181,11 @@ class Attention(LatentAttention):
         self.layer, self.heads, self.head_dim = layer, heads, d
         self.scale = d**-0.5 if config.softmax_scale is None else config.softmax_scale
         self.k, self.v = k, v = config.latents(layer)
-        read = v if v.width else k  # a joint latent is read twice
+        read = v if v.width else k  # joint latents are in k, and serve as values too
         k_up, v_up = config.lifted(layer)
         k_down, v_down = (
-            low and bent
-            for low, bent in zip(config.compressed(layer), config.nonlinear, strict=True)
+            low and nonlinear
+            for low, nonlinear in zip(config.compressed(layer), config.nonlinear, strict=True)
         )
         k_n, v_n = config.k_heads_per_latent * d, config.v_heads_per_latent * d
         k_width = kv_width if k_down else k.heads * k.width
@@ -199,11 +202,11 @@ class Attention(LatentAttention):
         self.v_down = parameter(v.heads, v_n, v.width) if v_down else None
 
     def split(self, part: int, parts: int) -> None:
-        """Refuse norms, which are over all heads."""
+        """As in `LatentAttention`. Raises ValueError also for `qk_ln`, a norm over all heads."""
         if isinstance(self.q_proj.norm, nn.Module):
             raise ValueError(
-                "qk_ln norms queries and keys over all heads, which one process does not hold: "
-                "load this model in one process"
+                "qk_ln norms queries and keys over all heads, but each of several processes holds "
+                "only some: load this model in one process"
             )
         super().split(part, parts)
 
@@ -224,13 +227,13 @@ class Attention(LatentAttention):
 
 
 def _encode(x: Tensor, heads: int, down: Tensor | None) -> Tensor:
-    """A projection's output (B, T, heads * n) as latents (B, heads, T, R), encoded if need be."""
+    """From a projection's output (B, T, heads * n) to latents (B, heads, T, R)."""
     x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
     return x if down is None else x @ down
 
 
 class MLP(nn.Module):
-    """Feed-forward layer."""
+    """Two-layer feed-forward network."""
 
     def __init__(self, config: MPTConfig):
         super().__init__()
@@ -244,7 +247,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind a norm and beside a residual."""
+    """One layer: attention and MLP, each after a norm and with a residual connection."""
 
     def __init__(self, config: MPTConfig, layer: int):
         super().__init__()
@@ -260,16 +263,16 @@ class Block(nn.Module):
 
 
 class MPT(Model):
-    """An MPT for language modelling."""
+    """An MPT language model."""
 
     config: MPTConfig
 
     def __init__(self, config: MPTConfig):
         super().__init__()
         self.config = config
-        width, places = config.hidden_size, config.learned_positions
+        width, count = config.hidden_size, config.learned_positions
         self.embed = nn.Embedding(config.vocab_size, width)
-        self.positions = nn.Embedding(places, width) if places else None
+        self.positions = nn.Embedding(count, width) if count else None
         blocks = (Block(config, i) for i in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = _norm(config, width)
@@ -278,27 +281,27 @@ class MPT(Model):
             self.head.weight = self.embed.weight
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Tokens (B, T) at positions (B or 1, T) as vectors (B, T, width)."""
+        """Embed tokens (B, T) at positions (B or 1, T): (B, T, width)."""
         x = self.embed(tokens)
         return x if self.positions is None else x + self.positions(position)
 
-    def where(self, position: Tensor, pos: Tensor, mask: Mask) -> Mask:
-        """With ALiBi its slopes, or what they add to the scores: (B or 1, H, T, S) in fp32."""
+    def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> Mask:
+        """The mask, with ALiBi's slopes added; a matrix becomes (B or 1, H, T, S) in fp32."""
         if not self.config.alibi:
             return mask
         slopes = alibi_slopes(self.config.num_attention_heads, self.config.alibi_bias_max)
         slopes = self.layers[0].attn.own(slopes).to(position.device)
-        if isinstance(mask, Seen):  # without padding, positions are slots
+        if isinstance(mask, DecodeMask):  # bias None: no padding, so slots are positions
             bias = None if mask.bias is None else mask.bias + (position - position[:, pos])
             return mask._replace(bias=bias, slopes=slopes)
-        if isinstance(mask, Causal):
+        if isinstance(mask, CausalMask):
             return mask._replace(position=position, slopes=slopes)
-        ahead = position[:, None] - position[:, pos, None]  # (B or 1, T, S), 0 or less where seen
+        ahead = position[:, None] - position[:, pos, None]  # (B or 1, T, S), <= 0 up to the token
         bias = slopes[:, None, None] * ahead[:, None]
         return bias.masked_fill(~mask, -torch.inf)
 
     def finish(self, x: Tensor) -> Tensor:
-        """The final norm, and what the logits are scaled by."""
+        """The final norm, times the scale of the logits."""
         return self.norm(x) * self.config.logit_scale
 
 

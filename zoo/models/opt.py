@@ -1,11 +1,11 @@
-"""OPT with Eigen Attention: nothing rotates the keys, so attention runs in the low-rank space.
+"""OPT with a low-rank KV cache. Keys are not rotated, so attention runs in the low-rank space.
 
-Beside transformers' `modeling_opt.py`, what is peculiar here:
-- Queries are projected into the basis of the latents and read them directly; no key is rebuilt.
-- A constant in all keys shifts every score of a row alike, so compressed keys have no bias.
-- `joint_kv`: the cache holds one latent of keys and values, which queries and outputs both read.
-- Learned positions begin at row 2 of their table; 350m norms after each sum and projects its
-  embeddings up and its outputs down.
+Differences from transformers' `modeling_opt.py`:
+- Queries are projected into the basis of the latents and read them directly; keys are not rebuilt.
+- Softmax is invariant to a constant added to all keys, so compressed keys have no bias.
+- With `joint_kv`, one latent holds keys and values; attention reads it twice.
+As there, learned positions begin at row 2 of their table, and OPT-350m norms after each residual
+sum, projects its embeddings up and its outputs down.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Mask, absorb, lift_heads
+from .attention import absorb, lift_heads
 from .cache import LayerCache
 from .config import Config
 from .linear import Linear
+from .mask import Mask
 from .model import LatentAttention, Model, parameter
 
 OFFSET = 2  # rows of the position table before the first position
@@ -45,7 +46,7 @@ NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class OPTConfig(Config):
-    """Sizes of an OPT, by the names of transformers' OPTConfig, and what its cache keeps."""
+    """Sizes of an OPT, named as in transformers' OPTConfig, and what its cache keeps."""
 
     family: ClassVar[str] = "opt"
 
@@ -59,12 +60,12 @@ class OPTConfig(Config):
 
     @property
     def learned_positions(self) -> int:
-        """How many there are."""
+        """The number of learned position embeddings."""
         return self.max_position_embeddings
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
-        """From transformers' OPTConfig. Raises ValueError for what is not supported."""
+        """From transformers' OPTConfig. Raises ValueError naming an unsupported field."""
         activation, heads = raw["activation_function"], raw["num_attention_heads"]
         if activation not in ACTIVATIONS:
             raise ValueError(
@@ -72,7 +73,10 @@ class OPTConfig(Config):
                 f"{', '.join(ACTIVATIONS)}"
             )
         if raw["hidden_size"] % heads:
-            raise ValueError(f"hidden_size {raw['hidden_size']} does not divide by {heads} heads")
+            raise ValueError(
+                f"hidden_size is {raw['hidden_size']}: expected a multiple of num_attention_heads, "
+                f"{heads}"
+            )
         bias = raw["enable_bias"]
         return cls(
             vocab_size=raw["vocab_size"],
@@ -97,7 +101,7 @@ class OPTConfig(Config):
         )
 
     def weights(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The parts of one tensor of a Hugging Face checkpoint, by their names here."""
+        """Yield native (name, tensor) pairs for one tensor of a Hugging Face checkpoint."""
         parts = key.removeprefix("model.").removeprefix("decoder.").split(".")
         names = [NAMES.get(part, part) for part in parts]
         for i, part in enumerate(parts):
@@ -109,14 +113,14 @@ class OPTConfig(Config):
 
 
 class Attention(LatentAttention):
-    """Attention of one layer in the space of its latents."""
+    """Attention of one layer over latents, which queries read without decoding them."""
 
     def __init__(self, config: OPTConfig, layer: int):
         super().__init__()
         d, heads, width = config.head_dim, config.num_attention_heads, config.hidden_size
         self.layer, self.heads, self.head_dim, self.scale = layer, heads, d, d**-0.5
         self.k, self.v = k, v = config.latents(layer)
-        read = v if v.width else k  # a joint latent is read twice
+        read = v if v.width else k  # joint latents are in k, and serve as values too
         k_up, v_up = config.lifted(layer)
         shared = config.k_heads_per_latent, config.v_heads_per_latent
 
@@ -144,7 +148,7 @@ class Attention(LatentAttention):
 
 
 class MLP(nn.Module):
-    """Feed-forward layer."""
+    """Two-layer feed-forward network."""
 
     def __init__(self, config: OPTConfig):
         super().__init__()
@@ -159,7 +163,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each beside a residual and behind or before a norm."""
+    """One layer: attention and MLP, each with a residual connection and a norm before or after."""
 
     def __init__(self, config: OPTConfig, layer: int):
         super().__init__()
@@ -179,7 +183,7 @@ class Block(nn.Module):
 
 
 class OPT(Model):
-    """An OPT for language modelling."""
+    """An OPT language model."""
 
     config: OPTConfig
 
@@ -200,11 +204,11 @@ class OPT(Model):
             self.head.weight = self.embed.weight
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Tokens (B, T) at positions (B or 1, T) as vectors (B, T, width)."""
+        """Embed tokens (B, T) at positions (B or 1, T): (B, T, width)."""
         return self.project_in(self.embed(tokens)) + self.positions(position + OFFSET)
 
     def finish(self, x: Tensor) -> Tensor:
-        """The final norm, and down to the width of the embeddings."""
+        """The final norm, and the projection to the width of the embeddings."""
         return self.project_out(self.norm(x))
 
 

@@ -1,6 +1,7 @@
-"""Qwen2 with Eigen Attention: a Llama with biases before attention, and windows in some layers.
+"""Qwen2 with a low-rank KV cache: a Llama with biases on q, k, v and sliding-window layers.
 
-A layer with a window sees that many tokens, its own included. The cache keeps all of them.
+In a layer with a window of W tokens, a token attends to the last W, itself included. The cache
+keeps all tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -8,22 +9,22 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from .attention import Causal, Mask, Seen, causal_mask, one_token
 from .cache import LayerCache
-from .llama import Block, Llama, LlamaConfig, Where
+from .llama import AttentionMetadata, Block, Llama, LlamaConfig
+from .mask import CausalMask, DecodeMask, Mask, causal_matrix, decode_mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen2Config(LlamaConfig):
-    """Sizes of a Qwen2, by the names of transformers' Qwen2Config, and what its cache keeps."""
+    """Sizes of a Qwen2, named as in transformers' Qwen2Config, and what its cache keeps."""
 
     family: ClassVar[str] = "qwen2"
 
-    windows: tuple[int, ...]  # one a layer; 0 sees everything
+    windows: tuple[int, ...]  # one per layer; 0 means no window
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
-        """From transformers' Qwen2Config. Raises ValueError for what is not supported."""
+        """From transformers' Qwen2Config. Raises ValueError naming an unsupported field."""
         width = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         sizes = {"full_attention": 0, "sliding_attention": raw["sliding_window"]}
         windows = tuple(sizes[kind] for kind in raw["layer_types"])
@@ -32,39 +33,43 @@ class Qwen2Config(LlamaConfig):
 
 
 class WindowedBlock(Block):
-    """A layer of Llama that sees as far as its window."""
+    """A Llama block whose tokens attend only to the last `window` tokens."""
 
     def __init__(self, config: Qwen2Config, layer: int):
         super().__init__(config, layer)
         self.window = config.windows[layer]
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, pos: Tensor, where: dict[int, Where], cache: LayerCache | None
+        self,
+        x: Tensor,
+        pos: Tensor,
+        attn_metadata: dict[int, AttentionMetadata],
+        cache: LayerCache | None,
     ) -> Tensor:
-        """x: (B, T, width) -> (B, T, width)."""
-        return super().forward(x, pos, where[self.window], cache)
+        """x (B, T, width) -> (B, T, width). attn_metadata: by window."""
+        return super().forward(x, pos, attn_metadata[self.window], cache)
 
 
 class Qwen2(Llama):
-    """A Qwen2 for language modelling."""
+    """A Qwen2 language model."""
 
     config: Qwen2Config
     block = WindowedBlock
 
-    def where(  # type: ignore[override]
+    def attention_metadata(  # type: ignore[override]
         self, position: Tensor, pos: Tensor, mask: Mask
-    ) -> dict[int, Where]:
-        """What Llama's attention needs, for every window there is."""
-        full = super().where(position, pos, mask)
-        found = {0: full}
+    ) -> dict[int, AttentionMetadata]:
+        """Llama's metadata by window: one for each window of the model, and for none (0)."""
+        full = super().attention_metadata(position, pos, mask)
+        by_window = {0: full}
         for window in set(self.config.windows) - {0}:
             ahead = position[:, None] - position[:, pos, None]  # (B or 1, T, S)
-            if isinstance(mask, Seen):
+            if isinstance(mask, DecodeMask):
                 near = (ahead > -window)[:, 0]
                 visible = near if mask.bias is None else near & (mask.bias == 0)
-                found[window] = full._replace(mask=one_token(pos, visible))
+                by_window[window] = full._replace(mask=decode_mask(pos, visible))
                 continue
-            if isinstance(mask, Causal):
-                mask = causal_mask(pos, position.size(1), mask.valid)
-            found[window] = full._replace(mask=mask & (ahead > -window)[:, None])
-        return found
+            if isinstance(mask, CausalMask):
+                mask = causal_matrix(pos, position.size(1), mask.valid)
+            by_window[window] = full._replace(mask=mask & (ahead > -window)[:, None])
+        return by_window

@@ -1,7 +1,6 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864) in the halves convention of Llama.
+"""Rotary position embedding (RoPE; RoFormer, arXiv 2104.09864), with halves as in Llama.
 
-Frequencies follow the definitions of transformers' `modeling_rope_utils.py`, so that a checkpoint
-means the same here and there.
+Frequencies follow transformers' `modeling_rope_utils.py`.
 """
 
 import math
@@ -15,49 +14,51 @@ TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def frequencies(rope: Mapping[str, Any], head_dim: int, context: int) -> tuple[Tensor, float]:
-    """Inverse frequencies and the factor on cos and sin, for one `rope_parameters` of a config.
+    """Inverse frequencies, and the factor on cosines and sines.
 
-    Returns (N, head_dim / 2) in fp32, radians per position, and the factor. N is 1, or 2 for
-    longrope: one row for short and one for long sequences. `context` is the model's
-    `max_position_embeddings`. Raises ValueError for a type that is not in `TYPES`.
+    rope: `rope_parameters` of a config. context: the model's `max_position_embeddings`. Returns
+    (N, head_dim / 2) in fp32, in radians per position, and the factor. N is 1, or 2 for longrope:
+    one row for short and one for long sequences. Raises ValueError for a type not in `TYPES`, and
+    for a rotation of only a part of the head.
     """
     kind = rope.get("rope_type", "default")
     if kind not in TYPES:
+        dynamic = "; its angles would change with the length of the text" * (kind == "dynamic")
         raise ValueError(
-            f"rope_type {kind!r} is not supported: expected one of {', '.join(TYPES)}. "
-            + ("Its angles change with the length." if kind == "dynamic" else "")
+            f"rope_type {kind!r} is not supported: expected one of {', '.join(TYPES)}{dynamic}"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor other than 1 is not supported for Llama")
+        part = rope["partial_rotary_factor"]
+        raise ValueError(f"partial_rotary_factor {part} is not supported: expected 1")
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    plain = 1.0 / rope["rope_theta"] ** exponent
+    inv_freq = 1.0 / rope["rope_theta"] ** exponent
     if kind == "linear":
-        return (plain / rope["factor"])[None], 1.0
+        return (inv_freq / rope["factor"])[None], 1.0
     if kind == "llama3":
-        return _llama3(plain, rope)[None], 1.0
+        return _llama3(inv_freq, rope)[None], 1.0
     if kind == "yarn":
-        return _yarn(plain, rope, head_dim, context)
+        return _yarn(inv_freq, rope, head_dim, context)
     if kind == "longrope":
         return _longrope(rope, exponent, context)
-    return plain[None], 1.0
+    return inv_freq[None], 1.0
 
 
-def _llama3(plain: Tensor, rope: Mapping[str, Any]) -> Tensor:
-    """Long wavelengths slowed by `factor`, short ones kept, a ramp between (Llama 3.1)."""
-    turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
+def _llama3(inv_freq: Tensor, rope: Mapping[str, Any]) -> Tensor:
+    """Llama 3.1: divide low frequencies by `factor`, keep high ones, interpolate between."""
+    turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return plain * (keep + (1 - keep) / rope["factor"])
+    return inv_freq * (keep + (1 - keep) / rope["factor"])
 
 
 def _yarn(
-    plain: Tensor, rope: Mapping[str, Any], head_dim: int, context: int
+    inv_freq: Tensor, rope: Mapping[str, Any], head_dim: int, context: int
 ) -> tuple[Tensor, float]:
-    """YaRN (arXiv 2309.00071): interpolate slow dimensions, keep fast ones, ramp between."""
+    """YaRN (arXiv 2309.00071): divide low frequencies by `factor`, keep high ones, ramp between."""
     original = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or context / original
 
-    def dimension(turns: float) -> float:  # the dimension that turns so often within `original`
+    def dimension(turns: float) -> float:  # which dimension makes so many turns in `original`
         ratio = math.log(original / (turns * 2 * math.pi))
         return head_dim * ratio / (2 * math.log(rope["rope_theta"]))
 
@@ -76,11 +77,11 @@ def _yarn(
         mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
         both = mscale and all_dim
         scale = temperature(mscale) / temperature(all_dim) if both else temperature(1.0)
-    return (plain / factor * slow + plain * (1 - slow))[None], scale
+    return (inv_freq / factor * slow + inv_freq * (1 - slow))[None], scale
 
 
 def _longrope(rope: Mapping[str, Any], exponent: Tensor, context: int) -> tuple[Tensor, float]:
-    """LongRoPE (arXiv 2402.13753): one searched factor per dimension, for short and for long."""
+    """LongRoPE (arXiv 2402.13753): one factor per dimension, for short and for long sequences."""
     original = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or context / original
     stretch = torch.tensor([rope["short_factor"], rope["long_factor"]], dtype=torch.float32)
@@ -91,6 +92,6 @@ def _longrope(rope: Mapping[str, Any], exponent: Tensor, context: int) -> tuple[
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (..., T, D) by the angles whose cosines and sines are (..., T, D / 2), in fp32."""
+    """Rotate x (..., T, D) by angles with cosines and sines (..., T, D / 2); computes in fp32."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -1,1 +1,1 @@
-"""What no room owns: rows of results, state of long work, provenance, memory, Ctrl-C."""
+"""What several rooms use: rows of results, state of long work, provenance, memory, Ctrl-C."""

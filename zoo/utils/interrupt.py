@@ -1,4 +1,4 @@
-"""Ctrl-C that is taken for nothing else."""
+"""Recognize Ctrl-C even where other code turns it into another error."""
 
 import signal
 import threading
@@ -11,12 +11,12 @@ from types import FrameType
 def interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt for any error that comes after Ctrl-C.
 
-    Code in C makes other errors of it: torch.asarray, by which safetensors reads, makes a
-    ValueError, and bad input would be blamed.
+    Code in C may turn it into another error: torch.asarray, with which safetensors reads, raises a
+    ValueError, which would be reported as bad input.
     """
     before, pressed = signal.getsignal(signal.SIGINT), False
     if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield  # nothing here is told of signals
+        yield  # no signal handler can be set here
         return
 
     def press(number: int, frame: FrameType | None) -> None:

@@ -1,66 +1,121 @@
-"""Rows of results in a file, one JSON object a line."""
+"""Rows of results in files: one JSON object a line, appended one by one, read whole."""
 
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
-Row = dict[str, Any]
-START = b'{"versions": '  # every row of a sweep begins so
-RUN = ("model", "weights", "dtype", "evaluation")  # what all rows of one file have in common
+from .records import BenchRow, EvaluationRow, FailedRow, TimedRow
+from .sweep_rows import CompressedRow, DenseRow, RefusedRow, SweepRow
+
+Row = TypeVar("Row", bound=Mapping[str, object])
+SHOWN = 4  # missing keys that an error names
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; a last line that was not finished is left out.
+@dataclass(frozen=True)
+class Format(Generic[Row]):
+    """What the lines of a file hold.
 
-    Raises ValueError if there is no such file, or if it holds anything else.
+    expected: the same in words, for errors. kinds: TypedDicts; a row has all required keys of one.
+    first: the key that every row begins with, by which a line that was cut short is recognized.
     """
-    try:
-        *lines, last = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: expected what eigenzoo sweep wrote") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path} is a folder: expected a .jsonl file of eigenzoo sweep") from None
-    begun = last.startswith(START) or START.startswith(last)
-    if not (begun and all(line.startswith(START) for line in lines)):
-        raise ValueError(f"{path} holds something else: expected a file that eigenzoo sweep wrote")
-    try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+
+    expected: str
+    kinds: tuple[type, ...]
+    first: str
+
+    def lacks(self, row: object) -> set[str]:
+        """Keys that a row lacks to be of the kind that it is nearest to."""
+        keys = row.keys() if isinstance(row, dict) else set()
+        required = (kind.__required_keys__ for kind in self.kinds)  # type: ignore[attr-defined]
+        return min((names - keys for names in required), key=len)
+
+    def begins(self, line: bytes) -> bool:
+        """Whether the line may be the beginning of a row."""
+        start = f'{{"{self.first}": '.encode()
+        return line.startswith(start) or start.startswith(line)
 
 
-def resume(path: Path, run: Mapping[str, Any], force: bool = False) -> list[Row]:
-    """The rows that are in the file already; what is half-written is cut off.
+SWEEP: Format[SweepRow] = Format(
+    "a row that eigenzoo sweep wrote", (DenseRow, CompressedRow, RefusedRow), "versions"
+)
+BENCH: Format[BenchRow] = Format("a row that eigenzoo bench wrote", (TimedRow, FailedRow), "model")
+MEASURED: Format[EvaluationRow | BenchRow] = Format(
+    "what `eigenzoo evaluate --json` printed, or a row that eigenzoo bench wrote",
+    (EvaluationRow, TimedRow, FailedRow),
+    "model",
+)
 
-    run: what the rows must have in common with those to come, `RUN`. force: start anew. Raises
-    ValueError where the rows are of another run.
+
+def read_rows(path: Path, form: Format[Row]) -> list[Row]:
+    """The rows of a file, without a last line that was cut short.
+
+    Raises ValueError if there is no such file, and for a line that holds anything else.
     """
-    if not path.parent.is_dir():
-        raise ValueError(f"{path.parent} does not exist: make it, or choose another file")
+    return _read(path, form)[0]
+
+
+def resume(path: Path, form: Format[Row]) -> list[Row]:
+    """The rows that are in the file already, if there is one, which is then ready for `append`.
+
+    A last line that was cut short is removed. Raises ValueError as `read_rows`, and then leaves
+    the file alone.
+    """
     if not path.exists():
         return []
-    if force and path.is_file():
-        path.unlink()
-        return []
-    rows = read_rows(path)
-    for row in rows:
-        for name in RUN:
-            if row[name] != run[name]:
-                raise ValueError(
-                    f"{path} holds rows with {name} {row[name]}, this run has {run[name]}: choose "
-                    "another file, or pass --force to start it anew"
-                )
-    whole = path.read_bytes().rfind(b"\n") + 1
-    os.truncate(path, whole)
+    rows, whole = _read(path, form)
+    os.truncate(path, len(whole))
+    if whole and not whole.endswith(b"\n"):
+        _write(path, b"\n")
     return rows
 
 
 def append(path: Path, row: Row) -> Row:
-    """Add a row to the file, whole, and on disk when this returns: the row as JSON has it."""
+    """Add a row to the file; it is on disk when this returns. Returns the row as JSON has it."""
     line = json.dumps(row)
-    with path.open("ab", buffering=0) as file:
-        file.write(line.encode() + b"\n")
-        os.fsync(file.fileno())
+    _write(path, line.encode() + b"\n")
     return json.loads(line)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("ab", buffering=0) as file:
+        file.write(data)
+        os.fsync(file.fileno())
+
+
+def _read(path: Path, form: Format[Row]) -> tuple[list[Row], bytes]:
+    """The rows of a file, and its content up to a last line that was cut short."""
+    try:
+        whole = path.read_bytes()
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ValueError(f"{path}: {reason}; expected a file of {form.expected}") from None
+    *lines, last = whole.split(b"\n")
+    if form.begins(last) and not _is_json(last):
+        whole = whole[: len(whole) - len(last)]
+    else:
+        lines.append(last)
+    numbered = enumerate(lines, start=1)
+    rows = [_row(line, f"{path}, line {n}", form) for n, line in numbered if line.strip()]
+    return rows, whole
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _row(line: bytes, place: str, form: Format[Row]) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: expected {form.expected}, but it is no JSON: {error}") from None
+    if lacking := sorted(form.lacks(row)):
+        names = ", ".join(lacking[:SHOWN]) + " and more" * (len(lacking) > SHOWN)
+        raise ValueError(f"{place}: expected {form.expected}, but it lacks {names}")
+    return row

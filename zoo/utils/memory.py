@@ -1,4 +1,4 @@
-"""Memory: what is free, and the most that a process has held."""
+"""Memory: how much is free, and the peak of this process."""
 
 import sys
 from pathlib import Path
@@ -10,14 +10,14 @@ PROCESS = Path("/proc/self")  # Linux
 
 
 def available(device: torch.device) -> int:
-    """Bytes that a new model may take."""
+    """Bytes of free memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
 def reset_peak(device: torch.device) -> None:
-    """Count the peak from here on, where the system can: on a GPU, and on Linux."""
+    """Start counting the peak again, if the system can: on a GPU, and on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif PROCESS.exists():
@@ -25,10 +25,10 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes: of tensors on a GPU, of the whole process on a CPU."""
+    """Peak bytes: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if PROCESS.exists():  # what getrusage knows may be of the process that started this one
+    if PROCESS.exists():  # getrusage may report the peak of the parent process
         lines = (PROCESS / "status").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     import resource  # not on Windows

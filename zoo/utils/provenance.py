@@ -1,4 +1,4 @@
-"""What a number came from: versions, content, device."""
+"""Where a number comes from: versions, content, device."""
 
 import platform
 import re
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """Versions of the packages that the numbers depend on."""
     return {name: version(name) for name in ("eigenzoo", "torch", "transformers")}
 
 
 def fingerprint(*parts: Tensor | str) -> str:
-    """A short name for content: a hash of all bytes of tensors, with dtype and shape, and texts."""
+    """A short hash of content: of texts, and of all bytes of tensors with dtype and shape."""
     whole = sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -24,16 +24,16 @@ def fingerprint(*parts: Tensor | str) -> str:
             data, kind = numbers.data, f"{part.dtype} {tuple(part.shape)}"
         else:
             data, kind = memoryview(part.encode()), "text"
-        whole.update(f"{kind} {data.nbytes} ".encode())  # tells where a part ends
+        whole.update(f"{kind} {data.nbytes} ".encode())  # marks the end of a part
         whole.update(data)
     return whole.hexdigest()[:16]
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: the GPU, or the processor, its vector instructions and threads."""
+    """The name of the GPU, or of the processor with its vector instructions and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")  # Linux; elsewhere the architecture has to do
-    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    name, isa = named[1] if named else platform.machine(), torch.backends.cpu.get_cpu_capability()
+    info = Path("/proc/cpuinfo")  # Linux; on other systems the architecture is all we have
+    match = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    name, isa = match[1] if match else platform.machine(), torch.backends.cpu.get_cpu_capability()
     return f"{name}, {isa}, threads: {torch.get_num_threads()}"

@@ -1,4 +1,4 @@
-"""The state of long work in one file, so that it can go on after an interruption."""
+"""The state of long work in one file, from which it resumes after an interruption."""
 
 import json
 from collections.abc import Mapping
@@ -10,15 +10,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .replace import replacing
+
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors, and facts as JSON in the header; an older file stays until all is written."""
-    fresh = path.with_name(f".{path.name}")
-    try:
-        save_file(dict(tensors), fresh, {"facts": json.dumps(facts)})
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with replacing(path) as part:
+        save_file(dict(tensors), part, {"facts": json.dumps(facts)})
 
 
 def read_state(
@@ -31,16 +29,16 @@ def read_state(
             return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} is no state to go on from ({error}): delete it to begin anew"
+            f"{path} cannot be resumed from ({error}): delete it to start again"
         ) from error
 
 
-def check_same(path: Path, given: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def check_same(path: Path, given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raise ValueError, naming what differs, unless the state was written by the same work."""
-    differ = [name for name in given if given[name] != found.get(name)]
+    differ = [name for name in given if given[name] != saved.get(name)]
     if differ:
-        pairs = ", ".join(f"{name} {found.get(name)!r}, given {given[name]!r}" for name in differ)
+        pairs = ", ".join(f"{name} {saved.get(name)!r}, given {given[name]!r}" for name in differ)
         raise ValueError(
             f"{path} was left by other work ({pairs}): repeat its command to finish that, or "
-            "delete it to begin anew"
+            "delete it to start again"
         )

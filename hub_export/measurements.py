@@ -1,0 +1,60 @@
+"""Add measurements to a compressed checkpoint: to its config.json, and to its card."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..zoo.inference.checkpoint import MODEL_TYPE, native_config, read_config
+from ..zoo.utils.jsonl import MEASURED, read_rows
+from ..zoo.utils.records import CompressionRecord, EvaluationRow, Measurements, TimedRow
+from ..zoo.utils.replace import replacing
+from .card import FIGURES, card
+
+
+def add(folder: Path, files: Sequence[Path]) -> str:
+    """Write measurements into a checkpoint's config.json, and its card again; returns the card.
+
+    files: what `eigenzoo evaluate --json` printed, of the checkpoint or of its original, and
+    bench.jsonl as `eigenzoo bench --out` wrote it, whose plots are copied. Earlier measurements of
+    the same kind are replaced. Raises ValueError for a file of anything else, and for a folder
+    that is no compressed checkpoint.
+    """
+    raw = read_config(folder)
+    if raw.get("model_type") != MODEL_TYPE or not raw.get("compression"):
+        raise ValueError(f"{folder} was not written by eigenzoo compress: expected such a folder")
+    compression: CompressionRecord = raw["compression"]
+    plots = [plot for f in files if f.suffix == ".jsonl" for plot in sorted(f.parent.glob("*.png"))]
+    compression["measured"] = {**compression.get("measured", {}), **_measured(files, plots)}
+    dtype = getattr(torch, raw.get("dtype") or raw["torch_dtype"])
+    text = card(native_config(raw), compression, dtype)
+    for plot in plots:
+        (folder / FIGURES).mkdir(exist_ok=True)
+        with replacing(folder / FIGURES / plot.name) as part:
+            shutil.copyfile(plot, part)
+    contents = {"config.json": json.dumps(raw, indent=2) + "\n", "README.md": text}
+    for name, content in contents.items():
+        with replacing(folder / name) as part:
+            part.write_text(content)
+    return text
+
+
+def _measured(files: Sequence[Path], plots: Sequence[Path]) -> Measurements:
+    """The kinds of measurement that there are in the files."""
+    evaluations: list[EvaluationRow] = []
+    speed: list[TimedRow] = []
+    for row in (row for file in files for row in read_rows(file, MEASURED)):
+        if "kv_share" in row:
+            evaluations.append(row)
+        elif "failed" not in row:
+            speed.append(row)
+    measured: Measurements = {}
+    if evaluations:
+        measured["evaluations"] = evaluations
+    if speed:
+        measured["speed"] = speed
+    if plots:
+        measured["figures"] = [plot.name for plot in plots]
+    return measured

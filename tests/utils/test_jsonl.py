@@ -1,0 +1,95 @@
+"""Files of rows: appended to, read again, and anything else refused with file and line."""
+
+import json
+
+import pytest
+
+from eigenzoo.zoo.utils.jsonl import BENCH, MEASURED, SWEEP, append, read_rows, resume
+
+ROW = {
+    "model": "tiny",
+    "context": 64,
+    "batch": 1,
+    "slots": 64,
+    "dtype": "float32",
+    "threads": 1,
+    "device": "cpu",
+    "ops": "auto",
+    "compiled": False,
+    "command": "eigenzoo bench tiny",
+    "failed": "no memory",
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file of two rows."""
+    path = tmp_path / "bench.jsonl"
+    for context in (64, 128):
+        append(path, ROW | {"context": context})
+    return path
+
+
+def test_rows_are_read_as_they_were_appended(file):
+    assert read_rows(file, BENCH) == [ROW, ROW | {"context": 128}]
+    row = append(file, ROW | {"slots": (1, 2)})
+    assert row["slots"] == [1, 2]  # as JSON has it
+    assert read_rows(file, BENCH)[2] == row
+
+
+def test_a_row_cut_anywhere_is_skipped_and_removed_before_another_is_appended(file):
+    whole = file.read_bytes()
+    line = json.dumps(ROW).encode() + b"\n"
+    for length in range(len(line) - 1):
+        file.write_bytes(whole + line[:length])
+        assert len(read_rows(file, BENCH)) == 2
+        assert file.read_bytes() == whole + line[:length]  # reading changes nothing
+        assert len(resume(file, BENCH)) == 2
+        assert file.read_bytes() == whole
+
+
+def test_a_whole_row_without_its_newline_counts(file):
+    file.write_bytes(file.read_bytes().rstrip())
+    assert len(read_rows(file, MEASURED)) == len(resume(file, BENCH)) == 2
+    append(file, ROW)
+    assert len(read_rows(file, BENCH)) == 3
+
+
+def test_a_file_that_is_not_there_has_no_rows_to_resume(tmp_path):
+    assert resume(tmp_path / "none.jsonl", BENCH) == []
+    with pytest.raises(ValueError, match=r"none\.jsonl: does not exist; expected a file of a row"):
+        read_rows(tmp_path / "none.jsonl", BENCH)
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: Is a directory"):
+        read_rows(tmp_path, BENCH)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"my notes", "line 1: expected a row that eigenzoo bench wrote, but it is no JSON"),
+        (b"\xff\xfe\n", "line 1: expected .*, but it is no JSON"),
+        (b'{"a": 1}\n', "line 1: expected .*, but it lacks batch, command, compiled, .* and more"),
+        (b"[1]\n", "line 1: expected .*, but it lacks"),
+        (b'{"versions": ', "line 1: expected .*, but it is no JSON"),  # cut, but of a sweep
+    ],
+)
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, text, problem):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(text)
+    for read in (read_rows, resume):
+        with pytest.raises(ValueError, match=rf"notes\.txt, {problem}"):
+            read(path, BENCH)
+    assert path.read_bytes() == text
+
+
+def test_a_damaged_line_between_rows_is_named(file):
+    first, second = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first + second[:9] + b"\n" + second)
+    with pytest.raises(ValueError, match=r"bench\.jsonl, line 2: expected .* no JSON"):
+        read_rows(file, BENCH)
+    lacking = {k: v for k, v in ROW.items() if k != "command"}
+    file.write_bytes(first + second + json.dumps(lacking).encode() + b"\n")
+    with pytest.raises(ValueError, match=r"line 3: expected .*, but it lacks command$"):
+        read_rows(file, BENCH)
+    with pytest.raises(ValueError, match="line 1: expected a row that eigenzoo sweep wrote"):
+        read_rows(file, SWEEP)

@@ -1,0 +1,75 @@
+"""A bench at every batch size and context, with its rows in a file from which it resumes."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+
+from ..utils.jsonl import BENCH, append, resume
+from ..utils.records import BenchOrigin, BenchRow
+from .bench import bench
+from .timed_models import Cell, Contestant
+
+
+class BenchGrid(NamedTuple):
+    """Contexts and batches to decode at. buffer: slots of static caches, in contexts."""
+
+    contexts: Sequence[int] = (2048,)
+    batches: Sequence[int] = (1,)
+    buffer: int = 1
+    steps: int = 16
+    rounds: int = 3
+
+    def check(self) -> None:
+        """Raise ValueError for numbers at which nothing can be timed."""
+        contexts, batches, buffer, steps, rounds = self
+        if min(contexts) < steps + 2 or min(*contexts, *batches, buffer, steps, rounds) < 1:
+            raise ValueError(
+                f"contexts {[*contexts]}, batches {[*batches]}, buffer {buffer}, {rounds} rounds "
+                f"of {steps} steps: expected at least 1 of each, and contexts at least two tokens "
+                "longer"
+            )
+
+    @property
+    def slots(self) -> int:
+        """Of the largest static cache."""
+        return self.buffer * max(self.contexts)
+
+    def cells(self, dtype: torch.dtype, device: torch.device, compile: bool) -> list[Cell]:
+        """Every combination, the batches one after the other."""
+        return [
+            Cell(length, batch, self.buffer * length, self.steps, dtype, device, compile)
+            for batch in self.batches
+            for length in self.contexts
+        ]
+
+
+def rows_left(file: Path | None, command: str) -> list[BenchRow]:
+    """The rows that the same command left in the file, which is then ready for more.
+
+    Raises ValueError if the file holds anything but rows of a bench.
+    """
+    rows = resume(file, BENCH) if file else []
+    return [row for row in rows if row["command"] == command]
+
+
+def bench_cells(
+    contestants: Sequence[Contestant],
+    cells: Sequence[Cell],
+    rounds: int,
+    origin: BenchOrigin,
+    left: Sequence[BenchRow] = (),
+    file: Path | None = None,
+) -> Iterator[BenchRow]:
+    """The rows of all cells as they are made, appended to the file.
+
+    origin: how the rows are made. left: what `rows_left` returned; cells that have rows there are
+    not measured again.
+    """
+    done = {(row["context"], row["batch"]) for row in left}
+    for cell in cells:
+        if (cell.context, cell.batch) not in done:
+            for result in bench(contestants, cell, rounds):
+                row = cast(BenchRow, {**result, **origin})
+                yield append(file, row) if file else row

@@ -1,0 +1,245 @@
+"""What eigenzoo writes as JSON and reads again: rows of results, and records of checkpoints.
+
+Rows of a sweep are in `sweep_rows.py`. A field is `NotRequired` where it depends on the options of
+the command, or where files of earlier versions lack it. What is read back has lists for sequences.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NotRequired, TypedDict, final
+
+Versions = dict[str, str]  # by package
+TaskRow = dict[str, Any]  # lm-evaluation-harness names the metrics: METRIC,FILTER
+
+
+class KvBytes(TypedDict):
+    """Size of the cache, as `models.config.kv_bytes` counts it."""
+
+    kv_bytes_per_token: int
+    kv_bytes_per_token_dense: int
+    kv_share: float
+
+
+class SettingsRecord(TypedDict):
+    """`compression.settings.Settings`."""
+
+    method: str
+    keep: float
+    error_budget: float | None
+    heads_per_latent: Sequence[int] | None
+    rank_multiple: int
+    latent: str
+    keys: NotRequired[str]
+    anchor_block: NotRequired[int | None]
+    keys_reason: NotRequired[str | None]
+    budget: NotRequired[str]
+    damping: NotRequired[float | None]
+    refit: NotRequired[Sequence[str] | None]
+    rank_pairs: NotRequired[int | None]
+    kv_bits: NotRequired[Sequence[int]]
+
+
+class LayerRecord(TypedDict):
+    """Ranks of one layer, and the share of the method's own error that they leave.
+
+    v_error is missing where keys and values share a latent. threshold, output_error: only where
+    the ranks were searched for.
+    """
+
+    k_rank: int
+    v_rank: int
+    k_error: float
+    v_error: NotRequired[float]
+    k_bits: NotRequired[int]
+    v_bits: NotRequired[int]
+    threshold: NotRequired[float]
+    output_error: NotRequired[float]
+
+
+class BenchCell(TypedDict):
+    """Which model decoded, and under what circumstances."""
+
+    model: str
+    context: int
+    batch: int
+    slots: int
+    dtype: str
+    threads: int
+    device: str  # cpu or cuda
+
+
+class BenchFigures(TypedDict):
+    """What `measure.bench.bench` measures; speedup and bound need a first model that decoded."""
+
+    tokens_per_second: float
+    seconds_per_step: float
+    floor_seconds: float
+    weight_bytes_read: int
+    kv_bytes_read: int
+    kv_read_share: float
+    bandwidth: float  # bytes per second
+    peak_memory: int  # bytes
+    start_seconds: float
+    speedup: NotRequired[float]
+    bound: NotRequired[float]
+
+
+class BenchOrigin(TypedDict):
+    """How the rows of one `eigenzoo bench` were made."""
+
+    ops: str
+    compiled: bool
+    command: str
+    weights: NotRequired[str]
+    processor: NotRequired[str]
+    versions: NotRequired[Versions]
+
+
+@final
+class Timed(BenchCell, BenchFigures):
+    """A model that decoded."""
+
+
+@final
+class Failed(BenchCell):
+    """A model that did not, and why."""
+
+    failed: str
+
+
+@final
+class TimedRow(BenchCell, BenchFigures, BenchOrigin):
+    """The row of a model that decoded."""
+
+
+@final
+class FailedRow(BenchCell, BenchOrigin):
+    """The row of a model that did not decode, and why."""
+
+    failed: str
+
+
+BenchResult = Timed | Failed
+BenchRow = TimedRow | FailedRow
+
+
+class PositionRecord(TypedDict):
+    """`measure.probe.Bucket`."""
+
+    start: int
+    stop: int
+    tokens: int
+    loss: float
+    perplexity: float
+
+
+class RetrievalRecord(TypedDict):
+    """`measure.probe.Retrieval`."""
+
+    length: int
+    depth: float
+    facts: int
+    right: float
+    loglikelihood: float
+
+
+class EvaluationResult(KvBytes):
+    """What `eigenzoo evaluate` measures: only what its options ask for."""
+
+    model: str
+    text: NotRequired[str]
+    window: NotRequired[int]
+    perplexity: NotRequired[float]
+    tokens: NotRequired[int]
+    by_position: NotRequired[list[PositionRecord]]
+    retrieval: NotRequired[list[RetrievalRecord]]
+    tasks: NotRequired[dict[str, TaskRow]]
+
+
+@final
+class EvaluationRow(EvaluationResult):
+    """What `eigenzoo evaluate --json` prints."""
+
+    processor: str
+    versions: Versions
+    command: str
+
+
+class TextRecord(TypedDict):
+    """The text that a checkpoint was calibrated on, or refined with."""
+
+    source: str
+    sequences: int
+    seq_len: int
+    tokens: int
+
+
+class QualityRecord(TypedDict):
+    """Perplexity before and after. before: of the model that a refinement began with."""
+
+    text: str
+    window: int
+    tokens: int
+    dense: float
+    compressed: float
+    before: NotRequired[float]
+
+
+class RefineStep(TypedDict):
+    """A measurement of a refinement. kl: None before the first step; held_out: on other text."""
+
+    step: int
+    kl: float | None  # nats per token
+    held_out: float  # nats per token
+
+
+class RefineRecord(TypedDict):
+    """One refinement: `compression.schedule.RefineSettings`, and what came of it."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: float
+    weight_decay: float
+    clip: float
+    every: int
+    patience: int
+    minutes: float | None
+    precision: str
+    recompute: bool
+    seed: int
+    calibration: TextRecord
+    kl_before: float
+    kl_after: float
+    perplexity_before: float
+    perplexity_after: float
+    best_step: int
+    stopped: str
+    history: list[RefineStep]
+
+
+class Measurements(TypedDict, total=False):
+    """What `eigenzoo card` has added. figures: names of files."""
+
+    evaluations: list[EvaluationRow]
+    speed: list[TimedRow]
+    figures: list[str]
+
+
+class CompressionOrigin(SettingsRecord):
+    """What a checkpoint was made from, and how."""
+
+    base_model: str
+    base_license: NotRequired[str | None]
+    share: float  # of the KV bytes of a 16-bit cache
+    calibration: TextRecord | None
+    seed: int
+    versions: Versions
+
+
+class CompressionRecord(CompressionOrigin):
+    """All that the config.json of a checkpoint says of its compression."""
+
+    evaluation: QualityRecord
+    layers: list[LayerRecord]
+    refined: NotRequired[list[RefineRecord]]
+    measured: NotRequired[Measurements]
