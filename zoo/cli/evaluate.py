@@ -3,11 +3,11 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
-from ..utils.records import EvaluationResult, EvaluationRow, PositionRecord, RetrievalRecord
+from ..utils.records import EvaluationRow
 from .options import (
     AsJson,
     Device,
@@ -21,8 +21,6 @@ from .options import (
     load,
     name_of,
 )
-
-LENGTHS = (256, 512, 1024, 2048)
 
 
 def evaluate(
@@ -73,11 +71,9 @@ def evaluate(
 ) -> None:
     """Measure SOURCE, dense or compressed: perplexity on a text, retrieval, and tasks."""
     from ..inference.checkpoint import stop_tokens
-    from ..inference.data import encode, python_docs, read_text
-    from ..inference.perplexity import mean_perplexity, token_losses
-    from ..measure import probe
-    from ..measure import tables as report
-    from ..measure.evaluate import cache_size
+    from ..inference.data import python_docs, read_text
+    from ..measure import tables
+    from ..measure.quality import Probes, measure
     from ..utils.provenance import device_name, versions
 
     if (length and not retrieval) or ((limit or include_path) and not tasks):
@@ -91,33 +87,19 @@ def evaluate(
         names = [name.strip() for name in tasks.split(",")]
         chosen = load_tasks(names, include_path, trust_remote_code)
     checkpoint = load(source, dtype, device, revision, trust_remote_code)
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    longest = model.config.max_position_embeddings
-    result: EvaluationResult = {"model": source, **cache_size(model.config, model.dtype, kv_bits)}
-    if by_position or not (retrieval or tasks):
-        window = window or min(2048, longest)
-        tokens = encode(tokenizer, words).to(model.device)
-        losses = token_losses(model, tokens, window, windows, kv_bits)
-        quality = mean_perplexity(losses)
-        result["perplexity"], result["tokens"] = quality.perplexity, quality.tokens
-        result["text"], result["window"] = name_of(text), window
-        if by_position:
-            buckets = [x._asdict() for x in probe.by_position(losses)]
-            result["by_position"] = cast(list[PositionRecord], buckets)
-    if retrieval:
-        length = length or [n for n in LENGTHS if n <= longest] or [longest]
-        rows = probe.retrieval(
-            model, tokenizer, words, length, facts=facts, seed=seed, bits=kv_bits
-        )
-        result["text"] = name_of(text)
-        result["retrieval"] = cast(list[RetrievalRecord], [x._asdict() for x in rows])
+    probes = Probes(
+        *(not (retrieval or tasks), window, windows, by_position, retrieval, length or ()),
+        *(facts, seed, kv_bits),
+    )
+    result = measure(source, checkpoint, words, name_of(text), probes)
+    model = checkpoint.model
     if tasks:
-        stop = stop_tokens(checkpoint)
         result["tasks"] = run_tasks(
-            model, tokenizer, chosen, limit, batch_size, stop, trust_remote_code, kv_bits
+            *(model, checkpoint.tokenizer, chosen, limit, batch_size, stop_tokens(checkpoint)),
+            *(trust_remote_code, kv_bits),
         )
     if not as_json:
-        report.evaluation(result)
+        tables.evaluation(result)
         return
     row: EvaluationRow = {
         **result,

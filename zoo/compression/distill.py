@@ -1,4 +1,4 @@
-"""One model learns what another predicts: KL divergence over the vocabulary, in pieces."""
+"""Distillation: KL divergence of predictions over the vocabulary, computed in pieces."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -12,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from ..models.model import Model
 
 CHUNK = 128  # tokens whose logits are held at a time
-KEPT = 2**30  # bytes of what the teacher computed that are kept for the next epoch
+KEPT = 2**30  # bytes of teacher outputs that are kept for the next epoch
 
 
 def kl_divergence(hidden: Tensor, target: Tensor, head: nn.Module) -> Tensor:
-    """KL(teacher || student) in nats, summed over tokens. What the head reads: (n, width).
+    """KL(teacher || student) in nats, summed over tokens, by the head that both share.
 
-    target: of the teacher. The head is that of both.
+    hidden, target: inputs of the head, (n, width), of the student and of the teacher.
     """
     want, got = (head(x).float().log_softmax(-1) for x in (target, hidden))
     return F.kl_div(got, want, reduction="sum", log_target=True)
@@ -35,20 +35,20 @@ class Distiller(NamedTuple):
     recompute: bool = False
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """Where matrix products have `dtype`, whatever the weights have."""
+        """A context in which matrix products have `dtype`, for weights of any dtype."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def cast(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights that do not learn: matrices in `dtype`, cast once and for all; norms in fp32."""
+        """Weights that are not trained: matrices in `dtype`, cast once; norms in fp32."""
         kinds = {True: self.dtype, False: torch.float32}
         return {name: x.to(kinds[x.ndim > 1]) for name, x in weights.items()}
 
     def hidden(self, model: Model, tokens: Tensor) -> Tensor:
-        """What the head reads at tokens (B, T): (B T, width)."""
+        """Inputs of the head at tokens (B, T): (B T, width)."""
         recompute = self.recompute and torch.is_grad_enabled()
         with self.autocast(tokens.device):
             x, pos, attn_metadata = model.begin(tokens)
-            x = x.float()  # sums over the layers need the digits
+            x = x.float()  # sums over the layers need fp32
             for block in model.layers:
                 if recompute:
                     x = checkpoint(block, x, pos, attn_metadata, None, use_reentrant=False)
@@ -57,7 +57,7 @@ class Distiller(NamedTuple):
             return model.finish(x).flatten(0, 1)
 
     def targets(self, teacher: Model, rows: Tensor) -> Callable[[int], Tensor]:
-        """A function that gives what the teacher's head reads at a row of tokens (N, T)."""
+        """A function from the number of a row of tokens (N, T) to the inputs of the teacher's head."""
         size = rows.size(1) * teacher.config.hidden_size * teacher.dtype.itemsize
 
         @lru_cache(max(1, KEPT // size))
@@ -68,7 +68,7 @@ class Distiller(NamedTuple):
         return target
 
     def divergence(self, hidden: Tensor, target: Tensor, head: nn.Module) -> Tensor:
-        """Mean KL per token. Gradients, if `hidden` wants them, are sent back on the way."""
+        """Mean KL per token; runs the backward pass as well if `hidden` requires gradients."""
         leaf = hidden.detach().requires_grad_(hidden.requires_grad)
         total = leaf.new_zeros((), dtype=torch.float32)
         for x, t in zip(leaf.split(CHUNK), target.split(CHUNK), strict=True):

@@ -35,7 +35,7 @@ def low_config(
     key_mean: bool = False,
     pairs: bool = False,
 ) -> Config:
-    """The config of `config`'s model with such ranks: its biases are where folding leaves them."""
+    """The config of a model with such ranks, with biases where folding leaves them."""
     rotary: dict[str, Any] = {"key_mean": key_mean, "anchor": anchor, "pairs": pairs}
     return replace(
         config,
@@ -75,7 +75,7 @@ def fold_attention(
 ) -> dict[str, Tensor]:
     """Weights for attention `low` of the folded config, made from `dense` and a basis, in fp64.
 
-    What stays the same is taken over. A block is (L, n, ...): the rows of the heads of one latent.
+    Unchanged weights are copied. A block is (L, n, ...): the rows of the heads of one latent.
     """
     new: dict[str, Tensor] = {}
     wanted = low.state_dict()
@@ -142,7 +142,7 @@ def _fold_keys(
 def _fold_queries(
     new: dict[str, Tensor], wanted: Mapping[str, Tensor], dense: LatentAttention, decoder: Tensor
 ) -> None:
-    """The lift of the keys stays a matrix of its own, or goes into the projection of queries."""
+    """Keep the lift of keys as a matrix of its own, or fold it into the projection of queries."""
     if "k_up" in wanted:
         new["k_up"] = decoder.mT
         return
@@ -171,7 +171,7 @@ def _blocks(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _cut(basis: Basis, rank: int) -> tuple[Tensor, Tensor]:
-    """Encoder and decoder (L, n, rank). Pairs are put in halves, as the rotation wants them."""
+    """Encoder and decoder (L, n, rank). Pairs become halves, as the rotation expects them."""
     order = torch.arange(rank)
     if basis.pairs is not None:
         order = order.unflatten(0, (-1, 2)).mT.flatten()
@@ -184,6 +184,6 @@ def _encode(encoder: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _lost(x: Tensor, encoder: Tensor, decoder: Tensor) -> Tensor:
-    """What encoding and decoding lose of x (L, n)."""
+    """The error of encoding and decoding x (L, n)."""
     column = x[..., None]
     return (column - decoder @ (encoder.mT @ column))[..., 0]

@@ -1,4 +1,4 @@
-"""Metrics of attention: how much errors of keys and of values weigh by what reads them."""
+"""Metrics of attention: the weights of errors in keys and in values, by what reads them."""
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def block_diagonal(per_head: Tensor, latents: int) -> Tensor:
 
 
 def joint(covariance: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Metric of latents that hold keys and then values: losing all of either weighs 1."""
+    """Metric of latents that hold keys and then values: losing all of either costs 1."""
     halves = [block_diagonal(x, len(covariance)) for x in (keys, values)]
     n = halves[0].size(-1)
     corners = covariance[:, :n, :n], covariance[:, n:, n:]

@@ -1,4 +1,4 @@
-"""What is measured when a model is compressed, and what config.json says of it."""
+"""Texts and measurements of a compression, and the record of it in config.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,13 +28,13 @@ def texts(
     text: Path | None,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (N, T) to calibrate on, and those held out to measure on, if there is no `text`."""
+    """Tokens (N, T) to calibrate on, and those held out to measure on if there is no `text`."""
     model = original.model
     seq_len = seq_len or min(1024, model.config.max_position_embeddings)
     needed = METHODS[settings.method].data
     tokens = held_out = torch.empty(0, seq_len, dtype=torch.long, device=model.device)
     if needed or text is None:
-        samples = samples if needed else max(2, samples // 8)  # no more than is measured on
+        samples = samples if needed else max(2, samples // 8)  # as many as would be held out
         tokens = calibration_tokens(calibration, model, original.tokenizer, samples, seq_len, seed)
     if text is None:
         tokens, held_out = hold_out(tokens) if needed else (tokens[:0], tokens)
@@ -49,12 +49,12 @@ def about(
     tokens: Tensor,
     seed: int,
 ) -> CompressionOrigin:
-    """What a record says of how it was compressed."""
+    """The part of a record that says how a model was compressed."""
     return {
         "base_model": original.name,
         "base_license": original.license,
         **settings_record(settings),
-        "share": kv_bytes(low, torch.bfloat16)["kv_share"],  # as keep counts, whatever the dtype
+        "share": kv_bytes(low, torch.bfloat16)["kv_share"],  # as keep counts, for any dtype
         "calibration": calibrated_on(calibration, tokens) if len(tokens) else None,
         "seed": seed,
         "versions": versions(),
@@ -62,12 +62,12 @@ def about(
 
 
 def settings_record(settings: Settings) -> SettingsRecord:
-    """Settings as rows and records have them."""
+    """Settings as rows and records hold them."""
     return cast(SettingsRecord, settings._asdict())
 
 
 def calibrated_on(calibration: str, tokens: Tensor) -> TextRecord:
-    """What a record says of tokens (N, T) from a source."""
+    """The part of a record about tokens (N, T) of calibration text."""
     sequences, length = tokens.shape
     source = _name(calibration)
     return {"source": source, "sequences": sequences, "seq_len": length, "tokens": tokens.numel()}
@@ -80,7 +80,7 @@ def evaluation(
     held_out: Tensor,
     calibration: str,
 ) -> QualityRecord:
-    """What a record says of perplexity: on a file, or else on sequences held out (N, T)."""
+    """The part of a record about perplexity: on a file, or else on held-out sequences (N, T)."""
     longest = next(iter(models.values())).config.max_position_embeddings
     words, rows = windows(tokenizer, text, held_out, calibration, longest)
     perplexities = {
@@ -96,9 +96,9 @@ def windows(
     calibration: str,
     longest: int,
 ) -> tuple[str, Tensor]:
-    """What is measured on, in words and as windows of tokens (M, W). Arguments as in `evaluation`.
+    """The text to measure on: its name, and windows of its tokens (M, W).
 
-    longest: what the model can read.
+    longest: tokens that the model can read. Other arguments as in `evaluation`.
     """
     if text is None:
         return f"held-out {_name(calibration)} text", held_out
@@ -108,7 +108,7 @@ def windows(
 
 
 def measured(words: str, rows: Tensor, perplexities: Mapping[str, Perplexity]) -> QualityRecord:
-    """What a record says of perplexities, by the name of the model, on windows."""
+    """The part of a record about perplexities, by the name of the model, on windows."""
     about = {
         "text": words,
         "window": rows.size(1),
@@ -119,5 +119,5 @@ def measured(words: str, rows: Tensor, perplexities: Mapping[str, Perplexity]) -
 
 
 def _name(calibration: str) -> str:
-    """A source of calibration text without the folder that it lies in."""
+    """The name of a source of calibration text, without its folder."""
     return calibration if calibration.startswith(("self", "hub:")) else Path(calibration).name

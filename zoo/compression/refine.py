@@ -1,7 +1,7 @@
-"""Win back quality after compression: a few hundred steps towards the original model.
+"""Recover quality after compression: a few hundred training steps towards the original model.
 
-What is minimised is KL(original || compressed). Only what compression made learns: encoders,
-decoders, and the projections that they are folded into.
+The loss is KL(original || compressed). Only the weights that compression made are trained:
+encoders, decoders, and the projections that they are folded into.
 """
 
 import math
@@ -25,14 +25,14 @@ from .schedule import RefineSettings
 
 KEYS = ("q_proj", "k_proj", "k_down", "k_up", "k_mean")
 VALUES = ("v_proj", "v_down", "v_up", "o_proj")
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # the state of a parameter in AdamW
 
 
 class Refined(NamedTuple):
-    """The best model seen on held-out text, and what was measured on the way.
+    """The best model by held-out text, and the measurements on the way.
 
     history: for step 0 and every measurement `step`, `held_out` (KL in nats per token on held-out
-    text) and `kl` (on what was learned from since the measurement before). stopped: why.
+    text) and `kl` (mean of the training steps since the last measurement). stopped: the reason.
     """
 
     model: Model
@@ -41,7 +41,7 @@ class Refined(NamedTuple):
 
     @property
     def best(self) -> RefineStep:
-        """The measurement of the model."""
+        """The measurement of `model`."""
         return min(self.history, key=lambda x: x["held_out"])
 
 
@@ -53,13 +53,13 @@ def refine(
     held_out: Tensor | None = None,
     state: Path | None = None,
 ) -> Refined:
-    """A new model in place of `low`, nearer to `dense`, the model that it was folded from.
+    """Train a copy of `low` towards `dense`, the model that it was folded from.
 
     tokens: (N, T) to learn from. held_out: (M, T') to measure on; by default an eighth of tokens.
-    The best weights on it are returned, in the dtype of `low`; those of step 0 count. state: a
-    file that progress is saved to, and continued from if it exists; whoever gave it removes it.
-    Weights that do not learn are shared with `low`; both models stay as they are. Raises
-    ValueError for models that do not belong together, and for a state of other work.
+    The weights that are best on it, of all steps including 0, are returned in the dtype of `low`.
+    state: a file for progress; if it exists, the run continues from it, and the caller removes it.
+    Weights that are not trained are shared with `low`; both models stay unchanged. Raises
+    ValueError for models that do not belong together, and for the state of another run.
     """
     settings = settings or RefineSettings()
     settings.check()
@@ -86,9 +86,9 @@ def refine(
 
 
 def learned(low: Model) -> list[str]:
-    """Names of the weights that compression made or changed. Raises ValueError if there are none.
+    """Names of the weights to train. Raises ValueError if there are none.
 
-    Of keys and of values, in layers that hold less than whole ones.
+    They are those of keys, and of values, in layers that compress them.
     """
     names = []
     for i, block in enumerate(low.layers):
@@ -103,7 +103,7 @@ def learned(low: Model) -> list[str]:
 
 
 def check_pair(dense: Model, low: Model) -> None:
-    """Raise ValueError unless `low` was folded from `dense`: all but attention is the same."""
+    """Raise ValueError unless `low` was folded from `dense`: weights outside attention agree."""
     if dense.config.kv_width != dense.config.dense_kv_width:
         raise ValueError("the original is compressed itself: expected the model it was made from")
     ours = low.state_dict()
@@ -117,7 +117,7 @@ def check_pair(dense: Model, low: Model) -> None:
 
 
 class _Run:
-    """A refinement under way: what learns, from what, and how far it is."""
+    """A refinement in progress: its weights, its text, and its state."""
 
     def __init__(
         self, dense: Model, low: Model, tokens: Tensor, held_out: Tensor, settings: RefineSettings
@@ -150,13 +150,13 @@ class _Run:
         }
 
     def _with(self, weights: Mapping[str, Tensor]) -> Model:
-        """The compressed model with copies in fp32 of weights that learn."""
+        """The compressed model with fp32 copies of the weights to train."""
         copies = {name: x.to(torch.float32, copy=True) for name, x in weights.items()}
         return model_of(self.low.config, self.frozen | copies)
 
     @property
     def seconds(self) -> float:
-        """How long the run has taken, without its interruptions."""
+        """Duration of the run, without interruptions."""
         return time.perf_counter() - self.began
 
     @property
@@ -166,7 +166,7 @@ class _Run:
 
     @property
     def stopped(self) -> str:
-        """Why the run is over; empty while it is not."""
+        """The reason why the run is over; empty before that."""
         s, best = self.settings, min(self.history, key=lambda x: x["held_out"])
         if self.diverged:
             return "the KL was no longer finite"
@@ -179,7 +179,7 @@ class _Run:
         return ""
 
     def learn(self) -> None:
-        """One step."""
+        """Take one training step."""
         s, rows = self.settings, self.order[self.step]
         progress = (self.step + 0.5) / s.steps
         if s.minutes is not None:
@@ -199,25 +199,25 @@ class _Run:
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Look at held-out text, with the weights as they would be written."""
+        """Measure on held-out text, with weights in the dtype in which they are written."""
         weights = {name: p.to(self.low.dtype, copy=True) for name, p in self.learned.items()}
         model, total = self._with(weights), 0.0
         for i, row in enumerate(self.held_out):
             hidden = self.distiller.hidden(model, row[None])
             total += self.distiller.divergence(hidden, self.held_out_target(i), model.head).item()
-        found = total / len(self.held_out)
-        if not math.isfinite(found):
+        mean = total / len(self.held_out)
+        if not math.isfinite(mean):
             if not self.history:
-                raise ValueError(f"the KL before the first step is {found}: a model is unsound")
+                raise ValueError(f"the KL before the first step is {mean}: a model is unsound")
             self.diverged = True
             return
-        if all(found < x["held_out"] for x in self.history):
+        if all(mean < x["held_out"] for x in self.history):
             self.best = weights
-        self.history.append({"step": self.step, "kl": self.recent, "held_out": found})
+        self.history.append({"step": self.step, "kl": self.recent, "held_out": mean})
         self.losses.clear()
 
     def save(self, path: Path) -> None:
-        """Write all that is needed to go on from here."""
+        """Write the state to continue from."""
         tensors = {f"best.{name}": x for name, x in self.best.items()}
         for name, p in self.learned.items():
             state = self.optimizer.state[p] | {"learned": p.detach()}

@@ -1,0 +1,65 @@
+"""What `evaluate` measures of a checkpoint on a text: perplexity, and what it alone hides."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+from ..inference.checkpoint import Checkpoint
+from ..inference.data import encode
+from ..inference.perplexity import mean_perplexity, token_losses
+from ..utils.records import EvaluationResult, PositionRecord, RetrievalRecord
+from . import probe
+from .evaluate import cache_size
+
+LENGTHS = (256, 512, 1024, 2048)  # tokens of a text with a fact in it, unless told
+
+
+class Probes(NamedTuple):
+    """What to measure.
+
+    perplexity: on `windows` windows of `window` tokens; 0 windows are all of the text, None is
+    2048 tokens, or as many as the model can read. by_position: also by the number of tokens
+    before. retrieval: ask for planted facts, `facts` for each length and depth; lengths: tokens of
+    a text with a fact in it; none are those of `LENGTHS` that the model can read. seed: of the
+    facts. bits: of a number in the cache, None as the model's config says.
+    """
+
+    perplexity: bool = True
+    window: int | None = None
+    windows: int = 0
+    by_position: bool = False
+    retrieval: bool = False
+    lengths: Sequence[int] = ()
+    facts: int = 5
+    seed: int = 0
+    bits: int | None = None
+
+
+def measure(
+    source: str, checkpoint: Checkpoint, words: str, text: str, probes: Probes
+) -> EvaluationResult:
+    """Measure a checkpoint on a text, and the bytes of its cache.
+
+    source: its name in the result. words: the text; text: its name in the result. Raises
+    ValueError for windows and lengths that do not fit the model or the text.
+    """
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    longest = model.config.max_position_embeddings
+    size = cache_size(model.config, model.dtype, probes.bits)
+    result: EvaluationResult = {"model": source, **size}
+    if probes.perplexity or probes.by_position:
+        window = probes.window or min(2048, longest)
+        tokens = encode(tokenizer, words).to(model.device)
+        losses = token_losses(model, tokens, window, probes.windows, probes.bits)
+        quality = mean_perplexity(losses)
+        result["perplexity"], result["tokens"] = quality.perplexity, quality.tokens
+        result["text"], result["window"] = text, window
+        if probes.by_position:
+            buckets = [x._asdict() for x in probe.by_position(losses)]
+            result["by_position"] = cast(list[PositionRecord], buckets)
+    if probes.retrieval:
+        lengths = probes.lengths or [n for n in LENGTHS if n <= longest] or [longest]
+        how = probe.DEPTHS, probes.facts, probes.seed, probes.bits
+        rows = probe.retrieval(model, tokenizer, words, lengths, *how)
+        result["text"] = text
+        result["retrieval"] = cast(list[RetrievalRecord], [x._asdict() for x in rows])
+    return result
