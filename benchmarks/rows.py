@@ -22,7 +22,7 @@ from eigenzoo.zoo.measure.shapes import random_model
 from eigenzoo.zoo.measure.sweep_table import label
 from eigenzoo.zoo.models.config import Config
 from eigenzoo.zoo.utils.jsonl import SWEEP, read_rows
-from eigenzoo.zoo.utils.sweep_rows import CompressedRow, DenseRow
+from eigenzoo.zoo.utils.records import CompressedRow, DenseRow
 
 
 def shape(config: Config, row: DenseRow | CompressedRow) -> Config:

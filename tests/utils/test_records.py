@@ -13,7 +13,7 @@ from eigenzoo.zoo.measure.calibrator import Calibration
 from eigenzoo.zoo.measure.evaluate import Evaluation
 from eigenzoo.zoo.measure.probe import Bucket, Retrieval
 from eigenzoo.zoo.models.config import kv_bytes
-from eigenzoo.zoo.utils import records, sweep_rows
+from eigenzoo.zoo.utils import records
 
 OLDEST = Path(__file__).parents[1] / "fixtures" / "format-0"
 
@@ -25,11 +25,11 @@ def fields(record) -> set[str]:
 def test_records_have_the_fields_of_what_they_are_made_from():
     assert fields(records.SettingsRecord) == {*Settings._fields}
     assert fields(records.RefineRecord) > {*RefineSettings._fields}
-    assert fields(sweep_rows.PerplexityRecord) == {*Perplexity._fields}
+    assert fields(records.PerplexityRecord) == {*Perplexity._fields}
     assert fields(records.PositionRecord) == {*Bucket._fields}
     assert fields(records.RetrievalRecord) == {*Retrieval._fields}
-    assert fields(sweep_rows.CalibrationText) == {*Calibration._fields, "digest"}
-    assert fields(sweep_rows.EvaluationText) == {*Evaluation._fields, "digest"}
+    assert fields(records.CalibrationText) == {*Calibration._fields, "digest"}
+    assert fields(records.EvaluationText) == {*Evaluation._fields, "digest"}
 
 
 def test_sizes_have_the_fields_that_the_config_counts(dense):

@@ -18,8 +18,8 @@ from ..compression.moments import Moments, Needs, Statistics
 from ..inference.data import calibration_tokens, read_text
 from ..models.model import Model
 from ..utils.provenance import fingerprint
+from ..utils.records import CalibrationText, Seconds
 from ..utils.replace import replacing
-from ..utils.sweep_rows import CalibrationText, Seconds
 
 SUMS = ("count", "origin", "sum", "gram")
 

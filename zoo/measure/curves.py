@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ..compression.basis import LayerBasis
 from ..compression.solve import Basis
-from ..utils.sweep_rows import Curve, Curves
+from ..utils.records import Curve, Curves
 
 POINTS = 16  # evenly spaced ranks of a curve; the powers of two come on top
 

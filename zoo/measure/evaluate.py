@@ -15,8 +15,7 @@ from ..inference.perplexity import perplexity
 from ..models.config import Config, kv_bytes
 from ..models.model import Model
 from ..utils.provenance import fingerprint
-from ..utils.records import KvBytes
-from ..utils.sweep_rows import EvaluationText, PerplexityRecord
+from ..utils.records import EvaluationText, KvBytes, PerplexityRecord
 
 
 class Comparison(PerplexityRecord, KvBytes):

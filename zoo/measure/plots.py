@@ -18,8 +18,7 @@ except ModuleNotFoundError:
     raise ValueError("plots need matplotlib: pip install 'eigenzoo[plot]'") from None
 
 from ..compression.cuts import NOISE
-from ..utils.records import BenchRow, TimedRow
-from ..utils.sweep_rows import CompressedRow
+from ..utils.records import BenchRow, CompressedRow, TimedRow
 from .sweep_table import Section, increase
 
 COLORS, MARKS = list(TABLEAU_COLORS.values()), "osD^vPX"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..utils.sweep_rows import CompressedRow, DenseRow
+from ..utils.records import CompressedRow, DenseRow
 from .plots import figures
 from .sweep_table import Section, caption, cells
 

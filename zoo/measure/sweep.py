@@ -23,7 +23,7 @@ from ..inference.perplexity import perplexity
 from ..models.model import Model
 from ..utils.interrupt import interruptible
 from ..utils.provenance import device_name, fingerprint, versions
-from ..utils.sweep_rows import (
+from ..utils.records import (
     CompressedResult,
     DecodeRecord,
     DenseResult,

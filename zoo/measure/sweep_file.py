@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ..compression.settings import Settings
 from ..utils.jsonl import SWEEP, append, read_rows, resume
-from ..utils.records import SettingsRecord
-from ..utils.sweep_rows import RUN, CalibrationText, SweepRow, SweepRun
+from ..utils.records import RUN, CalibrationText, SettingsRecord, SweepRow, SweepRun
 
 
 class SweepFile:

@@ -5,8 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..compression.settings import Settings
-from ..utils.records import SettingsRecord
-from ..utils.sweep_rows import RUN, CompressedRow, DenseRow, RefusedRow, SweepRow
+from ..utils.records import RUN, CompressedRow, DenseRow, RefusedRow, SettingsRecord, SweepRow
 
 DEFAULTS = json.loads(json.dumps(Settings._field_defaults))  # as rows have them
 Cells = dict[float, CompressedRow]  # by the share to keep

@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from .records import BenchRow, EvaluationRow, FailedRow, TimedRow
-from .sweep_rows import CompressedRow, DenseRow, RefusedRow, SweepRow
+from .records import (
+    BenchRow,
+    CompressedRow,
+    DenseRow,
+    EvaluationRow,
+    FailedRow,
+    RefusedRow,
+    SweepRow,
+    TimedRow,
+)
 
 Row = TypeVar("Row", bound=Mapping[str, object])
 SHOWN = 4  # missing keys that an error names
