@@ -57,7 +57,7 @@ class Distiller(NamedTuple):
             return model.finish(x).flatten(0, 1)
 
     def targets(self, teacher: Model, rows: Tensor) -> Callable[[int], Tensor]:
-        """From the index of a row of tokens (N, T) to the inputs of the teacher's head."""
+        """A function from the number of a row of tokens (N, T) to inputs of the teacher's head."""
         size = rows.size(1) * teacher.config.hidden_size * teacher.dtype.itemsize
 
         @lru_cache(max(1, KEPT // size))
