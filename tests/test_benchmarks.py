@@ -1,11 +1,11 @@
 """The files in benchmarks/ run as they are."""
 
 import json
-import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import fresh
 import pytest
 import tiny
 
@@ -15,16 +15,9 @@ KEYS = ("anchored", "rebuild")
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_what_calibration_costs_is_printed(dense_folder):
-    words = [
-        sys.executable,
-        FILES / "calibration.py",
-        dense_folder,
-        "--samples",
-        "4",
-        "--seq-len",
-        "32",
-    ]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    words = FILES / "calibration.py", dense_folder, "--samples", "4", "--seq-len", "32"
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     # 3 layers, keys and values, 3 sums of one latent of 4 heads of 16: squares, and a little more
     assert 3 * 2 * 3 * 8 * 64**2 / 2**20 < found["sums_mib"] < 3 * 2 * 3 * 8 * 64 * 66 / 2**20
@@ -40,8 +33,9 @@ def test_the_rows_of_a_sweep_take_turns_at_decoding(run, dense_folder, tmp_path)
     words += ["--seq-len", "32", "--window", "64", "--text", tmp_path / "text.txt"]
     code, _, error = run("sweep", dense_folder, rows, *words)
     assert code == 0, error
-    command = [sys.executable, FILES / "rows.py", dense_folder, rows, "--context", "64"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    command = [FILES / "rows.py", dense_folder, rows, "--context", "64"]
+    done = fresh.python(*command)
+    assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [x["model"] for x in found] == ["dense", *(f"fisher, keys {k}" for k in KEYS)]
     assert found[0]["speedup"] == 1
@@ -51,17 +45,9 @@ def test_the_rows_of_a_sweep_take_turns_at_decoding(run, dense_folder, tmp_path)
 
 @pytest.mark.slow
 def test_cpu_ops_are_timed_beside_sdpa():
-    words = [
-        sys.executable,
-        FILES / "cpu_ops.py",
-        "--slots",
-        "200",
-        "--caches",
-        "1",
-        "--rounds",
-        "1",
-    ]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    words = FILES / "cpu_ops.py", "--slots", "200", "--caches", "1", "--rounds", "1"
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["shape"] for row in found} == {"multi-head", "grouped"}
     assert all(row["milliseconds"] > 0 for row in found)
@@ -70,8 +56,9 @@ def test_cpu_ops_are_timed_beside_sdpa():
 
 @pytest.mark.slow
 def test_prompts_are_timed_with_and_without_a_matrix():
-    words = [sys.executable, FILES / "prompts.py", "--slots", "64", "--part", "16", "--rounds", "1"]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    words = [FILES / "prompts.py", "--slots", "64", "--part", "16", "--rounds", "1"]
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["case"] for row in found} == {"plain", "padded", "ALiBi"}
     assert {row["tokens"] for row in found} == {16, 64}
@@ -80,8 +67,9 @@ def test_prompts_are_timed_with_and_without_a_matrix():
 
 @pytest.mark.slow
 def test_compiling_is_timed_cold_and_warm():
-    words = [sys.executable, FILES / "compile.py", "--layers", "1", "--pairs", "1"]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    words = [FILES / "compile.py", "--layers", "1", "--pairs", "1"]
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["way"], row["start"]) for row in found] == [
         (way, start) for way in ("nested", "whole") for start in ("cold", "warm")
@@ -91,8 +79,9 @@ def test_compiling_is_timed_cold_and_warm():
 
 @pytest.mark.slow
 def test_linear_layers_of_few_rows_are_timed():
-    words = [sys.executable, FILES / "linear.py", "--rows", "1", "--mib", "1", "--rounds", "1"]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    words = [FILES / "linear.py", "--rows", "1", "--mib", "1", "--rounds", "1"]
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["case"] for row in found] == 3 * ["library", "loop", "fused", "int8"]
     assert all(row["milliseconds"] > 0 < row["of_bandwidth"] for row in found)
@@ -100,9 +89,10 @@ def test_linear_layers_of_few_rows_are_timed():
 
 @pytest.mark.slow
 def test_a_large_shape_is_compressed_layer_by_layer_and_timed(tmp_path):
-    words = [sys.executable, FILES / "large.py", tmp_path / "large", "--shape", "smollm2-135m"]
+    words = [FILES / "large.py", tmp_path / "large", "--shape", "smollm2-135m"]
     words += ["--layers", "2", "--samples", "3", "--seq-len", "32"]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert list(found["seconds_per_layer"]) == ["forward", "backward", "folding"]
     assert found["generated"]["new_tokens"] == [8]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import tiny
 import torch
@@ -94,11 +95,7 @@ def test_saved_again_without_eigenzoo_it_still_brings_its_code(folder, tmp_path)
         "again = Auto.from_pretrained(sys.argv[2], trust_remote_code=True)\n"
         "print(type(again).__name__)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(tmp_path / "again")],
-        capture_output=True,
-        text=True,
-    )
+    done = fresh.python("-c", code, folder, tmp_path / "again")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "EigenForCausalLM"
 
@@ -132,8 +129,7 @@ print(json.dumps([
 def test_checkpoints_decode_by_fused_ops_if_eigenzoo_is_there_and_write_the_same(folder, tmp_path):
     found = {}
     for words in ((), ("eigenzoo",), ("no such module", "reference")):
-        command = [sys.executable, "-c", GREEDY, str(folder), *words]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        done = fresh.python("-c", GREEDY, folder, *words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         found[words] = json.loads(done.stdout)
     (tokens, fused), *others = found.values()
