@@ -8,6 +8,7 @@ import pytest
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores: before torch
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process starts a pool
 
 import fresh
 import tiny

@@ -25,19 +25,21 @@ CONTEXT.set_forkserver_preload(
 def start() -> TemporaryDirectory:
     """Start the process that forks; the folder that is its Hugging Face home."""
     home = TemporaryDirectory(prefix="fresh-")
-    with patch.dict(os.environ, HF_HOME=home.name, HF_HUB_OFFLINE="1"):
+    with patch.dict(os.environ, HF_HOME=home.name, HF_HUB_OFFLINE="1", TRITON_INTERPRET="0"):
         forkserver.ensure_running()
     return home
 
 
-def python(*words, stdin: str = "", cwd: Path | None = None) -> CompletedProcess[str]:
+def python(
+    *words, stdin: str = "", cwd: Path | None = None, env: dict[str, str] | None = None
+) -> CompletedProcess[str]:
     """What `python WORDS` does, where the words are `-c CODE ...` or `FILE ...`."""
     start()
     with TemporaryDirectory() as folder:
         streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
         for path in streams:
             path.write_text(stdin if path.name == "stdin" else "")
-        args = list(map(str, words)), streams, cwd or Path.cwd(), dict(os.environ)
+        args = list(map(str, words)), streams, cwd or Path.cwd(), env or dict(os.environ)
         process = CONTEXT.Process(target=_main, args=args)
         process.start()
         process.join()

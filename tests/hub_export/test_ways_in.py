@@ -1,8 +1,6 @@
 """Ways in which transformers places, trains and saves a checkpoint, and what cannot work."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import fresh
@@ -198,8 +196,8 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20MB")
     size, peaks = sum(p.nbytes for p in model.parameters()), {}
     for way in ("transformers", "by hand"):
-        command = [sys.executable, "-c", LOADING, str(tmp_path), way]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = fresh.python("-c", LOADING, tmp_path, way)
+        assert done.returncode == 0, done.stderr
         peaks[way] = int(done.stdout) * 1024 / size
     assert peaks["transformers"] < 1.3, peaks
     assert peaks["by hand"] > 1.8, peaks
