@@ -8,7 +8,9 @@ import pytest
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores: before torch
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process starts a pool
 
+import fresh
 import tiny
 import torch
 
@@ -51,6 +53,13 @@ def ctrl_c():
         raise ValueError("what code in C makes of an interrupt")
 
     return press
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Contestants of a bench run in processes that start at once, see `fresh`."""
+    fresh.start()
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: fresh.CONTEXT)
 
 
 @pytest.fixture

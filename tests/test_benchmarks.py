@@ -1,11 +1,11 @@
 """The files in benchmarks/ run as they are."""
 
 import json
-import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import fresh
 import pytest
 import tiny
 
@@ -13,18 +13,19 @@ FILES = Path(__file__).parents[1] / "benchmarks"
 KEYS = ("anchored", "rebuild")
 
 
+def loaded(name: str):
+    """The file as a module, to be run in this process."""
+    spec = spec_from_file_location(name, FILES / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_what_calibration_costs_is_printed(dense_folder):
-    words = [
-        sys.executable,
-        FILES / "calibration.py",
-        dense_folder,
-        "--samples",
-        "4",
-        "--seq-len",
-        "32",
-    ]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    words = FILES / "calibration.py", dense_folder, "--samples", "4", "--seq-len", "32"
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     # 3 layers, keys and values, 3 sums of one latent of 4 heads of 16: squares, and a little more
     assert 3 * 2 * 3 * 8 * 64**2 / 2**20 < printed["sums_mib"] < 3 * 2 * 3 * 8 * 64 * 66 / 2**20
@@ -40,8 +41,9 @@ def test_the_rows_of_a_sweep_take_turns_at_decoding(run, dense_folder, tmp_path)
     words += ["--seq-len", "32", "--window", "64", "--text", tmp_path / "text.txt"]
     code, _, error = run("sweep", dense_folder, rows, *words)
     assert code == 0, error
-    command = [sys.executable, FILES / "rows.py", dense_folder, rows, "--context", "64"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    command = [FILES / "rows.py", dense_folder, rows, "--context", "64"]
+    done = fresh.python(*command)
+    assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines()]
     assert [x["model"] for x in printed] == ["dense", *(f"fisher, keys {k}" for k in KEYS)]
     assert printed[0]["speedup"] == 1
@@ -51,17 +53,9 @@ def test_the_rows_of_a_sweep_take_turns_at_decoding(run, dense_folder, tmp_path)
 
 @pytest.mark.slow
 def test_cpu_ops_are_timed_beside_sdpa():
-    words = [
-        sys.executable,
-        FILES / "cpu_ops.py",
-        "--slots",
-        "200",
-        "--caches",
-        "1",
-        "--rounds",
-        "1",
-    ]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    words = FILES / "cpu_ops.py", "--slots", "200", "--caches", "1", "--rounds", "1"
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["shape"] for row in printed} == {"multi-head", "grouped"}
     assert all(row["milliseconds"] > 0 for row in printed)
@@ -70,8 +64,9 @@ def test_cpu_ops_are_timed_beside_sdpa():
 
 @pytest.mark.slow
 def test_prompts_are_timed_with_and_without_a_matrix():
-    words = [sys.executable, FILES / "prompts.py", "--slots", "64", "--part", "16", "--rounds", "1"]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    words = [FILES / "prompts.py", "--slots", "64", "--part", "16", "--rounds", "1"]
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["case"] for row in printed} == {"plain", "padded", "ALiBi"}
     assert {row["tokens"] for row in printed} == {16, 64}
@@ -79,10 +74,18 @@ def test_prompts_are_timed_with_and_without_a_matrix():
 
 
 @pytest.mark.slow
-def test_compiling_is_timed_cold_and_warm():
-    words = [sys.executable, FILES / "compile.py", "--layers", "1", "--pairs", "1"]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
-    printed = [json.loads(line) for line in done.stdout.splitlines()]
+def test_compiling_is_timed_cold_and_warm(monkeypatch, capsys):
+    compiling = loaded("compile")
+
+    def run(command, env, **_):
+        done = fresh.python(*command[1:], env=env)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    monkeypatch.setattr(compiling.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["compile.py", "--layers", "1", "--pairs", "1"])
+    compiling.main()
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["way"], row["start"]) for row in printed] == [
         (way, start) for way in ("nested", "whole") for start in ("cold", "warm")
     ]
@@ -91,8 +94,9 @@ def test_compiling_is_timed_cold_and_warm():
 
 @pytest.mark.slow
 def test_linear_layers_of_few_rows_are_timed():
-    words = [sys.executable, FILES / "linear.py", "--rows", "1", "--mib", "1", "--rounds", "1"]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    words = [FILES / "linear.py", "--rows", "1", "--mib", "1", "--rounds", "1"]
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["case"] for row in printed] == 3 * ["library", "loop", "fused", "int8"]
     assert all(row["milliseconds"] > 0 < row["of_bandwidth"] for row in printed)
@@ -100,9 +104,10 @@ def test_linear_layers_of_few_rows_are_timed():
 
 @pytest.mark.slow
 def test_a_large_shape_is_compressed_layer_by_layer_and_timed(tmp_path):
-    words = [sys.executable, FILES / "large.py", tmp_path / "large", "--shape", "smollm2-135m"]
+    words = [FILES / "large.py", tmp_path / "large", "--shape", "smollm2-135m"]
     words += ["--layers", "2", "--samples", "3", "--seq-len", "32"]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout.splitlines()[-1])
     assert list(printed["seconds_per_layer"]) == ["forward", "backward", "folding"]
     assert printed["generated"]["new_tokens"] == [8]
@@ -112,9 +117,7 @@ def test_a_large_shape_is_compressed_layer_by_layer_and_timed(tmp_path):
 def test_caches_of_fewer_bits_are_set_beside_fewer_ranks(
     dense_folder, tmp_path, monkeypatch, capsys
 ):
-    spec = spec_from_file_location("bits", FILES / "bits.py")
-    bits = module_from_spec(spec)
-    spec.loader.exec_module(bits)
+    bits = loaded("bits")
     caches = {"rank": ((16,), (0.6,)), "8 bits": ((8,), (0.5,)), "auto": ((16, 8, 4), (0.3,))}
     monkeypatch.setattr(bits, "CACHES", caches)
     monkeypatch.setattr(bits, "WINDOW", 64)

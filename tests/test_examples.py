@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import tiny
 import torch
@@ -41,18 +42,6 @@ def compressed(way: str, place: Path) -> Path:
     return place / "low"
 
 
-@pytest.fixture
-def python(tmp_path):
-    """Run Python with such words; what it fetches and copies stays in the test's folder."""
-    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-
-    def run(*words) -> subprocess.CompletedProcess:
-        command = [sys.executable, *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, env=env)
-
-    return run
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_adapters_learn_and_merge_exactly(way, tmp_path):
     model = EigenForCausalLM.from_pretrained(compressed(way, tmp_path))
@@ -78,10 +67,10 @@ def test_adapters_learn_and_merge_exactly(way, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["rebuild", "joint"])
-def test_lora_recovers_and_what_it_saves_loads_everywhere(python, way, tmp_path):
+def test_lora_recovers_and_what_it_saves_loads_everywhere(way, tmp_path):
     low, out, text = compressed(way, tmp_path), tmp_path / "new", tmp_path / "a.txt"
     text.write_text(tiny.WORDS * 60)
-    done = python(LORA, low, text, out, "--steps", "20", "--length", "32", "--lr", "1e-3")
+    done = fresh.python(LORA, low, text, out, "--steps", "20", "--length", "32", "--lr", "1e-3")
     assert done.returncode == 0, done.stderr
     before, after = map(float, done.stdout.split("\n")[0].removeprefix("loss ").split(" -> "))
     assert after < before
@@ -92,7 +81,7 @@ def test_lora_recovers_and_what_it_saves_loads_everywhere(python, way, tmp_path)
     assert native.model.config == old.model.config
     assert native.config["compression"]["lora"]["steps"] == 20
     assert native.config["compression"]["evaluation"] is None
-    loaded = python("-c", LOAD, out)
+    loaded = fresh.python("-c", LOAD, out)
     assert loaded.returncode == 0, loaded.stderr
     logits = torch.tensor(json.loads(loaded.stdout.splitlines()[-1]))
     x = EigenForCausalLM.from_pretrained(out).dummy_inputs["input_ids"]
@@ -100,11 +89,11 @@ def test_lora_recovers_and_what_it_saves_loads_everywhere(python, way, tmp_path)
 
 
 @pytest.mark.slow
-def test_lora_refuses_projections_that_are_bent_afterwards(python, tmp_path):
+def test_lora_refuses_projections_that_are_bent_afterwards(tmp_path):
     tiny.save(tmp_path / "dense", "mpt", attn_config={"clip_qkv": 0.4})
     dense = load(str(tmp_path / "dense"))
     compress_checkpoint(dense, tmp_path / "low", Settings(keep=0.5), samples=4, seq_len=32)
-    done = python(LORA, tmp_path / "low", tmp_path / "a.txt", tmp_path / "new")
+    done = fresh.python(LORA, tmp_path / "low", tmp_path / "a.txt", tmp_path / "new")
     assert done.returncode != 0
     assert "clip_qkv" in done.stderr
 
@@ -113,17 +102,17 @@ def test_lora_refuses_projections_that_are_bent_afterwards(python, tmp_path):
 def talking(tmp_path_factory):
     """A compressed checkpoint with a chat template."""
     place = tmp_path_factory.mktemp("talking")
-    tiny.save(place / "dense", chat=True, num_hidden_layers=2)
+    tiny.save(place / "dense", chat=True, num_hidden_layers=1)  # it is compiled four times
     settings = Settings(keep=0.5, rank_multiple=2, heads_per_latent=(2, 2))
     compress_checkpoint(load(str(place / "dense")), place / "low", settings, samples=4, seq_len=32)
     return place / "low"
 
 
 @pytest.mark.slow
-def test_generate_streams_one_prompt_and_answers_several_as_alone(talking, python):
+def test_generate_streams_one_prompt_and_answers_several_as_alone(talking):
     def run(*prompts: str) -> str:
         words = EXAMPLES / "generate.py", talking, *prompts, "--max-new-tokens", "9"
-        done = python(*words)
+        done = fresh.python(*words)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -135,10 +124,10 @@ def test_generate_streams_one_prompt_and_answers_several_as_alone(talking, pytho
 
 
 @pytest.mark.slow
-def test_transformers_generates_alone_and_compiled(talking, python):
+def test_transformers_generates_alone_and_compiled(talking):
     script = EXAMPLES / "transformers_generate.py"
     found = [
-        python(script, talking, "the cat sat", "--max-new-tokens", "9", *words)
+        fresh.python(script, talking, "the cat sat", "--max-new-tokens", "9", *words)
         for words in ((), ("--no-compile",))
     ]
     assert all(done.returncode == 0 for done in found), found[0].stderr + found[1].stderr
@@ -147,11 +136,13 @@ def test_transformers_generates_alone_and_compiled(talking, python):
 
 
 @pytest.mark.slow
-def test_two_processes_generate_what_one_does(talking, python):
+def test_two_processes_generate_what_one_does(talking, tmp_path):
     words = talking, "the cat sat", "--max-new-tokens", "9"
-    one = python(EXAMPLES / "transformers_generate.py", *words, "--no-compile")
+    one = fresh.python(EXAMPLES / "transformers_generate.py", *words, "--no-compile")
     launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    two = python(*launch, EXAMPLES / "tensor_parallel.py", *words)
+    command = [sys.executable, *launch, EXAMPLES / "tensor_parallel.py", *words]
+    env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    two = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env)
     assert two.returncode == 0, two.stderr
     assert two.stdout == one.stdout
     assert two.stdout.startswith("the cat sat")
@@ -159,8 +150,7 @@ def test_two_processes_generate_what_one_does(talking, python):
 
 @pytest.mark.slow
 def test_chat_keeps_what_was_said_in_the_cache(talking):
-    words = [sys.executable, EXAMPLES / "chat.py", talking, "--slots", "120", "--no-compile"]
-    said = "the cat sat\non a mat\n"
-    done = subprocess.run([*map(str, words)], input=said, capture_output=True, text=True)
+    words = EXAMPLES / "chat.py", talking, "--slots", "120", "--no-compile"
+    done = fresh.python(*words, stdin="the cat sat\non a mat\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") == 3

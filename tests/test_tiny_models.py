@@ -1,6 +1,7 @@
 """Trained OPT and MPT checkpoints in float16, where they are present."""
 
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,18 @@ def text(folder):
     return encode(load(str(folder)).tokenizer, read_text(WORDS)[:200_000])
 
 
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(str(folder), torch.float32).model
+
+
+@pytest.fixture(scope="module")
+def low(model, text):
+    """Compress the model on twelve rows, once for all tests that ask for the same."""
+    rows = text[: 12 * 256].view(12, 256)
+    return cache(lambda settings: compress(model, rows, settings).model)
+
+
 def test_logits_of_the_float16_checkpoint_equal_transformers(folder, text):
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours = load(str(folder), torch.float32).model
@@ -41,14 +54,13 @@ def test_logits_of_the_float16_checkpoint_equal_transformers(folder, text):
 
 
 def test_at_the_same_bytes_fisher_beats_eigen_sharing_beats_that_and_joint_latents_win(
-    folder, text
+    model, low, text
 ):
-    model = load(str(folder), torch.float32).model
-    rows, test = text[: 12 * 256].view(12, 256), text[-10 * 256 :]
+    test = text[-10 * 256 :]
 
     def after(method: str, shared: tuple[int, int] | None = None, latent: str = "separate"):
         settings = Settings(method, 0.05, heads_per_latent=shared, rank_multiple=2, latent=latent)
-        return perplexity(compress(model, rows, settings).model, test, 256).perplexity
+        return perplexity(low(settings), test, 256).perplexity
 
     joint = after("fisher", (4, 4), "joint-kv")
     found = [joint, after("fisher", (4, 4)), after("fisher", (1, 1)), after("eigen")]
@@ -57,26 +69,25 @@ def test_at_the_same_bytes_fisher_beats_eigen_sharing_beats_that_and_joint_laten
 
 
 @pytest.mark.slow
-def test_every_method_compresses_and_fisher_is_the_best_at_few_bytes(folder, text):
-    model = load(str(folder), torch.float32).model
-    rows, test = text[: 8 * 256].view(8, 256), text[-8 * 256 :]
+def test_every_method_compresses_and_fisher_is_the_best_at_few_bytes(model, low, text):
     found = {}
     for method in METHODS:
         keep = 0.25 if method == "kv-heads" else 0.05  # it cannot keep less than one head of four
-        low = compress(model, rows, Settings(method, keep, rank_multiple=2)).model
-        assert keep - 0.01 < low.config.kv_width / model.config.kv_width <= keep
-        found[method] = perplexity(low, test, 256).perplexity
+        small = low(Settings(method, keep, rank_multiple=2))
+        assert keep - 0.01 < small.config.kv_width / model.config.kv_width <= keep
+        found[method] = perplexity(small, text[-10 * 256 :], 256).perplexity
     assert all(math.isfinite(x) for x in found.values())
     del found["kv-heads"]  # five times the bytes
     assert min(found, key=found.__getitem__) == "fisher"
 
 
 @pytest.mark.slow
-def test_refining_wins_back_quality(folder, text):
-    model = load(str(folder), torch.float32).model
+def test_refining_wins_back_quality(model, low, text):
     rows, test = text[: 24 * 256].view(24, 256), text[-10 * 256 :]
-    low = compress(model, rows[:12], Settings("eigen", 0.05, rank_multiple=2)).model
-    found = refine(model, low, rows, RefineSettings(steps=16, batch=4, lr=1e-4, every=16))
-    assert found.best["held_out"] < 0.95 * found.history[0]["held_out"]
-    dense, before, after = (perplexity(m, test, 256).perplexity for m in (model, low, found.model))
+    small = low(Settings("eigen", 0.05, rank_multiple=2))
+    refined = refine(model, small, rows, RefineSettings(steps=16, batch=4, lr=1e-4, every=16))
+    assert refined.best["held_out"] < 0.95 * refined.history[0]["held_out"]
+    dense, before, after = (
+        perplexity(m, test, 256).perplexity for m in (model, small, refined.model)
+    )
     assert dense < after < before

@@ -7,6 +7,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import fresh
 import pytest
 import tiny
 import torch
@@ -15,7 +16,7 @@ from eigenzoo.zoo.compression.choices import LATENTS, REFITS
 from eigenzoo.zoo.compression.keys import KEYS
 from eigenzoo.zoo.compression.methods import METHODS
 
-COMMAND = [sys.executable, "-c", "from eigenzoo.zoo.cli import main; main()"]
+ENTRY = "from eigenzoo.zoo.cli import main; main()"
 QUICK = ["--samples", "8", "--seq-len", "64"]
 
 
@@ -24,7 +25,8 @@ def low(dense_folder, tmp_path_factory):
     """A folder that the command line has written."""
     out = tmp_path_factory.mktemp("cli") / "low"
     words = ["compress", dense_folder, out, "--keep", "0.5", "--heads-per-latent", "all,2", *QUICK]
-    subprocess.run([*COMMAND, *map(str, words)], check=True, capture_output=True)
+    done = fresh.python("-c", ENTRY, *words)
+    assert done.returncode == 0, done.stderr
     return out
 
 
@@ -213,6 +215,7 @@ def test_evaluate_asks_for_planted_facts(run, low, tmp_path):
     assert "0% -" in text
 
 
+@pytest.mark.usefixtures("forked")
 def test_bench_sets_checkpoints_side_by_side_and_goes_on_where_it_stopped(
     run, dense_folder, low, tmp_path
 ):
@@ -295,6 +298,7 @@ def test_decoding_is_in_what_the_processor_is_fast_in(run, low, monkeypatch):
     assert size[False] == 2 * size[True]
 
 
+@pytest.mark.usefixtures("forked")
 def test_bench_lets_every_model_decode_with_fewer_bits_too(run, dense_folder):
     words = ["bench", dense_folder, "--kv-bits", "8", "--kv-bits", "4", "--context", "64", "--json"]
     words += ["--steps", "3", "--rounds", "1", "--no-compile", "--ops", "fused"]
@@ -308,6 +312,7 @@ def test_bench_lets_every_model_decode_with_fewer_bits_too(run, dense_folder):
     assert all("speedup" in x for x in rows)
 
 
+@pytest.mark.usefixtures("forked")
 def test_weights_become_int8_where_asked_for(run, dense_folder):
     words = ["-p", "the cat", "--no-compile", "--max-new-tokens", "3", "--weights", "int8"]
     assert run("generate", dense_folder, *words)[0] == 0
@@ -322,7 +327,7 @@ def test_weights_become_int8_where_asked_for(run, dense_folder):
 def test_generate_streams_one_answer_and_reads_standard_input(low):
     words = ["generate", str(low), "--no-compile", "--max-new-tokens", "6", "--temperature", "1"]
     found = [
-        subprocess.run([*COMMAND, *words, "--seed", seed], input=b"the cat", capture_output=True)
+        fresh.python("-c", ENTRY, *words, "--seed", seed, stdin="the cat")
         for seed in ("1", "1", "2")
     ]
     assert all(done.returncode == 0 for done in found)
@@ -450,7 +455,8 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
 
 def test_ctrl_c_leaves_nothing_behind(dense_folder, tmp_path):
     words = ["compress", str(dense_folder), str(tmp_path / "out"), "--samples", "4000"]
-    with subprocess.Popen([*COMMAND, *words], stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", ENTRY, *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert any("keys: " in line for line in process.stderr)  # said when the work begins
         time.sleep(2)
         process.send_signal(signal.SIGINT)

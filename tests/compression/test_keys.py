@@ -349,7 +349,7 @@ def test_frequencies_of_pairs_survive_every_way_of_casting_and_saving(tmp_path, 
     indirect=["backend"],
 )
 def test_one_graph_serves_every_length(scheme, backend):
-    dense = tiny.native(num_hidden_layers=2, max_position_embeddings=CONTEXT)
+    dense = tiny.native(num_hidden_layers=1, max_position_embeddings=CONTEXT)
     settings = SCHEMES[scheme]._replace(rank_multiple=2)
     low = compress(dense, tiny.tokens(8, 64), settings).model
     assert all(layer.attn.k_up is not None for layer in low.layers)

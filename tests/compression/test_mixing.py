@@ -72,10 +72,11 @@ def test_fewer_bits_lose_more_and_eight_lose_little(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "bits"), [("dense", 8), ("anchored", 4), ("joint", 8)], indirect=["model"]
+    ("model", "bits", "backend"),
+    [("dense", 8, "inductor"), ("anchored", 4, "inductor"), ("joint", 8, "aot_eager")],
+    indirect=["model", "backend"],
 )
-def test_packed_caches_compile_into_one_graph_for_all_lengths(model, bits):
-    torch._dynamo.reset()
+def test_packed_caches_compile_into_one_graph_for_all_lengths(model, bits, backend):
     generator = Generator(model, 1, 40, compile_prefill=False, bits=bits)
     plain = Generator(model, 1, 40, compile=False, bits=bits)
     generator.advance(tiny.tokens(1, 3), 0)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import fresh
 import pytest
 import tiny
 import torch
@@ -173,7 +174,7 @@ def test_a_process_that_is_killed_at_random_goes_on_to_the_same_bytes(tmp_path, 
         if stop == signal.SIGINT:
             assert "the same command with --resume goes on" in said
             assert "Traceback" not in said
-    subprocess.run([sys.executable, "-c", ENTRY, *words, "--resume"], check=True)
+    assert fresh.python("-c", ENTRY, *words, "--resume").returncode == 0
     assert content(out) == content(tmp_path / "want")
 
 

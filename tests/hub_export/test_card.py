@@ -82,6 +82,7 @@ def test_a_card_of_a_model_from_the_hub_names_it(low):
     assert data.eval_results[0].metric_type == "perplexity"
 
 
+@pytest.mark.usefixtures("forked")
 def test_measurements_go_into_the_card_with_their_commands(run, dense, low, tmp_path):
     (tmp_path / "text.txt").write_text(tiny.WORDS * 20)
     files = []

@@ -1,10 +1,8 @@
 """Compressed checkpoints in transformers, in a process where eigenzoo cannot be imported."""
 
 import json
-import os
-import subprocess
-import sys
 
+import fresh
 import pytest
 import tiny
 import torch
@@ -132,14 +130,7 @@ def folder(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     """The results of `ALONE`, in a process without eigenzoo."""
-    home = {"HF_HOME": str(folder.parent / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(folder)],
-        capture_output=True,
-        text=True,
-        env=os.environ | home,
-        cwd=folder.parent,
-    )
+    done = fresh.python("-c", ALONE, folder, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
 
@@ -225,10 +216,8 @@ def test_registered_classes_load_it_without_remote_code(folder):
         "import sys, eigenzoo.hub_export.register; from transformers import AutoModelForCausalLM;"
         "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "eigenzoo.hub_export.remote.modeling_eigen"
+    done = fresh.python("-c", code, folder)
+    assert done.stdout.strip() == "eigenzoo.hub_export.remote.modeling_eigen", done.stderr
 
 
 def test_config_says_what_was_done_and_what_was_kept(folder):

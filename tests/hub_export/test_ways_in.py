@@ -1,10 +1,9 @@
 """How transformers places, trains and saves a checkpoint, and errors for what cannot work."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import tiny
 import torch
@@ -94,11 +93,7 @@ def test_saved_again_without_eigenzoo_it_still_brings_its_code(folder, tmp_path)
         "again = Auto.from_pretrained(sys.argv[2], trust_remote_code=True)\n"
         "print(type(again).__name__)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(tmp_path / "again")],
-        capture_output=True,
-        text=True,
-    )
+    done = fresh.python("-c", code, folder, tmp_path / "again")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "EigenForCausalLM"
 
@@ -132,8 +127,7 @@ print(json.dumps([
 def test_checkpoints_decode_by_fused_ops_if_eigenzoo_is_there_and_write_the_same(folder, tmp_path):
     outputs = {}
     for words in ((), ("eigenzoo",), ("no such module", "reference")):
-        command = [sys.executable, "-c", GREEDY, str(folder), *words]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        done = fresh.python("-c", GREEDY, folder, *words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         outputs[words] = json.loads(done.stdout)
     (tokens, fused), *others = outputs.values()
@@ -202,8 +196,8 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20MB")
     size, peaks = sum(p.nbytes for p in model.parameters()), {}
     for way in ("transformers", "by hand"):
-        command = [sys.executable, "-c", LOADING, str(tmp_path), way]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = fresh.python("-c", LOADING, tmp_path, way)
+        assert done.returncode == 0, done.stderr
         peaks[way] = int(done.stdout) * 1024 / size
     assert peaks["transformers"] < 1.3, peaks
     assert peaks["by hand"] > 1.8, peaks

@@ -2,9 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 
+import fresh
 import pytest
 
 from eigenzoo.kernels.aot import MOST_SHARED
@@ -27,9 +26,8 @@ WITHOUT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_kernels_compile_to_what_a_gpu_runs_well(target):
-    command = [sys.executable, "-m", "eigenzoo.kernels.aot", "--json", "--targets", target]
-    command += ["--only", *CASES]
-    done = subprocess.run(command, capture_output=True, text=True, env=WITHOUT)
+    code = "from eigenzoo.kernels.aot import main; main()"
+    done = fresh.python("-c", code, "--json", "--targets", target, "--only", *CASES, env=WITHOUT)
     assert done.returncode == 0, done.stderr
     read = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(read) == len(CASES)

@@ -176,10 +176,9 @@ def test_a_growing_text_compiles_one_step(name):
                 torch.testing.assert_close(got[:, 0], want[:, t], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["anchored", "alibi"])
-def test_inductor_keeps_the_ops_in_one_graph(name):
+def test_inductor_keeps_the_ops_in_one_graph():
     torch._dynamo.reset()
-    model, prompts = install(low(name)), [[5, 9, 33, 7, 120], [8, 41]]
+    model, prompts = install(low("anchored")), [[5, 9, 33, 7, 120], [8, 41]]
     want = list(Generator(model, 2, 30, compile=False).stream(prompts, 20))
     got = list(Generator(model, 2, 30, compile_prefill=False).stream(prompts, 20))
     assert torch.equal(torch.stack(got), torch.stack(want))

@@ -158,6 +158,7 @@ def test_contestants_take_turns_in_their_own_processes_and_a_broken_one_says_so(
     assert small["peak_memory"] > 2**26
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("last", [0, 1])
 def test_a_contestant_that_is_killed_is_a_row_and_no_more(last):
     killed, other = bench([Killed(last), Killed(9)], cell())

@@ -99,7 +99,7 @@ def test_an_int8_model_says_nearly_what_the_original_one_says(family):
 @pytest.mark.slow
 def test_a_compiled_int8_model_decodes_as_it_does_uncompiled():
     torch._dynamo.reset()
-    model = quantize(tiny.native(num_hidden_layers=2))
+    model = quantize(tiny.native(num_hidden_layers=1))
     tokens = []
     for compile in (True, False):
         steps = Generator(model, 1, 24, compile).stream([[5, 9, 33]], 20)

@@ -2,9 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
+import fresh
 import pytest
 import shared
 import torch
@@ -51,14 +52,17 @@ def folders(tmp_path_factory):
     """Checkpoints by way; each of two processes has written its results beside them."""
     place = tmp_path_factory.mktemp("shared")
     made = {way: compressed(way, place / way.replace(" ", "-")) for way in WAYS | REFUSED}
-    launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    done = subprocess.run(
-        [sys.executable, *launch, shared.__file__, *made.values()],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+    def start(rank: str):
+        env = os.environ | group | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+        return fresh.python(shared.__file__, *made.values(), env=env)
+
+    with ThreadPoolExecutor() as pool:
+        for done in pool.map(start, "01"):
+            assert done.returncode == 0, done.stderr
     return made
 
 

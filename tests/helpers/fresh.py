@@ -1,0 +1,62 @@
+"""Python processes that start at once: forked from one that has imported torch and transformers.
+
+They are as those of `subprocess`, without the seconds that the imports take; of eigenzoo nothing is
+imported. What huggingface_hub reads from the environment at import is the same for all: it is
+offline, and its home is a folder of this session.
+"""
+
+import os
+import runpy
+import sys
+from functools import cache
+from multiprocessing import forkserver, get_context
+from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "transformers.generation.utils", "transformers.pipelines"]
+)
+
+
+@cache
+def start() -> TemporaryDirectory:
+    """Start the process that forks; the folder that is its Hugging Face home."""
+    home = TemporaryDirectory(prefix="fresh-")
+    with patch.dict(os.environ, HF_HOME=home.name, HF_HUB_OFFLINE="1", TRITON_INTERPRET="0"):
+        forkserver.ensure_running()
+    return home
+
+
+def python(
+    *words, stdin: str = "", cwd: Path | None = None, env: dict[str, str] | None = None
+) -> CompletedProcess[str]:
+    """What `python WORDS` does, where the words are `-c CODE ...` or `FILE ...`."""
+    start()
+    with TemporaryDirectory() as folder:
+        streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
+        for path in streams:
+            path.write_text(stdin if path.name == "stdin" else "")
+        args = list(map(str, words)), streams, cwd or Path.cwd(), env or dict(os.environ)
+        process = CONTEXT.Process(target=_main, args=args)
+        process.start()
+        process.join()
+        return CompletedProcess(args[0], process.exitcode, *(x.read_text() for x in streams[1:]))
+
+
+def _main(words: list[str], streams: list[Path], cwd: Path, env: dict[str, str]) -> None:
+    for number, path in enumerate(streams):
+        os.dup2(os.open(path, os.O_RDWR), number)
+    sys.stdin = open(0)  # noqa: SIM115, multiprocessing has closed it
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
