@@ -87,5 +87,7 @@ def test_refining_wins_back_quality(model, low, text):
     small = low(Settings("eigen", 0.05, rank_multiple=2))
     found = refine(model, small, rows, RefineSettings(steps=16, batch=4, lr=1e-4, every=16))
     assert found.best["held_out"] < 0.95 * found.history[0]["held_out"]
-    dense, before, after = (perplexity(m, test, 256).perplexity for m in (model, small, found.model))
+    dense, before, after = (
+        perplexity(m, test, 256).perplexity for m in (model, small, found.model)
+    )
     assert dense < after < before
