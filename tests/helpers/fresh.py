@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "transformers.generation.utils", "transformers.pipelines"]
+    ["torch._inductor.compile_fx", "transformers.generation.utils", "transformers.pipelines"]
 )
 
 
