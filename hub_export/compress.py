@@ -9,8 +9,9 @@ import torch
 from ..zoo.compression.compress import compress
 from ..zoo.compression.record import about, evaluation, texts
 from ..zoo.compression.settings import Settings
-from ..zoo.inference.checkpoint import Checkpoint, load, open_layers, weight_bytes
+from ..zoo.inference.checkpoint import Checkpoint, load, locate, open_layers
 from ..zoo.inference.data import read_text
+from ..zoo.inference.weights import stored_bytes
 from ..zoo.utils import memory
 from ..zoo.utils.interrupt import interruptible
 from ..zoo.utils.records import CompressionRecord
@@ -86,7 +87,7 @@ def compress_source(
 
 def _exceeds_memory(source: Source, say: Callable[[str], None]) -> bool:
     """Whether the weights take more than half of the free memory."""
-    size = weight_bytes(source.name, source.dtype, source.revision)
+    size = stored_bytes(locate(source.name, source.revision), source.dtype)
     if size <= memory.available(source.device) // 2:
         return False
     say(f"the weights take {size / 1e9:.1f} GB: reading them layer by layer (--stream)")

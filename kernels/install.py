@@ -54,7 +54,8 @@ def install(model: AnyModel) -> AnyModel:
     """Make every layer of a model decode with the fused ops. Prompts are processed as before.
 
     Returns the model, changed in place; a second call changes nothing. On a CPU, the first call
-    compiles the ops, which takes half a minute. Raises ValueError as `register` does.
+    compiles the ops, which takes half a minute. Raises ValueError for a device that has no fused
+    ops, and if the compiler or Triton is missing.
     """
     devices = {p.device.type for p in model.parameters()} - {"meta"}  # meta: offloaded to disk
     for device in devices:

@@ -10,6 +10,7 @@ from typer.main import get_command
 
 from eigenzoo import zoo
 from eigenzoo.zoo.cli import app
+from eigenzoo.zoo.compression.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -128,6 +129,13 @@ def test_the_reference_has_every_public_name_and_command():
     assert sorted(names) == sorted(zoo.PUBLIC)
     readme = "\n".join(code for _, _, code in FENCE.findall((ROOT / "README.md").read_text()))
     assert {*COMMANDS} == {name for name, _ in CALL.findall(readme)}
+
+
+def test_the_readme_has_a_row_for_every_method():
+    rows = re.findall(
+        r"^\| `([a-z][\w-]*)`(?: \(default\))? \|", (ROOT / "README.md").read_text(), re.M
+    )
+    assert sorted(rows) == sorted(METHODS)
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda p: p.name)

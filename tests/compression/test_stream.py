@@ -19,7 +19,8 @@ from eigenzoo.hub_export.stream import partial_folder, stream_checkpoint
 from eigenzoo.zoo.cli import app
 from eigenzoo.zoo.compression import steps, stream
 from eigenzoo.zoo.compression.settings import Settings
-from eigenzoo.zoo.inference.checkpoint import load, open_layers, weight_bytes
+from eigenzoo.zoo.inference.checkpoint import load, open_layers
+from eigenzoo.zoo.inference.weights import stored_bytes
 
 WORDS = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ,.", k=1500)  # no two lines alike
 ENTRY = """
@@ -303,9 +304,8 @@ def test_what_weights_take_is_known_before_they_are_read(tmp_path):
     tiny.save(tmp_path)
     model = load(str(tmp_path)).model
     numbers = sum(x.numel() for x in model.parameters())
-    place = str(tmp_path)
-    assert weight_bytes(place, torch.bfloat16) == 2 * numbers < weight_bytes(place)
-    assert weight_bytes(place, torch.float32) == 4 * numbers
+    assert stored_bytes(tmp_path, torch.bfloat16) == 2 * numbers < stored_bytes(tmp_path)
+    assert stored_bytes(tmp_path, torch.float32) == 4 * numbers
 
 
 def test_weights_that_are_no_safetensors_cannot_be_streamed(tmp_path, text):

@@ -53,10 +53,10 @@ def _version(asked: bool) -> None:
 def root(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Show the version.", callback=_version, is_eager=True),
+        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Low-rank KV caches: compress a model, generate with it compiled, load it anywhere."""
+    """Compress the KV cache of language models, and run and measure the result."""
 
 
 def main() -> None:

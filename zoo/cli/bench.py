@@ -6,22 +6,29 @@ from typing import Annotated
 
 import typer
 
+from ..compression.choices import LATENTS
+from ..compression.keys import BLOCK, KEYS
 from ..models.bits import BITS
 from ..utils.records import BenchOrigin
 from .options import (
     BITS_HELP,
-    AnchorBlock,
+    BLOCK_HELP,
+    DECODING,
+    KEYS_HELP,
+    LATENT_HELP,
+    MORE,
     AsJson,
     Compile,
     DecodingDtype,
     Device,
-    Keys,
-    Latent,
     Ops,
     Revision,
     Trust,
     Weights,
     choice,
+    option,
+)
+from .values import (
     command_line,
     decoding_dtype,
     preparation,
@@ -31,58 +38,83 @@ from .options import (
     torch_dtype,
 )
 
+SHAPE = "Instead of checkpoints"
+
 
 def bench(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Checkpoints; speeds are relative to the first, the uncompressed one. Or none, "
-            "with --shape."
+            metavar="SOURCE",
+            help="Checkpoints; the first is uncompressed, and speeds are relative to it. None with "
+            "--shape.",
         ),
     ] = None,
     shape: Annotated[
-        str | None, typer.Option(help="Random weights in a published shape, such as opt-1.3b.")
+        str | None,
+        option(
+            "--shape",
+            help="Random weights in a published shape, such as opt-1.3b.",
+            panel=SHAPE,
+        ),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(help="With --shape: number of layers.", show_default="all")
+        int | None,
+        option("--layers", help="Number of layers.", default="all", panel=SHAPE),
     ] = None,
     keep: Annotated[
         list[float] | None,
-        typer.Option(
-            help="With --shape: share of the KV bytes kept; repeat for more.", show_default="0.5"
+        option(
+            "--keep",
+            help=f"Share of the KV bytes to keep; {MORE}",
+            default="0.5",
+            panel=SHAPE,
+            metavar="<float>",
         ),
     ] = None,
     heads_per_latent: Annotated[
-        int, typer.Option(help="With --shape: kv heads that share a latent.")
+        int,
+        option("--heads-per-latent", help="How many kv heads share a latent.", panel=SHAPE),
     ] = 1,
-    latent: Latent = "separate",
-    keys: Keys = "auto",
-    anchor_block: AnchorBlock = None,
+    latent: Annotated[str, choice("--latent", LATENTS, LATENT_HELP, panel=SHAPE)] = "separate",
+    keys: Annotated[str, choice("--keys", KEYS, KEYS_HELP, panel=SHAPE)] = "auto",
+    anchor_block: Annotated[
+        int | None,
+        option("--anchor-block", help=BLOCK_HELP, default=str(BLOCK), panel=SHAPE),
+    ] = None,
     kv_bits: Annotated[
         list[int] | None,
-        choice("--kv-bits", BITS, f"Every model also with this. {BITS_HELP} Repeat for more."),
+        choice(
+            "--kv-bits",
+            BITS,
+            f"Measure every model once more with these; {MORE} {BITS_HELP}",
+            "none",
+            DECODING,
+        ),
     ] = None,
     transformers: Annotated[
         bool,
         typer.Option(
             "--transformers",
-            help="The first model in transformers as well: with the dynamic cache, and with a "
-            "static cache, compiled.",
+            help="Measure the first model in transformers as well: with its dynamic cache, and "
+            "compiled with its static cache.",
         ),
     ] = False,
     context: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens in the cache at the end; repeat for more.", show_default="2048"),
+        typer.Option(
+            metavar="<int>", help=f"Tokens in the cache at the end; {MORE}", show_default="2048"
+        ),
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(help="Sequences decoded together; repeat for more.", show_default="1"),
+        typer.Option(metavar="<int>", help=f"Sequences decoded together; {MORE}", show_default="1"),
     ] = None,
     buffer: Annotated[
-        int, typer.Option(help="Slots of static caches, as a multiple of the context.")
+        int, typer.Option(help="Slots in static caches, as a multiple of the context.")
     ] = 1,
     steps: Annotated[int, typer.Option(help="Decoding steps in a round.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Rounds; the models take turns.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Rounds; models take turns.")] = 3,
     compile: Compile = True,
     ops: Ops = "auto",
     dtype: DecodingDtype = "auto",
@@ -91,17 +123,18 @@ def bench(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for bench.jsonl, written row by row, and plots (extra `plot`). The same "
-            "command resumes after an interruption."
+            help="Folder for bench.jsonl, written row by row, and for plots (extra `plot`). After "
+            "an interruption the same command continues."
         ),
     ] = None,
     as_json: AsJson = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Decode speed and memory of models side by side, beside what memory allows.
+    """Measure decoding speed and memory.
 
-    Each model is in a process of its own, and they take turns.
+    Each model runs in a process of its own, and the processes take turns.
+    Each gain stands beside a bound: what fewer bytes alone can give.
     """
     from ..compression.settings import Settings
     from ..measure import tables

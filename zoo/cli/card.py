@@ -10,17 +10,24 @@ from .options import AsJson
 
 
 def card(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint folder, as eigenzoo compress wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder that eigenzoo compress wrote.")
+    ],
     measured: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="What `evaluate --json` printed, of FOLDER or of its original, and bench.jsonl of "
-            "`bench --out`, with its plots."
+            metavar="FILE",
+            help="Files with what `evaluate --json` printed, for FOLDER or for its original, and "
+            "bench.jsonl as `bench --out` wrote it; plots beside it are copied.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the README.md of FOLDER again, with measurements in it."""
+    """Write measurements into a model card.
+
+    README.md and config.json of FOLDER are written again. Measurements of the
+    same kind are replaced.
+    """
     from huggingface_hub import ModelCard
 
     from ...hub_export.measurements import add

@@ -20,6 +20,7 @@ from .options import (
     Keep,
     Keys,
     Latent,
+    MeasuredOn,
     Method,
     Refit,
     Revision,
@@ -29,84 +30,76 @@ from .options import (
     ShardSize,
     Source,
     Trust,
-    hide_bars,
-    parse_bits,
-    parse_refit,
-    parse_shared,
-    say,
-    torch_device,
-    torch_dtype,
+    option,
 )
+from .values import hide_bars, parse_bits, parse_refit, parse_shared, say, torch_device, torch_dtype
+
+LARGE = "Larger than memory"
 
 
 def compress(
     source: Source,
-    out: Annotated[Path, typer.Argument(help="Folder for the compressed checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     keep: Keep = 0.6,
-    method: Method = "fisher",
-    heads_per_latent: Annotated[
-        str,
-        typer.Option(
-            help="kv heads that share a latent: auto, 1, 2, ..., all; or KEYS,VALUES as in all,1."
-        ),
-    ] = "auto",
-    error_budget: Annotated[
-        float | None,
-        typer.Option(
-            help=f"{methods_that(lambda m: m.searched)}: relative output error that a layer may "
-            "have, instead of --keep."
-        ),
-    ] = None,
-    keys: Keys = "auto",
-    anchor_block: AnchorBlock = None,
-    latent: Latent = "separate",
-    rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
-    rank_pairs: Annotated[
-        int | None,
-        typer.Option(
-            help="Largest number of distinct pairs of ranks, of keys and of values, over the "
-            "layers: fewer compile faster.",
-            show_default="any",
-        ),
-    ] = None,
     kv_bits: Annotated[
         str,
         typer.Option(
-            help=f"{BITS_HELP} {listed(map(str, BITS))}; several as in 8,4, or auto for all: each "
-            "layer gets those that reduce the error most per byte of --keep. Below 16, latents are "
-            "mixed so that rounding costs least."
+            help=f"{BITS_HELP} One of {listed(map(str, BITS))}, or several as in 8,4, or auto for "
+            "all three: each layer then gets the bits that reduce the error most per byte."
         ),
     ] = "16",
+    method: Method = "fisher",
+    keys: Keys = "auto",
+    anchor_block: AnchorBlock = None,
+    heads_per_latent: Annotated[
+        str,
+        typer.Option(
+            help="How many kv heads share a latent: auto, 1, 2, ..., all; or one for keys and one "
+            "for values, as in all,1."
+        ),
+    ] = "auto",
+    latent: Latent = "separate",
+    rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this number.")] = 8,
+    rank_pairs: Annotated[
+        int | None,
+        typer.Option(
+            help="Largest number of distinct pairs of ranks (of keys, of values) over all layers. "
+            "Fewer pairs compile faster.",
+            show_default="any",
+        ),
+    ] = None,
+    error_budget: Annotated[
+        float | None,
+        typer.Option(
+            help=f"With {methods_that(lambda m: m.searched)}, instead of --keep: the relative "
+            "error that the output of each layer may have."
+        ),
+    ] = None,
     refit: Refit = "auto",
     calibration: Calibration = "self",
     samples: Samples = 32,
     seq_len: SeqLen = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="File to measure perplexity on.", show_default="held-out calibration text"
-        ),
-    ] = None,
+    text: MeasuredOn = None,
     plain: Annotated[
         bool,
         typer.Option(
             "--plain",
-            help=f"{methods_that(lambda m: m.merged)} of an MPT: write an ordinary checkpoint with "
-            "fewer kv heads.",
+            help=f"With {methods_that(lambda m: m.merged)} on an MPT: write an ordinary checkpoint "
+            "with fewer kv heads.",
         ),
     ] = False,
     stream: Annotated[
         bool | None,
-        typer.Option(
+        option(
             "--stream/--no-stream",
-            help="Read and write one layer at a time, in one file each, for models larger than "
-            "memory; progress is kept beside OUT.",
-            show_default="if the weights take more than half of the free memory",
+            help="Read and write one layer at a time, and keep progress beside OUT.",
+            default="if the weights take more than half of the free memory",
+            panel=LARGE,
         ),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="With --stream: continue after an interruption."),
+        option("--resume", help="With --stream: continue after an interruption.", panel=LARGE),
     ] = False,
     shard_size: ShardSize = "5GB",
     dtype: Dtype = "auto",
@@ -117,7 +110,11 @@ def compress(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Compress the KV cache of SOURCE and write a checkpoint to OUT."""
+    """Compress the KV cache of a checkpoint.
+
+    SOURCE is uncompressed. OUT becomes a folder that eigenzoo and
+    transformers load.
+    """
     from ...hub_export import compress as library
     from ..compression.settings import Settings
     from ..measure import tables
@@ -155,6 +152,6 @@ def compress(
     )
     if plain:
         typer.echo(
-            "it is an ordinary MPT for llm-foundry and eigenzoo; transformers' own MPT knows no "
-            "kv_n_heads and refuses it"
+            "OUT is an ordinary MPT for llm-foundry and eigenzoo; transformers' own MPT does not "
+            "support kv_n_heads and raises an error"
         )

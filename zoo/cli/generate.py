@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import (
+    DECODING,
     AsJson,
     Compile,
     DecodingDtype,
@@ -19,32 +20,48 @@ from .options import (
     Source,
     Trust,
     Weights,
-    decoding_dtype,
-    load,
-    preparation,
-    say,
+    option,
 )
+from .values import decoding_dtype, load, preparation, say
 
 
 def generate(
     source: Source,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", help="Repeat for a batch.", show_default="standard input"),
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="<text>",
+            help="A prompt; repeat for a batch.",
+            show_default="standard input",
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Largest number of new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most likely token; above 0, tokens are sampled.")
+    ] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the top tokens of this total probability.")
+        float,
+        typer.Option(help="Sample from the most likely tokens of this total probability."),
     ] = 1.0,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Chat template.", show_default="if there is one"),
+        typer.Option(
+            "--chat/--no-chat",
+            help="Put prompts into the chat template of the tokenizer.",
+            show_default="if it has one",
+        ),
     ] = None,
     compile: Compile = True,
     compile_prefill: Annotated[
-        bool, typer.Option("--compile-prefill", help="Compile the prompt as well.")
+        bool,
+        option(
+            "--compile-prefill",
+            help="Compile also the step that reads the prompts.",
+            panel=DECODING,
+        ),
     ] = False,
     ops: Ops = "auto",
     dtype: DecodingDtype = "auto",
@@ -56,7 +73,10 @@ def generate(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Answer or continue prompts with SOURCE, dense or compressed, over a static cache."""
+    """Answer or continue prompts.
+
+    SOURCE may be compressed or not. The cache is static: it is allocated once.
+    """
     from transformers import TextStreamer
 
     from ..inference.checkpoint import stop_tokens

@@ -6,7 +6,11 @@ from .options import AsJson, Revision, Source
 
 
 def inspect(source: Source, as_json: AsJson = False, revision: Revision = None) -> None:
-    """Show what a checkpoint holds: ranks of all layers, bytes, provenance, and its code."""
+    """Show ranks, bytes and provenance.
+
+    A compressed checkpoint contains Python files; inspect says whether they
+    are those of a release.
+    """
     from ..inference.checkpoint import inspect as look
     from ..inference.checkpoint import locate
     from ..measure import tables as report

@@ -10,13 +10,15 @@ from .options import AsJson, Force, Revision
 
 
 def pull(
-    source: Annotated[str, typer.Argument(help="Hub id: org/name, or org/name@revision.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Hub id: org/name, or org/name@revision.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     revision: Revision = None,
     as_json: AsJson = False,
     force: Force = False,
 ) -> None:
-    """Fetch a checkpoint from the Hugging Face Hub into the folder OUT.
+    """Fetch a checkpoint from the Hub.
 
     After a broken download the same command continues.
     """

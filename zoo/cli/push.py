@@ -6,12 +6,17 @@ from typing import Annotated
 
 import typer
 
-from .options import AsJson, say
+from .options import AsJson
+from .values import say
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint folder, as eigenzoo compress wrote.")],
-    repo_id: Annotated[str, typer.Argument(help="Hub id, org/name; created if missing.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder that eigenzoo compress wrote.")
+    ],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO", help="Hub id, org/name; created if missing.")
+    ],
     private: Annotated[
         bool, typer.Option("--private", help="Make a new repository private.")
     ] = False,
@@ -19,7 +24,13 @@ def push(
         str | None, typer.Option(help="Branch; created if missing.", show_default="main")
     ] = None,
     message: Annotated[
-        str | None, typer.Option("--message", "-m", help="First line of the commit.")
+        str | None,
+        typer.Option(
+            "--message",
+            "-m",
+            help="First line of the commit message.",
+            show_default="Upload FOLDER with eigenzoo",
+        ),
     ] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")
@@ -27,15 +38,15 @@ def push(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Only show the files that would change, their sizes, and the card."
+            "--dry-run", help="Send nothing: show the files that would change, and the card."
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Publish the checkpoint FOLDER on the Hugging Face Hub as REPO_ID.
+    """Publish a checkpoint on the Hub.
 
-    Log in with `hf auth login`, or set HF_TOKEN. After a broken upload the same command
-    continues; unchanged files are not sent.
+    Log in with `hf auth login`, or set HF_TOKEN. Only changed files are sent.
+    After a broken upload the same command continues.
     """
     from ...hub_export import hub
     from ..inference.hub import parse_hub_id

@@ -8,61 +8,68 @@ import typer
 
 from ..compression.choices import PRECISIONS
 from .options import (
+    TEXTS,
     AsJson,
     Calibration,
     Device,
     Force,
+    MeasuredOn,
     Revision,
     Samples,
     Seed,
     ShardSize,
     Trust,
     choice,
-    load,
-    say,
+    option,
 )
+from .values import load, say
 
 
 def refine(
-    source: Annotated[str, typer.Argument(help="Compressed checkpoint: folder or Hub id.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the refined checkpoint.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Compressed checkpoint: folder or Hub id.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     original: Annotated[
         str | None,
         typer.Option(help="The uncompressed model.", show_default="the Hub id that SOURCE names"),
     ] = None,
     steps: Annotated[int, typer.Option(help="Largest number of steps.")] = 200,
-    minutes: Annotated[float | None, typer.Option(help="Stop learning after this time.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 2,
-    lr: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 2e-5,
-    warmup: Annotated[float, typer.Option(help="Share of the run in which it rises.")] = 0.1,
+    minutes: Annotated[float | None, typer.Option(help="Stop training after this time.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences in a step.")] = 2,
+    lr: Annotated[float, typer.Option(help="Largest learning rate.")] = 2e-5,
+    warmup: Annotated[
+        float, typer.Option(help="Share of the run in which the learning rate rises.")
+    ] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
     every: Annotated[
         int,
-        typer.Option(help="Steps between measurements, which also save progress."),
+        typer.Option(help="Steps between measurements; each one also saves progress."),
     ] = 20,
     patience: Annotated[
-        int, typer.Option(help="Measurements without a new best before it stops.")
+        int, typer.Option(help="Stop after this many measurements without a new best.")
     ] = 5,
     precision: Annotated[
         str,
-        choice("--precision", PRECISIONS, "Of the arithmetic; weights learn in float32."),
+        choice("--precision", PRECISIONS, "Dtype of the arithmetic; weights stay in float32:"),
     ] = "auto",
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Less memory, more time in the backward pass.")
+        bool,
+        typer.Option("--recompute", help="Compute activations twice instead of keeping them."),
     ] = False,
     calibration: Calibration = "self",
     samples: Samples = 128,
     seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens of a sequence.", show_default="512, or what the model can read"),
-    ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="File to measure perplexity on.", show_default="held-out calibration text"
+        option(
+            "--seq-len",
+            help="Tokens in a calibration sequence.",
+            default="512, or what the model can read",
+            panel=TEXTS,
         ),
     ] = None,
+    text: MeasuredOn = None,
     shard_size: ShardSize = "5GB",
     device: Device = "auto",
     seed: Seed = 0,
@@ -71,10 +78,11 @@ def refine(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Train a compressed SOURCE towards its original, and write a checkpoint to OUT.
+    """Train a checkpoint towards its original.
 
-    It learns the predictions of the original; quality on held-out text never gets worse. Progress
-    is kept beside OUT: after an interruption the same command continues.
+    The compressed model learns the predictions of the original. OUT gets the
+    weights that are best on held-out text. Progress is kept beside OUT: after
+    an interruption the same command continues.
     """
     from ...hub_export.export import check_free
     from ...hub_export.refine import original_of, refine_checkpoint, state_file

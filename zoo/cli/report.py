@@ -6,16 +6,22 @@ from typing import Annotated
 
 import typer
 
-from .options import AsJson, Force, say
+from .options import AsJson, Force
+from .values import say
 
 
 def report(
-    files: Annotated[list[Path], typer.Argument(help="Files that eigenzoo sweep wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.md and its figures.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="Files that eigenzoo sweep wrote.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
     as_json: AsJson = False,
     force: Force = False,
 ) -> None:
-    """Turn the rows of sweeps into a table and plots."""
+    """Make tables and plots of sweeps.
+
+    The folder gets report.md and figures, which need the extra `plot`.
+    """
     from ...hub_export.export import check_free, new_folder
     from ..measure import tables
     from ..measure.report import write_report

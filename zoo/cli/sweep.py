@@ -3,9 +3,10 @@
 import json
 import shlex
 import sys
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +14,11 @@ from ..compression.choices import BUDGETS, LATENTS
 from ..compression.keys import BLOCK, KEYS
 from ..compression.methods import METHODS
 from .options import (
+    BLOCK_HELP,
+    DECODING,
     REFIT,
+    TEXT_HELP,
+    TEXTS,
     AsJson,
     Device,
     Dtype,
@@ -25,88 +30,119 @@ from .options import (
     Source,
     Trust,
     choice,
-    fuse,
-    load,
-    parse_bits,
-    parse_refit,
-    parse_shared,
-    say,
+    option,
 )
+from .values import fuse, load, parse_bits, parse_refit, parse_shared, say
 
-MORE = "repeat for more."
+SETTINGS = "Settings: repeat an option for more values"
+
+
+def _values(flag: str, help: str, default: str, kind: str, panel: str = SETTINGS) -> Any:
+    """An option that may be repeated."""
+    return option(flag, help=help, default=default, panel=panel, metavar=f"<{kind}>")
+
+
+def _names(flag: str, table: Collection[Any], help: str, default: str) -> Any:
+    """A choice that may be repeated."""
+    return choice(flag, table, help, default, SETTINGS)
 
 
 def sweep(
     source: Source,
-    out: Annotated[Path, typer.Argument(help="File for the results, one JSON object a line.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="File to write, one JSON object a line.")
+    ],
     keep: Annotated[
         list[float] | None,
-        typer.Option(help=f"Share of the KV bytes that stay; {MORE}", show_default="0.8, 0.6"),
+        _values("--keep", "Share of the KV bytes to keep, 0 to 1.", "0.8, 0.6", "float"),
     ] = None,
     method: Annotated[
-        list[str] | None, choice("--method", METHODS, MORE.capitalize(), "fisher")
-    ] = None,
-    heads_per_latent: Annotated[
-        list[str] | None, typer.Option(help=f"As in compress; {MORE}", show_default="auto")
-    ] = None,
-    keys: Annotated[
-        list[str] | None, choice("--keys", KEYS, f"How keys are held; {MORE}", "auto")
-    ] = None,
-    anchor_block: Annotated[
-        list[int] | None,
-        typer.Option(help=f"Slots of a block of anchored keys; {MORE}", show_default=str(BLOCK)),
-    ] = None,
-    latent: Annotated[
-        list[str] | None, choice("--latent", LATENTS, MORE.capitalize(), "separate")
-    ] = None,
-    rank_multiple: Annotated[
-        list[int] | None, typer.Option(help=f"As in compress; {MORE}", show_default="8")
-    ] = None,
-    rank_pairs: Annotated[
-        list[int] | None, typer.Option(help=f"As in compress; {MORE}", show_default="any")
+        list[str] | None, _names("--method", [*METHODS], "As in compress.", "fisher")
     ] = None,
     kv_bits: Annotated[
-        list[str] | None, typer.Option(help=f"As in compress; {MORE}", show_default="16")
+        list[str] | None, _values("--kv-bits", "As in compress.", "16", "str")
+    ] = None,
+    keys: Annotated[list[str] | None, _names("--keys", [*KEYS], "As in compress.", "auto")] = None,
+    anchor_block: Annotated[
+        list[int] | None, _values("--anchor-block", BLOCK_HELP, str(BLOCK), "int")
+    ] = None,
+    heads_per_latent: Annotated[
+        list[str] | None, _values("--heads-per-latent", "As in compress.", "auto", "str")
+    ] = None,
+    latent: Annotated[
+        list[str] | None, _names("--latent", [*LATENTS], "As in compress.", "separate")
+    ] = None,
+    rank_multiple: Annotated[
+        list[int] | None,
+        _values("--rank-multiple", "Ranks are multiples of this number.", "8", "int"),
+    ] = None,
+    rank_pairs: Annotated[
+        list[int] | None, _values("--rank-pairs", "As in compress.", "any", "int")
+    ] = None,
+    refit: Annotated[
+        list[str] | None, _names("--refit", [*REFIT], "As in compress.", "auto")
     ] = None,
     budget: Annotated[
-        list[str] | None, choice("--budget", BUDGETS, MORE.capitalize(), "global")
+        list[str] | None,
+        _names("--budget", BUDGETS, "How to share ranks among layers:", "global"),
     ] = None,
     damping: Annotated[
         list[float] | None,
-        typer.Option(help=f"Of the Fisher metric; {MORE}", show_default="0.3"),
-    ] = None,
-    refit: Annotated[
-        list[str] | None, choice("--refit", REFIT, f"As in compress; {MORE}", "auto")
+        _values("--damping", "Damping of the Fisher metric, above 0.", "0.3", "float"),
     ] = None,
     calibration: Annotated[
-        list[str] | None, typer.Option(help=f"As in compress; {MORE}", show_default="self")
+        list[str] | None,
+        _values(
+            "--calibration",
+            f"Text to calibrate on; repeat for more: a file, {TEXT_HELP}",
+            "self",
+            "str",
+            TEXTS,
+        ),
     ] = None,
     samples: Samples = 32,
     seq_len: SeqLen = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="File to measure perplexity on.", show_default="Python's own help"),
+        option(
+            "--text",
+            help="File to measure perplexity on.",
+            default="Python's own help",
+            panel=TEXTS,
+        ),
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(help="As in evaluate.", show_default="2048, or what the model can read"),
+        option(
+            "--window",
+            help="Tokens in a window; windows do not overlap.",
+            default="2048, or what the model can read",
+            panel=TEXTS,
+        ),
     ] = None,
-    windows: Annotated[int, typer.Option(help="How many windows; 0 for all of the text.")] = 0,
+    windows: Annotated[
+        int,
+        option("--windows", help="Largest number of windows; 0: the whole text.", panel=TEXTS),
+    ] = 0,
     decode: Annotated[
         int | None,
-        typer.Option(
+        option(
+            "--decode",
+            help="Time also decoding at the end of a cache of this many slots, in turns with the "
+            "uncompressed model. Neither is compiled (bench compiles), so this takes seconds. "
+            "Rows in OUT without such a time are measured again.",
+            default="not timed",
+            panel=DECODING,
             metavar="<slots>",
-            help="Time decoding at the end of a cache of this many slots, in turns with the "
-            "uncompressed model. Neither is compiled (bench compiles), so a cell takes seconds. "
-            "Rows in OUT without it are measured again.",
-            show_default="not timed",
         ),
     ] = None,
     ops: Ops = "fused",
     save_statistics: Annotated[
         bool,
         typer.Option(
-            help="Keep statistics beside OUT, so that a resumed sweep does not calibrate."
+            "--save-statistics/--no-save-statistics",
+            help="Keep statistics beside OUT, so that the same command need not calibrate again.",
+            rich_help_panel="Statistics",
         ),
     ] = True,
     dtype: Dtype = "auto",
@@ -114,14 +150,17 @@ def sweep(
     seed: Seed = 0,
     as_json: AsJson = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Delete OUT and its statistics first.")
+        bool,
+        option("--force", help="Delete OUT and its statistics first."),
     ] = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Compress SOURCE to every combination of settings, in memory, and measure each.
+    """Compress with many settings and measure each.
 
-    Results go to OUT as they come; what is there already is not done again.
+    Every combination of settings is compressed in memory and becomes a row
+    of OUT. Settings may be given several times. After an interruption the
+    same command continues: rows that are in OUT stay.
     """
     from tqdm import tqdm
 

@@ -199,8 +199,9 @@ def kq_svd(model: Model, attn: LatentAttention, s: Statistics) -> LayerBasis:
     share of its whole.
 
     With a rotation the paper takes rotated keys and queries. Here keys are compressed before the
-    rotation and rebuilt, since one basis does not fit all angles: Q is then the queries rotated by
-    the relative distance, which gives the same scores, averaged as for `attention`.
+    rotation, or rotated within their block, since one basis does not fit all angles: Q is then the
+    queries rotated by the relative distance, which gives the same scores, averaged as for
+    `attention`.
     Needs `calibrate(..., queries=True)`.
     """
 

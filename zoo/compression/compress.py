@@ -24,12 +24,16 @@ SEARCH_TOKENS = 4096  # to measure the errors of layers on
 
 
 class Compressed(NamedTuple):
-    """A model with a smaller cache; layers: ranks and errors of each, ready for JSON."""
+    """What `compress` returns."""
 
     model: Model
+    """The model with a smaller cache: the same class, with other ranks in its config."""
     layers: list[LayerRecord]
-    settings: Settings  # with every choice made
+    """Ranks, bits and relative errors of every layer, ready for JSON."""
+    settings: Settings
+    """The settings with every open choice made."""
     bases: list[LayerBasis]
+    """Encoders, decoders and spectra of every layer."""
 
 
 def gather(model: Model, tokens: Tensor, settings: Settings) -> list[Statistics]:
@@ -61,11 +65,20 @@ def compress(
     statistics: list[Statistics] | None = None,
     search: ErrorBudget | None = None,
 ) -> Compressed:
-    """Compress the KV cache of a dense model, calibrated on tokens (N, T).
+    """Compress the KV cache of a dense model.
 
-    statistics: what `gather` returned for settings with the same `needs`. search, for methods
-    that search their ranks: what `error_search` returned for settings that differ in `keep` only.
-    Raises ValueError for settings that do not fit the model.
+    - model: as `load` returns it. It is not changed. CPUs compute slowly in float16: load such a
+      checkpoint with `dtype=torch.float32`.
+    - tokens: (N, T) token ids to calibrate on, N sequences of T tokens, on the model's device.
+    - settings: what to compress to; None stands for the defaults of `Settings`.
+    - statistics: to share one calibration among calls, what `gather` returned for settings with
+      the same `needs`.
+    - search: the same for methods that search their ranks, what `error_search` returned for
+      settings that differ in `keep` only.
+
+    Methods cite their sources in `basis.py`. Raises ValueError for settings that are unsound or
+    do not fit the model, for a model that is compressed already, and for statistics that are not
+    finite.
     """
     settings = settings or Settings()
     settings.check()

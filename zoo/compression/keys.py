@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from ..models.config import Config
 
 KEYS = {
-    "rebuild": "latents of keys before the rotation, lifted and rotated at every read",
-    "anchored": "keys rotated within blocks of slots before they are encoded: one query a block",
-    "pairs": "compressed frequency by frequency across heads, and cached rotated",
-    "rotated": "rotated before they are encoded: anchored, in a single block",
-    "full": "not compressed, only values are; for all models",
-    "auto": "chosen by the model, the method and the device",
+    "rebuild": "latents of keys before the rotation; every read lifts and rotates all keys",
+    "anchored": "latents of keys rotated within their block; a query for each block reads them",
+    "pairs": "rotated keys, compressed across heads at each frequency",
+    "rotated": "latents of rotated keys: anchored in a single block",
+    "full": "uncompressed keys, in any model; only values are compressed",
+    "auto": "anchored or rebuild, by the model and the method",
 }
 TURNED = ("anchored", "pairs", "rotated")  # cached at angles that may not change later
 BLOCK = 16  # slots of a block of anchored keys, unless told

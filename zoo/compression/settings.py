@@ -13,37 +13,39 @@ from .moments import Needs
 
 
 class Settings(NamedTuple):
-    """What to compress to, and how.
-
-    method: a name in `METHODS`. keep: share of the KV bytes that stay, scales of quantized numbers
-    included, beside those of 16 bits a number. error_budget, for methods that search their ranks,
-    instead of `keep`: the relative error that the output of each layer may have.
-    heads_per_latent: kv heads that share a latent of keys, and of values; 0 stands for all, None
-    for the method's own. latent: a name in `LATENTS`. keys: a name in `KEYS`; anchored keys are in
-    blocks of `anchor_block` slots, None chooses. keys_reason: why `auto` chose them, filled in by
-    `fit`. budget: a name in `BUDGETS`. damping: of the Fisher metric, None for the method's own.
-    The last two are there to measure what they are worth. refit: names in `REFITS`, fitted to the
-    calibration tokens after all else, None for the method's own. rank_pairs: the largest number of
-    distinct pairs of ranks over the layers, since fewer compile faster; None for any. kv_bits:
-    those that a number in the cache may have, of `bits.BITS`; if there are several, each layer
-    gets its own, for keys and values. Below 16 bits latents are mixed so that rounding costs
-    least, see `mixing.spread`.
-    """
+    """What to compress to, and how. None leaves a choice to the method, unless a field says else."""
 
     method: str = "fisher"
+    """How to find bases and ranks: a name in `METHODS`."""
     keep: float = 0.6
+    """Share of the KV bytes to keep, in (0, 1], scales included, compared with 16 bits a number."""
     error_budget: float | None = None
+    """For methods that search their ranks, instead of `keep`: the relative error that the output
+    of each layer may have."""
     heads_per_latent: tuple[int, int] | None = None
+    """How many kv heads share a latent of keys, and of values; 0 stands for all."""
     rank_multiple: int = 8
+    """Ranks are multiples of this number, or full."""
     latent: str = "separate"
+    """Whether keys and values share a latent: a name in `LATENTS`."""
     keys: str = "auto"
+    """What the cache holds of keys: a name in `KEYS`."""
     anchor_block: int | None = None
+    """Slots in a block of anchored keys, at least 2; None stands for 16."""
     keys_reason: str | None = None
+    """Why `keys="auto"` chose what it did; `fit` fills it in."""
     budget: str = "global"
+    """How to share ranks among layers: a name in `BUDGETS`. For ablations."""
     damping: float | None = None
+    """Damping of the Fisher metric, in units of its mean diagonal, above 0. For ablations."""
     refit: tuple[str, ...] | None = None
+    """What to fit to the calibration tokens after the solve: names in `REFITS`."""
     rank_pairs: int | None = None
+    """Largest number of distinct pairs of ranks (of keys, of values) over all layers; None: any.
+    Fewer pairs compile faster."""
     kv_bits: tuple[int, ...] = (16,)
+    """Bits that a number in the cache may have: 16, 8 and 4. If there are several, the keys and
+    the values of each layer get their own. Below 16 latents are mixed: see `mixing.spread`."""
 
     def check(self) -> None:
         """Raise ValueError for settings that fit no model, before anything long begins."""
@@ -122,10 +124,9 @@ class Settings(NamedTuple):
             raise ValueError(f"{self.method} reads no text, so there is nothing to refit to")
 
     def fit(self, config: Config, device: str = "cpu") -> "Settings":
-        """The settings with every choice made that was left open, for a model on a device.
+        """The settings with every open choice made, for a dense model on a kind of device.
 
-        device: its kind, which `auto` keys may depend on. Raises ValueError for settings that do
-        not fit the model.
+        Raises ValueError for settings that do not fit the model, and for a compressed model.
         """
         if config.kv_width != config.dense_kv_width:
             raise ValueError("the model is compressed already: take the model it was made from")

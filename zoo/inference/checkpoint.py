@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from ..models.config import Config, kv_bytes
 from ..models.families import FAMILIES
 from ..models.model import Model
 from .hub import FAILURES, card_license, failure_reason, parse_hub_id
-from .weights import LayerFiles, build, opened, read_folder
+from .weights import LayerFiles, build, read_folder
 
 MODEL_TYPE = "eigen"  # `model_type` in config.json of a compressed checkpoint
 FORMAT = 1  # newest format of compressed checkpoints; 0: no `format_version` and no code hashes
@@ -35,14 +34,20 @@ PICKLED = ["pytorch_model*.bin*"]  # downloaded only if there are no safetensors
 
 
 class Checkpoint(NamedTuple):
-    """A model with its tokenizer, its config.json and its generation config."""
+    """What `load` returns."""
 
     model: Model
+    """In plain PyTorch, ready for inference: `model(tokens)` gives logits (B, T, vocabulary)."""
     tokenizer: PreTrainedTokenizerBase
+    """Of transformers."""
     config: dict[str, Any]
+    """config.json as it was read."""
     generation: GenerationConfig
-    name: str  # the Hub id, or the last part of a path
-    license: str | None  # from the model card
+    """Of transformers, with the tokens that end a text."""
+    name: str
+    """The Hub id, or the last part of a path."""
+    license: str | None
+    """From the model card, if it has one."""
 
 
 def load(
@@ -54,10 +59,14 @@ def load(
 ) -> Checkpoint:
     """Load a dense or a compressed checkpoint for inference.
 
-    source: a folder, a GGUF file or a Hub id, org/name or org/name@revision. dtype: None keeps the
-    checkpoint's own. trust_remote_code: let the tokenizer run code that comes with the checkpoint.
-    Raises ValueError if the source does not exist, its architecture is not supported, or weights
-    are damaged or missing.
+    - source: a folder, a GGUF file or a Hub id, org/name or org/name@revision.
+    - dtype: None keeps that of the checkpoint, float32 for a GGUF file.
+    - device: where the weights go.
+    - revision: branch, tag or commit of a Hub id.
+    - trust_remote_code: let the tokenizer run code that comes with the checkpoint.
+
+    Raises ValueError if the source does not exist or cannot be downloaded, its architecture or a
+    field of its config is not supported, or weights are damaged, missing or not finite.
     """
     path = locate(source, revision)
     raw = read_config(path)
@@ -235,15 +244,3 @@ def _generation(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
     values = json.loads(path.read_text())
     values.pop("max_new_tokens", None)  # it would override the caller's max_length
     return GenerationConfig.from_dict(values)
-
-
-def weight_bytes(source: str, dtype: torch.dtype | None = None, revision: str | None = None) -> int:
-    """Bytes of the weights in a dtype, by default as stored; 0 if they are not in safetensors."""
-    paths = list(locate(source, revision).glob("*.safetensors"))
-    if dtype is None:
-        return sum(path.stat().st_size for path in paths)
-    numbers = 0
-    for path in paths:
-        with opened(path) as file:
-            numbers += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    return numbers * dtype.itemsize

@@ -43,11 +43,16 @@ def calibration_tokens(
     length: int,
     seed: int = 0,
 ) -> Tensor:
-    """(samples, length) tokens from `source`: a text file, `hub:DATASET[:CONFIG]`, or `self`.
+    """Token ids to calibrate on, (samples, length), on the model's device.
 
-    `self` means text sampled from the model, which needs no data. From a text, windows are taken
-    evenly over its whole length, fewer than `samples` if it is short. Raises ValueError if it has
-    fewer than two windows.
+    - source: a text file in UTF-8, `hub:DATASET[:CONFIG]`, or `self`. From a text, windows that do
+      not overlap are taken evenly over its whole length, fewer than `samples` if it is short. Of a
+      dataset the column `text` of its train split is read. `self` stands for text sampled from the
+      model, which needs no data.
+    - samples, length: number of sequences and tokens in each, at least 2.
+    - seed: of the sampling with `self`.
+
+    Raises ValueError if the text cannot be read, or has fewer than two windows.
     """
     if samples < 2 or length < 2:
         raise ValueError(

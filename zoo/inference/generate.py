@@ -16,12 +16,16 @@ PART = 2048  # tokens per prefill step: more would take more memory and would no
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen; temperature 0 takes the most likely one."""
+    """How the next token is chosen: by temperature, then top-k, then top-p."""
 
     temperature: float = 0.0
+    """Divides the logits; 0 takes the most likely token."""
     top_k: int = 0
+    """Sample from the k most likely tokens; 0 stands for all."""
     top_p: float = 1.0
+    """Sample from the most likely tokens of this total probability, in (0, 1]."""
     seed: int = 0
+    """Of the random numbers."""
 
     def check(self) -> None:
         """Raise ValueError for settings out of range."""
@@ -60,7 +64,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype | None:
 
 
 class Generator:
-    """A model with one cache, for one batch of prompts after the other.
+    """A model with a static cache, which it uses for one batch of prompts after the other.
 
     Memory is allocated and graphs are compiled once: the prefill graph takes prompts of any length,
     the decoding graph one token per sequence. Prompts of different lengths are padded on the left;
@@ -78,10 +82,14 @@ class Generator:
     ):
         """Allocate the cache. Compilation happens at the first use.
 
-        batch: number of sequences. slots: size of the cache, in tokens of prompt and answer.
-        compile: compile decoding. compile_prefill: compile prefill, by default as `compile`. bits:
-        per cached number, 16, 8 or 4, by default as the model's config says. Raises ValueError if
-        there is no C++ compiler, if the model has fewer positions, or for unsupported bits.
+        - batch: number of sequences.
+        - slots: size of the cache, in tokens of prompt and answer.
+        - compile: compile decoding.
+        - compile_prefill: compile prefill; None: as `compile`.
+        - bits: of a number in the cache, 16, 8 or 4; None: as the model's config says.
+
+        Raises ValueError if there is no C++ compiler, if the model has fewer positions, or for
+        unsupported bits.
         """
         self.model, self.batch, self.slots = model, batch, slots
         self.cache = model.new_cache(batch, slots, bits=bits)
@@ -103,7 +111,8 @@ class Generator:
     def advance(self, tokens: Tensor, start: int) -> Tensor:
         """Process tokens (B, T) at the slots from `start` on; logits (B, vocabulary) of the last.
 
-        Raises ValueError, before anything is written, if they do not fit the cache.
+        Long prompts run in parts of 2048 tokens. Raises ValueError, before anything is written, if
+        the tokens do not fit the cache.
         """
         batch, count = tokens.shape
         if batch != self.batch or start + count > self.slots:
@@ -137,9 +146,13 @@ class Generator:
     ) -> Iterator[Tensor]:
         """Yield the next token of every sequence, (B,), up to `max_new_tokens` times.
 
-        prompts: token ids, one list per sequence. stop: tokens that end a sequence; it repeats the
-        one it ended with until all sequences have ended. Raises ValueError if the prompts and the
-        new tokens do not fit the cache.
+        - prompts: token ids, one list for each sequence.
+        - sampling: None takes the most likely token.
+        - stop: tokens that end a sequence, which then repeats its last token until all sequences
+          have ended.
+
+        Raises ValueError if the prompts and the new tokens do not fit the cache, or `sampling` is
+        out of range.
         """
         sampling = sampling or Sampling()
         sampling.check()

@@ -13,7 +13,7 @@ from ..models.model import Model
 
 
 class Perplexity(NamedTuple):
-    """exp of the mean negative log-likelihood in nats, over `tokens` predicted tokens."""
+    """Perplexity, and the number of tokens that were predicted."""
 
     perplexity: float
     tokens: int
@@ -22,7 +22,18 @@ class Perplexity(NamedTuple):
 def perplexity(
     model: Model, tokens: Tensor, window: int = 2048, windows: int = 0, bits: int | None = None
 ) -> Perplexity:
-    """Perplexity of windows that do not overlap. Arguments and errors as in `token_losses`."""
+    """Perplexity of a text: exp of the mean negative log-likelihood of its tokens in nats.
+
+    - tokens: (N,) token ids, on the model's device. As in the papers, they are cut into windows
+      that do not overlap, and in each window all tokens but the first are predicted. A last piece
+      shorter than a window is left out.
+    - window: tokens in a window, at least 2.
+    - windows: at most so many; 0 stands for all.
+    - bits: of a number in the cache, 16, 8 or 4; None: as the config says. At 16 no cache is used,
+      because it would not change the result.
+
+    Raises ValueError if the text is shorter than one window, or for unsupported bits.
+    """
     return mean_perplexity(token_losses(model, tokens, window, windows, bits))
 
 
@@ -37,11 +48,7 @@ def token_losses(
 ) -> Tensor:
     """Negative log-likelihoods in nats, (windows, window - 1) on the CPU.
 
-    As in the papers, tokens (N,) are cut into windows that do not overlap, and in each window all
-    tokens but the first are predicted. A last piece shorter than a window is left out. windows: at
-    most so many; 0 means all. bits: per cached number, by default as the config says; at 16 no
-    cache is used, because it would not change the result. Raises ValueError if the text is shorter
-    than one window.
+    Arguments and errors as in `perplexity`.
     """
     if window < 2:
         raise ValueError(f"window is {window}: expected at least 2 tokens")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -71,6 +72,18 @@ def _open_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
         ) from error
     while tensors:
         yield tensors.popitem()
+
+
+def stored_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the weights in a dtype, by default as stored; 0 if they are not in safetensors."""
+    paths = list(folder.glob("*.safetensors"))
+    if dtype is None:
+        return sum(path.stat().st_size for path in paths)
+    numbers = 0
+    for path in paths:
+        with opened(path) as file:
+            numbers += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return numbers * dtype.itemsize
 
 
 def build(

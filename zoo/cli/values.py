@@ -1,0 +1,146 @@
+"""What becomes of the options that commands share: models, devices, dtypes and numbers."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..compression.choices import listed
+from ..models.bits import BITS
+
+
+def load(
+    source: str,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The checkpoint, loaded without a progress bar if standard error is no terminal."""
+    from ..inference import checkpoint
+
+    hide_bars()
+    return checkpoint.load(
+        source, torch_dtype(dtype), torch_device(device), revision, trust_remote_code
+    )
+
+
+def hide_bars() -> None:
+    """Keep transformers' progress bars out of files."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def torch_dtype(name: str) -> Any:
+    """The dtype of a name in `options.DTYPES`; None for auto."""
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
+def decoding_dtype(name: str, device: str) -> str:
+    """The name of a dtype; auto becomes what the device decodes fastest in."""
+    from ..inference.generate import fastest_dtype
+
+    fastest = fastest_dtype(torch_device(device)) if name == "auto" else None
+    return name if fastest is None else str(fastest).removeprefix("torch.")
+
+
+def torch_device(name: str) -> Any:
+    """The device of that name. Raises ValueError where it cannot be used."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+    return device
+
+
+def fuse(model: Any, ops: str, compile: bool) -> Any:
+    """The model, with the fused ops in it if `ops`, a name in `options.OPS`, says so."""
+    from ...kernels.install import DEVICES, install
+
+    wanted = compile and model.device.type in DEVICES if ops == "auto" else ops == "fused"
+    return install(model) if wanted else model
+
+
+def preparation(weights: str, ops: str, compile: bool) -> Callable[[Any], Any]:
+    """A function that makes a loaded model ready to decode: weights in int8, and fused ops.
+
+    weights: a name in `options.WEIGHTS`. ops: a name in `options.OPS`. The function can be sent to
+    another process.
+    """
+    return partial(_prepare, weights=weights, ops=ops, compile=compile)
+
+
+def _prepare(model: Any, weights: str, ops: str, compile: bool) -> Any:
+    from ..inference.int8 import quantize
+
+    return fuse(quantize(model) if weights == "int8" else model, ops, compile)
+
+
+def say_keys(settings: Any) -> None:
+    """Say how `auto` decided to hold keys, and why; nothing if they were chosen by hand."""
+    if settings.keys_note is not None:
+        say(settings.keys_note)
+
+
+def parse_shared(text: str, heads: int = 0) -> tuple[int, int] | None:
+    """Heads per latent of keys and of values; heads: what `all` stands for, 0 if not known yet."""
+    if text == "auto":
+        return None
+    parts = text.split(",")
+    numbers = [
+        heads if part == "all" else int(part)
+        for part in parts
+        if part == "all" or (part.isdecimal() and int(part))
+    ]
+    if len(numbers) != len(parts) or len(parts) > 2:
+        raise ValueError(
+            f"heads per latent is {text!r}: expected auto, a number, all, or two as in all,1"
+        )
+    return numbers[0], numbers[-1]
+
+
+def parse_refit(text: str) -> tuple[str, ...] | None:
+    """The refits that a name in `options.REFIT` stands for; None for the method's own."""
+    return {"auto": None, "none": ()}.get(text, (text,))
+
+
+def parse_bits(text: str) -> tuple[int, ...]:
+    """The bits that numbers may have: auto, or some of `BITS`."""
+    if text == "auto":
+        return BITS
+    words = text.split(",")
+    if not all(word.isdigit() for word in words):
+        raise ValueError(
+            f"kv bits is {text!r}: expected auto, {listed(map(str, BITS))}, or some as in 8,4"
+        )
+    return tuple(map(int, words))
+
+
+def command_line() -> str:
+    """The command that was typed, with files and folders by their names only."""
+    words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+    return shlex.join(["eigenzoo", *words])
+
+
+def name_of(path: Path | str | None) -> str:
+    """The name of a text in messages."""
+    return "Python's own help" if path is None else Path(path).name
+
+
+def say(text: str) -> None:
+    """Print a line to standard error: standard output is for results."""
+    typer.echo(text, err=True)
