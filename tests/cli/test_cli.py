@@ -419,6 +419,7 @@ def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path)
         ): "'3' is unknown: expected one of 16, 8, 4",
         ("bench", "--shape", "opt-1"): "shape 'opt-1' is unknown",
         ("bench", "--shape", "opt-125m", "--layers", "13"): "layers is 13",
+        ("bench", "--shape", "opt-125m", "--heads-per-latent", "0"): "greater than or equal to 1",
         ("generate", low, "-p", "x", "--temperature", "-1"): "expected temperature",
         ("generate", low, "-p", "x", "--max-new-tokens", "0", "--no-compile"): "do not fit",
         (

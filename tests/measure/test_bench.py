@@ -212,6 +212,7 @@ def test_contestants_of_one_name_are_told_apart_by_their_paths(dense_folder, tmp
     assert [c.name for c in made.all] == [*made.configs] == sources
     assert from_checkpoints(sources[:1], same).title == dense_folder.name
     assert made.dtype == torch.float32
+    assert len(from_checkpoints(2 * sources[:1], same).all) == 2  # the same one, twice
 
 
 def test_a_bench_resumes_its_own_rows_and_keeps_those_of_other_commands(tmp_path, monkeypatch):
@@ -228,7 +229,7 @@ def test_a_bench_resumes_its_own_rows_and_keeps_those_of_other_commands(tmp_path
     file, grid = tmp_path / "bench.jsonl", BenchGrid((32, 64), (1, 2), buffer=2)
     cells = grid.cells(torch.float32, CPU, compile=False)
     origin = {"ops": "auto", "compiled": False, "command": "one"}
-    first = [*bench_cells([], cells[:2], 1, origin, rows_left(file, "one"), file)]
+    first = [*bench_cells([], [*cells[:2], cells[0]], 1, origin, rows_left(file, "one"), file)]
     other = [
         *bench_cells([], cells[:1], 1, origin | {"command": "two"}, rows_left(file, "two"), file)
     ]

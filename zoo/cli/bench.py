@@ -74,7 +74,7 @@ def bench(
     ] = None,
     heads_per_latent: Annotated[
         int,
-        option("--heads-per-latent", help="How many kv heads share a latent.", panel=SHAPE),
+        option("--heads-per-latent", help="How many kv heads share a latent.", panel=SHAPE, min=1),
     ] = 1,
     latent: Annotated[str, choice("--latent", LATENTS, LATENT_HELP, panel=SHAPE)] = "separate",
     keys: Annotated[str, choice("--keys", KEYS, KEYS_HELP, panel=SHAPE)] = "auto",

@@ -91,9 +91,9 @@ def from_checkpoints(
     names = [Path(source).name for source in sources]
     if len(set(names)) < len(names):
         names = [*sources]
-    named = dict(zip(names, sources, strict=True))
-    configs = {n: native_config(read_config(locate(s, revision))) for n, s in named.items()}
-    natives = [Native(n, s, prepare, revision, trust_remote_code) for n, s in named.items()]
+    named = [*zip(names, sources, strict=True)]  # one given twice shows how much speeds vary
+    configs = {n: native_config(read_config(locate(s, revision))) for n, s in named}
+    natives = [Native(n, s, prepare, revision, trust_remote_code) for n, s in named]
     return Contestants(names[0], natives, configs, sources[0], revision)
 
 
