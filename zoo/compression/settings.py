@@ -13,7 +13,7 @@ from .moments import Needs
 
 
 class Settings(NamedTuple):
-    """What to compress to, and how. None leaves a choice to the method, unless a field says else."""
+    """What to compress to, and how. None leaves a choice to the method, if a field says no more."""
 
     method: str = "fisher"
     """How to find bases and ranks: a name in `METHODS`."""
