@@ -13,7 +13,10 @@ from .moments import Needs
 
 
 class Settings(NamedTuple):
-    """What to compress to, and how. None leaves a choice to the method, unless a field says so."""
+    """What to compress to, and how.
+
+    None leaves the choice to the method, unless the field says otherwise.
+    """
 
     method: str = "fisher"
     """How to find bases and ranks: a name in `METHODS`."""
