@@ -40,9 +40,10 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def low(model, text):
-    """Compress the model on twelve rows, once for all tests that ask for the same."""
-    rows = text[: 12 * 256].view(12, 256)
-    return cache(lambda settings: compress(model, rows, settings).model)
+    """Compress the model on eight rows, once for all tests that ask for the same."""
+    rows = text[: 8 * 256].view(8, 256)
+    made = cache(lambda settings: compress(model, rows, settings).model)
+    return lambda settings: made(settings.fit(model.config))
 
 
 def test_logits_of_the_float16_checkpoint_equal_transformers(folder, text):
