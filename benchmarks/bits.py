@@ -6,8 +6,8 @@ All in memory on one calibration: perplexity on windows of 2048 tokens of the te
 per token, scales included, as a share of those at 16 bits a number. Ranks alone, 8 and 4 bits with
 the ranks that fit, and both as `compress --kv-bits auto` chooses. transformers' `QuantizedCache`
 reads the same windows in parts of 32 tokens; the newest part is not quantized and not counted, and
-groups of 64 numbers have a scale and a zero point of 16 bits each. It needs optimum-quanto, and is
-left out where that is not installed. Prints a line of JSON a cache.
+groups of 64 numbers have a scale and a zero point of 16 bits each. It needs optimum-quanto and is
+skipped without it. Prints one line of JSON per cache.
 """
 
 import argparse

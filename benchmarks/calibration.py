@@ -1,4 +1,4 @@
-"""What calibration costs, compared with the forward and backward passes that it needs at least.
+"""Time and memory of calibration, compared with the forward and backward passes that it needs.
 
     python benchmarks/calibration.py MODEL [--method fisher] [--samples 24] [--seq-len 1024]
 
@@ -41,7 +41,7 @@ def resident(field: str = "VmRSS") -> int:
 
 
 def measured(work: Callable[..., Any], *args: Any) -> tuple[Any, float, float, int]:
-    """What `work` returns, its seconds, its processor seconds, and the peak of memory in bytes."""
+    """The result of `work`, its seconds, its processor seconds, and the peak of memory in bytes."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     wall, cpu = time.perf_counter(), time.process_time()
     result = work(*args)
@@ -62,8 +62,8 @@ def cost(model: Model, tokens: torch.Tensor, method: str) -> dict[str, float]:
         "ratio": wall / (before[0] + after[0]),
         "ratio_of_processor_time": cpu / (before[1] + after[1]),
         "peak_mib": (peak - base) / 2**20,
-        "passes_peak_mib": (before[2] - base)
-        / 2**20,  # the passes after it have the sums in memory too
+        # of the passes before it: during those after it, the sums are in memory too
+        "passes_peak_mib": (before[2] - base) / 2**20,
         "sums_mib": sum(sums) / 2**20,
     }
 

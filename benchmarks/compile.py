@@ -5,7 +5,7 @@
 A small Llama of random weights, with so many distinct pairs of ranks among its layers. `nested`
 compiles layers of equal shapes once, as `Generator` does; `whole` compiles all layers as one graph.
 Each runs in two processes, one after the other, that share an empty cache directory: the first is
-cold, the second warm. One compile thread. Prints a line of JSON a process: seconds to the first
+cold, the second warm. One compile thread. Prints one line of JSON per process: seconds to the first
 decoded token, how many of them in the compiler, and milliseconds of a later step.
 """
 
@@ -72,7 +72,7 @@ def measure(layers: int, pairs: int, way: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure in processes of their own, or, with --way, in this one."""
+    """Measure each way in processes of its own, or, with --way, one way in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--pairs", type=int, action="append")

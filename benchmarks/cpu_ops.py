@@ -33,15 +33,15 @@ SHAPES = {  # query heads, kv heads
 
 
 class Case(NamedTuple):
-    """What is timed, and the least that one cache of it costs."""
+    """A timed operation, and the least that it costs for one cache."""
 
     call: Callable[[], object]
     nbytes: int
-    flops: int = 0  # of a matrix product that cannot be left out
+    flops: int = 0  # of the matrix product that it needs
 
 
 def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> dict[str, Case]:
-    """What is measured for one shape."""
+    """The cases of one shape."""
 
     def made(latents: int, *widths: int, bits: int = 16) -> list[list[Buffer]]:
         def one(width: int) -> Buffer:

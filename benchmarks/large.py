@@ -1,9 +1,9 @@
-"""What `compress --stream` costs for a large model, and a check that the result generates.
+"""Time and memory of `compress --stream` for a large model; checks that the result generates.
 
     python benchmarks/large.py --shape llama-2-7b --layers 4 FOLDER
 
 Random weights of a published shape, cut in depth, are written to FOLDER and compressed there.
-Prints one JSON object: seconds of each sweep over the layers, a layer, and outside of layers; hours
+Prints one JSON object: seconds per layer of each sweep, and seconds outside of layers; hours
 for the whole depth at the same amount of text; bytes read and kept; and the peak of memory above
 that of the loaded libraries.
 """
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 class Timed(Stream):
-    """Notes how long every step took and its peak of memory, by the sweep it belongs to."""
+    """Records the seconds and the peak of memory of every step, by the sweep it belongs to."""
 
     seconds: dict[str, list[float]] = {}  # noqa: RUF012
     peaks: dict[str, int] = {}  # noqa: RUF012
@@ -104,7 +104,7 @@ def write(folder: Path, shape: str, layers: int) -> None:
 
 
 def main() -> None:
-    """Run it."""
+    """Write the model, compress it, and print the measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     names = [name for name, make in SHAPES.items() if isinstance(make(), LlamaConfig)]

@@ -5,7 +5,7 @@
 The matrix product of PyTorch's library, the loop that torch.compile makes of `linear_decode`, the
 fused op, and the op on int8 weights, which take half or a quarter of the bytes. With --autotune,
 which takes minutes, also the best of torch.compile's own templates on packed weights. In turns,
-over more weights than any cache holds; medians. Prints a line of JSON a case.
+over more weights than any cache holds; medians. Prints one line of JSON per case.
 """
 
 import argparse

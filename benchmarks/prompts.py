@@ -3,8 +3,8 @@
     python benchmarks/prompts.py [--threads 1] [--slots 8192] [--dtype float32] [--dtype bfloat16]
 
 `latent_attention` with its mask as a matrix of tokens and slots, and with the same mask as a
-`CausalMask`, in turns; medians. Prints a line of JSON a case: milliseconds of both, not counting
-the matrix, which is made once for all layers, and its MiB.
+`CausalMask`, in turns; medians. Prints one line of JSON per case: milliseconds of both, not
+counting the matrix, which is made once for all layers, and its MiB.
 """
 
 import argparse
@@ -22,7 +22,7 @@ WIDTHS = ((80, 80), (64, 96))
 
 
 def matrix(seen: CausalMask, new: int, slots: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """The mask that `CausalMask` describes, as SDPA takes it: with ALiBi one matrix a head."""
+    """The mask that `CausalMask` describes, as SDPA takes it: with ALiBi one matrix per head."""
     mask = causal_matrix(torch.arange(slots - new, slots), slots, seen.valid)
     if seen.slopes is None or seen.position is None:
         return mask

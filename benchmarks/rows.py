@@ -1,4 +1,4 @@
-"""Decode speed of the models in the file of a sweep, in one run, in turns.
+"""Decode speed of the models in a sweep's file, measured in turns in one run.
 
     python benchmarks/rows.py MODEL ROWS.jsonl [--context 2048] [--context 8192]
 

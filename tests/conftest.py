@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores: before torch
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # share cores; before torch
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process starts a pool
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool per process
 
 import fresh
 import tiny
@@ -16,18 +16,38 @@ import torch
 from eigenzoo.zoo import cli
 from eigenzoo.zoo.inference.checkpoint import load
 
-# what a shell starts in the background ignores Ctrl-C, and so would the processes of tests
+# a shell makes background jobs ignore Ctrl-C, and processes of tests would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONGEST = """
-    smollm2 kernels generate tiny_models benchmarks cpu_ops export examples stream readme keys linear
-    cli bench hub refine mixing fold parallel aot card ways_in
-""".split()  # files that take ten seconds or more, the longest first
+LONGEST = [
+    "smollm2",
+    "kernels",
+    "generate",
+    "tiny_models",
+    "benchmarks",
+    "cpu_ops",
+    "export",
+    "examples",
+    "stream",
+    "readme",
+    "keys",
+    "linear",
+    "cli",
+    "bench",
+    "hub",
+    "refine",
+    "mixing",
+    "fold",
+    "parallel",
+    "aot",
+    "card",
+    "ways_in",
+]  # files that take ten seconds or more, the longest first
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: then several processes end at about one time."""
+    """Run the longest files first, so that parallel processes end at about one time."""
     place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
@@ -42,13 +62,13 @@ def dense_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def dense(dense_folder):
-    """The same, loaded."""
+    """The checkpoint of `dense_folder`, loaded."""
     return load(str(dense_folder))
 
 
 @pytest.fixture
 def ctrl_c():
-    """Ctrl-C while code in C runs, which makes another error of it."""
+    """Press Ctrl-C while code in C runs, which turns the interrupt into another error."""
 
     def press(*_):
         with pytest.raises(KeyboardInterrupt):
@@ -67,7 +87,7 @@ def forked(monkeypatch):
 
 @pytest.fixture
 def backend(request, monkeypatch):
-    """What compiles graphs. `aot_eager` builds no C++: the same graphs and guards, in seconds."""
+    """The compiler of graphs. `aot_eager` builds no C++: the same graphs and guards, in seconds."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=request.param))
     return request.param

@@ -29,7 +29,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks of code."""
+    """The text of a page without its blocks of code."""
     return FENCE.sub("", page.read_text())
 
 
@@ -49,15 +49,15 @@ def shell(text: str) -> str:
 
 
 def calls(page: Path) -> list[tuple[str, str]]:
-    """Every command that a page names after `eigenzoo`, in code, and the rest of its line."""
+    """Every command that follows `eigenzoo` in code on a page, and the rest of its line."""
     blocks = [shell(code) for _, kind, code in FENCE.findall(page.read_text()) if kind == "bash"]
     spans = SPAN.findall(prose(page))
-    found = [call for text in (*blocks, *spans) for call in CALL.findall(text)]
+    named = [call for text in (*blocks, *spans) for call in CALL.findall(text)]
     for span in spans:  # `compress --keep`
         name, _, rest = span.partition(" ")
         if name in COMMANDS and rest:
-            found.append((name, rest))
-    return found
+            named.append((name, rest))
+    return named
 
 
 def options(command: Any) -> set[str]:
@@ -67,7 +67,7 @@ def options(command: Any) -> set[str]:
 
 
 def unknown(name: str, rest: str) -> list[str]:
-    """What of a call does not exist."""
+    """The command or options of a call that do not exist."""
     if name not in COMMANDS:
         return [name]
     return [
@@ -100,9 +100,9 @@ def test_options_alone_belong_to_some_command_or_script():
 
 @every_page
 def test_files_that_are_named_exist(page):
-    """In code between backticks, such as `zoo/cli/` or `tests/test_docs.py: name`."""
+    """Files in backticks, such as `zoo/cli/` or `tests/test_docs.py: name`."""
     named = [FILE.match(span) for span in SPAN.findall(prose(page))]
-    assert not [found[0] for found in named if found and not (ROOT / found[0]).exists()]
+    assert not [match[0] for match in named if match and not (ROOT / match[0]).exists()]
 
 
 def test_scripts_that_are_run_exist():
@@ -112,14 +112,14 @@ def test_scripts_that_are_run_exist():
                 assert (ROOT / script).exists(), page
 
 
-def test_a_command_that_is_not_there_is_found(tmp_path):
+def test_unknown_commands_and_options_are_detected(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
         '```bash\nS="eigenzoo sweep MODEL OUT \\\n    --nope 1"\n$S --keep 0.5 --gone\n'
         "eigenzoo vanish x | cat --not-ours\n```\nand `compress --lost`.\n"
     )
-    found = [word for call in calls(page) for word in unknown(*call)]
-    assert found == ["sweep --nope", "sweep --gone", "vanish", "compress --lost"]
+    missing = [word for call in calls(page) for word in unknown(*call)]
+    assert missing == ["sweep --nope", "sweep --gone", "vanish", "compress --lost"]
 
 
 def test_the_reference_has_every_public_name_and_command():

@@ -89,7 +89,7 @@ def test_lora_recovers_and_what_it_saves_loads_everywhere(way, tmp_path):
 
 
 @pytest.mark.slow
-def test_lora_refuses_projections_that_are_bent_afterwards(tmp_path):
+def test_lora_refuses_projections_that_are_clipped_or_normed_afterwards(tmp_path):
     tiny.save(tmp_path / "dense", "mpt", attn_config={"clip_qkv": 0.4})
     dense = load(str(tmp_path / "dense"))
     compress_checkpoint(dense, tmp_path / "low", Settings(keep=0.5), samples=4, seq_len=32)
@@ -102,7 +102,7 @@ def test_lora_refuses_projections_that_are_bent_afterwards(tmp_path):
 def talking(tmp_path_factory):
     """A compressed checkpoint with a chat template."""
     place = tmp_path_factory.mktemp("talking")
-    tiny.save(place / "dense", chat=True, num_hidden_layers=1)  # it is compiled four times
+    tiny.save(place / "dense", chat=True, num_hidden_layers=1)  # compiles the model four times
     settings = Settings(keep=0.5, rank_multiple=2, heads_per_latent=(2, 2))
     compress_checkpoint(load(str(place / "dense")), place / "low", settings, samples=4, seq_len=32)
     return place / "low"
@@ -126,13 +126,13 @@ def test_generate_streams_one_prompt_and_answers_several_as_alone(talking):
 @pytest.mark.slow
 def test_transformers_generates_alone_and_compiled(talking):
     script = EXAMPLES / "transformers_generate.py"
-    found = [
+    runs = [
         fresh.python(script, talking, "the cat sat", "--max-new-tokens", "9", *words)
         for words in ((), ("--no-compile",))
     ]
-    assert all(done.returncode == 0 for done in found), found[0].stderr + found[1].stderr
-    assert found[0].stdout == found[1].stdout
-    assert found[0].stdout.startswith("the cat sat")
+    assert all(done.returncode == 0 for done in runs), runs[0].stderr + runs[1].stderr
+    assert runs[0].stdout == runs[1].stdout
+    assert runs[0].stdout.startswith("the cat sat")
 
 
 @pytest.mark.slow

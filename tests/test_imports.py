@@ -1,4 +1,4 @@
-"""Who may import whom. A new arrow is a design decision: change the table, and say why."""
+"""Which room may import which. A new import is a design decision: change the table and say why."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ from eigenzoo import zoo
 from eigenzoo.hub_export import code
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {  # what a room may import beside itself; there is no arrow back
+ROOMS = {  # what a room may import beside itself; imports in both directions are not allowed
     "zoo": set(),
     "zoo.utils": set(),
     "zoo.models": set(),
@@ -25,7 +25,7 @@ ROOMS = {  # what a room may import beside itself; there is no arrow back
 ROOMS["zoo.cli"] = {*ROOMS}  # commands import everything, and nobody imports them
 TRAVELS = sorted(p for p in (ROOT / "zoo/models").glob("*.py") if p.name != "__init__.py")
 REMOTE = sorted((ROOT / "hub_export/remote").glob("*.py"))
-MODELING = ROOT / "hub_export/remote/modeling_eigen.py"  # uses the fused ops where they are
+MODELING = ROOT / "hub_export/remote/modeling_eigen.py"  # uses the fused ops if they are there
 LAZY = ROOT / "zoo/__init__.py"  # its imports are for type checkers
 FILES = sorted(p for room in ("zoo", "kernels", "hub_export") for p in (ROOT / room).rglob("*.py"))
 
@@ -57,14 +57,14 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_rooms_import_only_what_the_table_allows(path):
     home = room(".".join(path.relative_to(ROOT).parts[:-1]))
-    found = {room(name) for name in imports(path) if room(name) in ROOMS}
+    rooms = {room(name) for name in imports(path) if room(name) in ROOMS}
     if path != MODELING:
         assert "eigenzoo" not in imports(path), "inside the package, imports are relative"
     if path != LAZY:
-        assert found <= {home} | ROOMS[home]
+        assert rooms <= {home} | ROOMS[home]
 
 
-def test_no_arrow_runs_back():
+def test_no_two_rooms_import_each_other():
     for name, below in ROOMS.items():
         assert not [other for other in below if name in ROOMS[other] and other != name]
 

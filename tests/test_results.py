@@ -1,4 +1,4 @@
-"""The tables in docs/results are those that the rows give, and the rows say what they are."""
+"""The rows generate the tables in docs/results, and each row says what it measures."""
 
 import json
 import re
@@ -16,9 +16,9 @@ RESULTS = DOCS / "results"
 REQUIRED = ("table", "model", "device", "date", "command")
 QUALITY = {"perplexity", "increase_percent", "loglikelihood", "correct"}
 
-found = spec_from_file_location("tables", DOCS / "tables.py")
-tables = module_from_spec(found)
-found.loader.exec_module(tables)
+tables_spec = spec_from_file_location("tables", DOCS / "tables.py")
+tables = module_from_spec(tables_spec)
+tables_spec.loader.exec_module(tables)
 
 FILES = sorted(RESULTS.glob("*.jsonl"))
 PAGES = sorted(RESULTS.glob("*.md"))
@@ -32,12 +32,12 @@ def check(folder):
     return done.returncode, done.stdout
 
 
-def test_pages_are_what_the_rows_give():
+def test_pages_are_generated_from_the_rows():
     assert check(RESULTS) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["bits.md", "bits.jsonl"])
-def test_a_page_or_a_row_edited_alone_is_noticed_and_mended(name, tmp_path):
+def test_a_page_or_a_row_edited_alone_is_detected_and_repaired(name, tmp_path):
     copy = shutil.copytree(RESULTS, tmp_path / "results")
     edited = (copy / name).read_text().replace("1387", "1378")
     (copy / name).write_text(edited)
@@ -45,7 +45,7 @@ def test_a_page_or_a_row_edited_alone_is_noticed_and_mended(name, tmp_path):
     assert code == 1
     lines = [x for x in output.splitlines() if "1378" in x or "1387" in x]
     assert [line[0] for line in lines] == ["-", "+"]
-    assert ("1387" in lines[1]) == (name == "bits.md")  # what the rows say is what is right
+    assert ("1387" in lines[1]) == (name == "bits.md")  # the rows decide
     subprocess.run([sys.executable, DOCS / "tables.py", copy], check=True)
     assert check(copy) == (0, "")
     assert ((copy / "bits.md").read_text() == (RESULTS / "bits.md").read_text()) == (
@@ -65,7 +65,7 @@ def test_rows_say_what_they_are(file):
         assert isinstance(row["settings"], dict | None), place
         if QUALITY & row.keys():
             assert row["evaluation"]["text"], place
-            calibrated = (row["settings"] or {}).get("method", "lorc") != "lorc"  # reads no text
+            calibrated = (row["settings"] or {}).get("method", "lorc") != "lorc"  # lorc needs none
             assert bool(row["calibration"]) == calibrated, place
 
 
@@ -122,7 +122,7 @@ def test_numbers_keep_their_digits_and_the_best_compressed_model_is_bold(rows):
         "| size | dense | a | b |",
         "| --- | --- | --- | --- |",
         "| 1 | +0.00 % | **-0.0 %** | +0.0 % |",
-        "| 2 | - | +7.10 % | - |",  # without a rival
+        "| 2 | - | +7.10 % | - |",  # the only compressed model
     ]
     assert shown == rows
     assert "(m; d; torch 2; 2026-11-26.)" in text

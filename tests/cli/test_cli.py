@@ -22,7 +22,7 @@ QUICK = ["--samples", "8", "--seq-len", "64"]
 
 @pytest.fixture(scope="module")
 def low(dense_folder, tmp_path_factory):
-    """A folder that the command line has written."""
+    """A compressed checkpoint that the command line wrote."""
     out = tmp_path_factory.mktemp("cli") / "low"
     words = ["compress", dense_folder, out, "--keep", "0.5", "--heads-per-latent", "all,2", *QUICK]
     done = fresh.python("-c", ENTRY, *words)
@@ -45,7 +45,7 @@ def low(dense_folder, tmp_path_factory):
         "report",
     ],
 )
-def test_help_is_there(run, command):
+def test_every_command_has_help(run, command):
     code, out, _ = run(*command.split(), "--help")
     assert code == 0
     assert "Usage" in out
@@ -58,7 +58,7 @@ def test_help_lists_the_choices_and_what_they_mean(run, monkeypatch):
         assert all(f"{name}: {meaning}" in text for name, meaning in table.items())
     assert all(f"{name}: {method.source}" in text for name, method in METHODS.items())
     assert "One of auto, float32, bfloat16 or float16." in text
-    assert "[default: (any)]" in text  # of an option that is not given
+    assert "[default: (any)]" in text  # instead of None
 
 
 def test_version_is_that_of_the_package(run):
@@ -69,14 +69,14 @@ def test_version_is_that_of_the_package(run):
 def test_compress_prints_one_json_object(run, dense_folder, tmp_path, method):
     out = tmp_path / "low"
     code, text, _ = run("compress", dense_folder, out, "--method", method, "--json", *QUICK)
-    found = json.loads(text)
+    printed = json.loads(text)
     assert code == 0
-    assert found["share"] <= 0.6
-    assert found["evaluation"]["compressed"] > 1
+    assert printed["share"] <= 0.6
+    assert printed["evaluation"]["compressed"] > 1
     assert (out / "config.json").exists()
 
 
-def test_compress_refits_what_it_is_told(run, dense_folder, tmp_path):
+def test_compress_refits_the_parts_that_are_asked_for(run, dense_folder, tmp_path):
     for asked, want in {"output": ["output"], "none": [], "auto": ["output"]}.items():
         out = tmp_path / asked
         code, text, _ = run("compress", dense_folder, out, "--refit", asked, "--json", *QUICK)
@@ -90,14 +90,14 @@ def test_bits_go_from_compress_to_inspect_and_generate(run, dense_folder, tmp_pa
     asked = ["--kv-bits", 8, "--keep", 0.5, "--heads-per-latent", "all"]
     code, text, _ = run("compress", dense_folder, out, *asked, "--json", *QUICK)
     assert (code, json.loads(text)["kv_bits"]) == (0, [8])
-    assert 0.4 < json.loads(text)["share"] <= 0.5  # of bytes: more numbers than 16 bits would leave
-    found = json.loads(run("inspect", out, "--json")[1])
-    assert found["k_bits"] == found["v_bits"] == [8] * found["num_hidden_layers"]
+    assert 0.4 < json.loads(text)["share"] <= 0.5  # of bytes, so ranks are higher than at 16 bits
+    shown = json.loads(run("inspect", out, "--json")[1])
+    assert shown["k_bits"] == shown["v_bits"] == [8] * shown["num_hidden_layers"]
     words = ["generate", out, "-p", "the cat", "--no-compile", "--max-new-tokens", 3, "--json"]
     eight, four = (json.loads(run(*words, *more)[1]) for more in ([], ["--kv-bits", 4]))
     for row in (eight, four):
         assert row["cache_bytes"] == row["cache_slots"] * row["kv_bytes_per_token"]
-    assert eight["kv_bytes_per_token"] == found["kv_bytes_per_token"] > four["kv_bytes_per_token"]
+    assert eight["kv_bytes_per_token"] == shown["kv_bytes_per_token"] > four["kv_bytes_per_token"]
 
 
 def test_unknown_bits_are_refused_before_the_long_work(run, dense_folder, tmp_path):
@@ -123,14 +123,14 @@ def test_compress_calibrates_on_a_file_and_measures_on_another(run, dense_folder
     (tmp_path / "b.txt").write_text(tiny.WORDS[::-1] * 10)
     words = ["--calibration", tmp_path / "a.txt", "--text", tmp_path / "b.txt", *QUICK]
     code, text, _ = run("compress", dense_folder, tmp_path / "low", "--json", *words)
-    found = json.loads(text)
+    printed = json.loads(text)
     assert code == 0
-    assert found["calibration"]["source"] == "a.txt"
-    assert found["calibration"]["sequences"] == 8
-    assert found["evaluation"]["text"] == "b.txt"
+    assert printed["calibration"]["source"] == "a.txt"
+    assert printed["calibration"]["sequences"] == 8
+    assert printed["evaluation"]["text"] == "b.txt"
 
 
-def test_without_data_only_what_is_measured_on_is_read(run, dense_folder, tmp_path):
+def test_a_method_without_calibration_reads_only_the_evaluation_text(run, dense_folder, tmp_path):
     (tmp_path / "short.txt").write_text("the cat")
     (tmp_path / "b.txt").write_text(tiny.WORDS[::-1] * 10)
     words = ["--method", "lorc", "--calibration", tmp_path / "short.txt", *QUICK]
@@ -138,13 +138,13 @@ def test_without_data_only_what_is_measured_on_is_read(run, dense_folder, tmp_pa
     code, text, _ = run(
         "compress", dense_folder, low, "--json", *words, "--text", tmp_path / "b.txt"
     )
-    found = json.loads(text)
+    printed = json.loads(text)
     assert code == 0
-    assert found["calibration"] is None
+    assert printed["calibration"] is None
     assert "from the weights alone" in (low / "README.md").read_text()
     words = ["--method", "lorc", "--samples", "24", "--seq-len", "32", "--json", "--force"]
-    found = json.loads(run("compress", dense_folder, low, *words)[1])
-    assert found["evaluation"]["tokens"] == 3 * 31
+    printed = json.loads(run("compress", dense_folder, low, *words)[1])
+    assert printed["evaluation"]["tokens"] == 3 * 31
 
 
 def test_compress_writes_a_plain_checkpoint_and_says_who_reads_it(run, tmp_path):
@@ -153,9 +153,9 @@ def test_compress_writes_a_plain_checkpoint_and_says_who_reads_it(run, tmp_path)
     code, text, _ = run("compress", *words, "--method", "kv-heads", "--keep", "0.5")
     assert code == 0
     assert "transformers' own MPT does not support kv_n_heads" in " ".join(text.split())
-    found = json.loads(run("inspect", tmp_path / "low", "--json")[1])
-    assert (found["num_key_value_heads"], found["kv_share"]) == (4, 1)
-    assert found["compression"]["method"] == "kv-heads"
+    inspected = json.loads(run("inspect", tmp_path / "low", "--json")[1])
+    assert (inspected["num_key_value_heads"], inspected["kv_share"]) == (4, 1)
+    assert inspected["compression"]["method"] == "kv-heads"
     code, _, error = run("compress", *words, "--force")
     assert code == 2
     assert "no plain checkpoint: fisher keeps latents" in error
@@ -183,11 +183,11 @@ def test_evaluate_shows_perplexity_by_position(run, low, tmp_path):
         "--windows",
         "2",
     ]
-    found = json.loads(run(*words, "--json")[1])
-    rows = found["by_position"]
+    printed = json.loads(run(*words, "--json")[1])
+    rows = printed["by_position"]
     assert [(x["start"], x["stop"]) for x in rows] == [(1, 64), (64, 128), (128, 200)]
-    mean = sum(x["tokens"] * x["loss"] for x in rows) / found["tokens"]
-    assert math.exp(mean) == pytest.approx(found["perplexity"])
+    mean = sum(x["tokens"] * x["loss"] for x in rows) / printed["tokens"]
+    assert math.exp(mean) == pytest.approx(printed["perplexity"])
     assert "64 to 127" in run(*words)[1]
 
 
@@ -206,19 +206,17 @@ def test_evaluate_asks_for_planted_facts(run, low, tmp_path):
         "--facts",
         "1",
     ]
-    found = json.loads(run(*words, "--json")[1])
-    assert {x["length"] for x in found["retrieval"]} == {150, 200}
-    assert {x["right"] for x in found["retrieval"]} == {0.0}
-    assert "perplexity" not in found
+    printed = json.loads(run(*words, "--json")[1])
+    assert {x["length"] for x in printed["retrieval"]} == {150, 200}
+    assert {x["right"] for x in printed["retrieval"]} == {0.0}
+    assert "perplexity" not in printed
     text = run(*words)[1]
     assert "depth 75%" in text
     assert "0% -" in text
 
 
 @pytest.mark.usefixtures("forked")
-def test_bench_sets_checkpoints_side_by_side_and_goes_on_where_it_stopped(
-    run, dense_folder, low, tmp_path
-):
+def test_bench_compares_checkpoints_and_resumes_where_it_stopped(run, dense_folder, low, tmp_path):
     words = ["bench", dense_folder, low, "--context", "64", "--batch", "1", "--buffer", "2"]
     words += ["--steps", "3", "--rounds", "1", "--no-compile", "--out", tmp_path / "out", "--json"]
     code, text, _ = run(*words)
@@ -237,41 +235,41 @@ def test_bench_sets_checkpoints_side_by_side_and_goes_on_where_it_stopped(
     assert "context 64, batch 1, 128 slots" in text
 
 
-def test_compress_takes_joint_latents_where_nothing_rotates(run, tmp_path):
+def test_compress_takes_joint_latents_if_the_model_has_no_rotation(run, tmp_path):
     tiny.save(tmp_path / "opt", "opt")
     words = [tmp_path / "opt", tmp_path / "low", "--latent", "joint-kv", "--keep", "0.4", *QUICK]
     code, text, _ = run("compress", *words)
     assert code == 0
     assert "keys and values" in text
-    found = json.loads(run("inspect", tmp_path / "low", "--json")[1])
-    assert (found["family"], found["joint_kv"]) == ("opt", True)
-    assert found["kv_share"] <= 0.4
+    inspected = json.loads(run("inspect", tmp_path / "low", "--json")[1])
+    assert (inspected["family"], inspected["joint_kv"]) == ("opt", True)
+    assert inspected["kv_share"] <= 0.4
     code, text, _ = run("evaluate", tmp_path / "low", "--windows", "1", "--json")
-    assert json.loads(text)["window"] == 256  # what it can read
+    assert json.loads(text)["window"] == 256  # the longest text that the model reads
 
 
-def test_auto_keys_say_what_they_are_and_why(run, dense_folder, tmp_path):
+def test_auto_keys_report_the_choice_and_its_reason(run, dense_folder, tmp_path):
     code, text, error = run(
         "compress", dense_folder, tmp_path / "low", "--keys", "auto", "--json", *QUICK
     )
-    found = json.loads(text)
+    printed = json.loads(text)
     assert code == 0
-    assert (found["keys"], found["anchor_block"]) == ("anchored", 16)
-    assert f"keys: anchored in blocks of 16, since {found['keys_reason']}" in error
+    assert (printed["keys"], printed["anchor_block"]) == ("anchored", 16)
+    assert f"keys: anchored in blocks of 16, since {printed['keys_reason']}" in error
     raw = json.loads((tmp_path / "low" / "config.json").read_text())
-    assert raw["compression"]["keys_reason"] == found["keys_reason"]
-    assert found["keys_reason"] in " ".join(run("inspect", tmp_path / "low", "--json")[1].split())
+    assert raw["compression"]["keys_reason"] == printed["keys_reason"]
+    assert printed["keys_reason"] in " ".join(run("inspect", tmp_path / "low", "--json")[1].split())
 
 
 def test_generate_answers_a_batch(run, low):
     words = ["-p", "the cat", "-p", "a mat and saw", "--no-compile", "--max-new-tokens", "6"]
     code, text, _ = run("generate", low, *words, "--json")
-    found = json.loads(text)
+    printed = json.loads(text)
     assert code == 0
-    assert len(found["outputs"]) == 2
-    assert found["cache_bytes"] == 2 * found["cache_slots"] * found["kv_bytes_per_token"]
-    assert found["first_token_seconds"] > 0 == found["compile_seconds"]
-    assert found["peak_memory"] > found["cache_bytes"]
+    assert len(printed["outputs"]) == 2
+    assert printed["cache_bytes"] == 2 * printed["cache_slots"] * printed["kv_bytes_per_token"]
+    assert printed["first_token_seconds"] > 0 == printed["compile_seconds"]
+    assert printed["peak_memory"] > printed["cache_bytes"]
     code, text, error = run("generate", low, *words)
     assert text.startswith("--- 1\n")
     assert "of the uncompressed" in error
@@ -279,17 +277,17 @@ def test_generate_answers_a_batch(run, low):
 
 
 @pytest.mark.slow
-def test_generate_says_the_same_with_fused_ops(run, low):
+def test_generate_gives_the_same_text_with_fused_ops(run, low):
     words = ["-p", "the cat", "-p", "a mat and saw", "--no-compile", "--max-new-tokens", "9"]
     words += ["--dtype", "float32"]
-    found = [
+    outputs = [
         json.loads(run("generate", low, *words, "--ops", ops, "--json")[1])["outputs"]
         for ops in ("reference", "fused", "auto")
     ]
-    assert found[0] == found[1] == found[2]
+    assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_decoding_is_in_what_the_processor_is_fast_in(run, low, monkeypatch):
+def test_decoding_uses_the_fastest_dtype_of_the_processor(run, low, monkeypatch):
     words = ["-p", "the cat", "--no-compile", "--max-new-tokens", "3", "--json"]
     size = {}
     for has_it in (True, False):
@@ -299,7 +297,7 @@ def test_decoding_is_in_what_the_processor_is_fast_in(run, low, monkeypatch):
 
 
 @pytest.mark.usefixtures("forked")
-def test_bench_lets_every_model_decode_with_fewer_bits_too(run, dense_folder):
+def test_bench_also_decodes_every_model_with_fewer_bits(run, dense_folder):
     words = ["bench", dense_folder, "--kv-bits", "8", "--kv-bits", "4", "--context", "64", "--json"]
     words += ["--steps", "3", "--rounds", "1", "--no-compile", "--ops", "fused"]
     rows = json.loads(run(*words, "--dtype", "float32")[1])
@@ -313,7 +311,7 @@ def test_bench_lets_every_model_decode_with_fewer_bits_too(run, dense_folder):
 
 
 @pytest.mark.usefixtures("forked")
-def test_weights_become_int8_where_asked_for(run, dense_folder):
+def test_weights_become_int8_if_asked_for(run, dense_folder):
     words = ["-p", "the cat", "--no-compile", "--max-new-tokens", "3", "--weights", "int8"]
     assert run("generate", dense_folder, *words)[0] == 0
     words = ["--context", "64", "--steps", "3", "--rounds", "1", "--no-compile", "--json"]
@@ -326,26 +324,26 @@ def test_weights_become_int8_where_asked_for(run, dense_folder):
 
 def test_generate_streams_one_answer_and_reads_standard_input(low):
     words = ["generate", str(low), "--no-compile", "--max-new-tokens", "6", "--temperature", "1"]
-    found = [
+    runs = [
         fresh.python("-c", ENTRY, *words, "--seed", seed, stdin="the cat")
         for seed in ("1", "1", "2")
     ]
-    assert all(done.returncode == 0 for done in found)
-    assert found[0].stdout == found[1].stdout != found[2].stdout
+    assert all(done.returncode == 0 for done in runs)
+    assert runs[0].stdout == runs[1].stdout != runs[2].stdout
 
 
-def test_inspect_shows_ranks_and_where_it_comes_from(run, low):
+def test_inspect_shows_ranks_and_the_base_model(run, low):
     code, text, _ = run("inspect", low)
     assert code == 0
     assert "█" in text
     assert "fisher" in text
-    found = json.loads(run("inspect", low, "--json")[1])
-    assert found["k_heads_per_latent"] == 4
-    assert found["v_heads_per_latent"] == 2
-    assert found["compression"]["base_model"] == "dense"
+    inspected = json.loads(run("inspect", low, "--json")[1])
+    assert inspected["k_heads_per_latent"] == 4
+    assert inspected["v_heads_per_latent"] == 2
+    assert inspected["compression"]["base_model"] == "dense"
 
 
-def test_bad_input_ends_in_one_line_and_code_2(run, dense_folder, low, tmp_path):
+def test_bad_input_prints_one_line_and_exits_with_2(run, dense_folder, low, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("the cat")
     new = tmp_path / "new"
@@ -458,7 +456,7 @@ def test_ctrl_c_leaves_nothing_behind(dense_folder, tmp_path):
     words = ["compress", str(dense_folder), str(tmp_path / "out"), "--samples", "4000"]
     command = [sys.executable, "-c", ENTRY, *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert any("keys: " in line for line in process.stderr)  # said when the work begins
+        assert any("keys: " in line for line in process.stderr)  # printed when the work begins
         time.sleep(2)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)

@@ -66,9 +66,9 @@ def test_greedy_finds_what_trying_everything_finds():
 
 
 def test_a_layer_that_matters_more_gets_more():
-    plain = bases(1, 32)
-    heavy = [plain[0], plain[1]._replace(k=plain[1].k._replace(spectrum=plain[1].k.spectrum * 50))]
-    before, after = (greedy(config(), b, 0.5, 4) for b in (plain, heavy))
+    light = bases(1, 32)
+    heavy = [light[0], light[1]._replace(k=light[1].k._replace(spectrum=light[1].k.spectrum * 50))]
+    before, after = (greedy(config(), b, 0.5, 4) for b in (light, heavy))
     assert after.k[1] > before.k[1]
     assert after.k[0] <= before.k[0]
 
@@ -140,7 +140,7 @@ def test_few_pairs_are_even_where_columns_are_pairs_and_leave_whole_keys_whole()
     assert distinct(whole) <= 2
 
 
-def test_few_joint_latents():
+def test_joint_latents_have_few_ranks_within_the_budget():
     joint = [x._replace(v=None) for x in bases(1, 64, layers=5)]
     ranks = few_pairs(config(layers=5), joint, 2, 0.5, multiple=2)
     assert distinct(ranks) <= 2
@@ -148,7 +148,7 @@ def test_few_joint_latents():
     assert set(ranks.v) == {0}
 
 
-def test_few_pairs_of_ranks_in_proportion_to_weights():
+def test_few_pairs_of_ranks_follow_weights():
     weights = [(1, 2), (4, 3), (1, 2), (4, 2)]
     units, sizes = bases(1, 32, layers=4), config(layers=4)
     ranks = proportional(sizes, units, weights, 0.5, 1, count=2)
@@ -158,7 +158,7 @@ def test_few_pairs_of_ranks_in_proportion_to_weights():
 
 
 @pytest.mark.parametrize("keep", [0, -0.1, 1.01, float("nan")])
-def test_a_keep_that_is_no_share_is_refused(keep):
+def test_a_keep_outside_0_to_1_is_refused(keep):
     with pytest.raises(ValueError, match="above 0 and up to 1"):
         greedy(config(), bases(1, 32), keep)
 

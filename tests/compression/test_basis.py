@@ -15,7 +15,7 @@ def gram(latents: int, n: int, seed: int) -> torch.Tensor:
     return x.mT @ x / (3 * n)
 
 
-def test_full_rank_gives_everything_back():
+def test_full_rank_reconstructs_exactly():
     b = solve(gram(2, 12, 0), gram(2, 12, 1), torch.zeros(2, 12), damping=0.1)
     eye = torch.eye(12, dtype=torch.float64).expand(2, 12, 12)
     torch.testing.assert_close(b.decoder @ b.encoder.mT, eye)
@@ -111,7 +111,7 @@ def test_kv_heads_are_singular_vectors_of_a_group_s_heads_side_by_side(name):
 
 
 def inputs(model, x) -> torch.Tensor:
-    """What the projections of layer 1 are given for tokens x, one row a token, in fp64."""
+    """Inputs of the projections of layer 1 for tokens x, one row per token, in fp64."""
     seen = []
     hook = model.layers[1].attn.k_proj.register_forward_hook(lambda m, args, out: seen.append(args))
     model(x)
@@ -137,12 +137,12 @@ def test_palu_is_the_truncated_svd_of_the_whitened_weight(family, name):
 
 @pytest.mark.parametrize("method", ["palu", "lorc"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_a_bias_is_left_whole_where_the_weight_is_cut(family, method):
+def test_a_bias_stays_whole_if_the_weight_is_truncated(family, method):
     model = tiny.native(family, **({"attention_bias": True} if family == "llama" else {}))
     s = calibrate(model, tiny.tokens(6, 64), (4, 4))
     bases = METHODS[method].bases(model, s)
     low, cut = fold(model, bases, Ranks((9,) * 3, (9,) * 3)), model
-    for layer, basis in zip(cut.layers, bases, strict=True):  # the weights cut, nothing else
+    for layer, basis in zip(cut.layers, bases, strict=True):  # only the weights are truncated
         for b, projection in ((basis.k, layer.attn.k_proj), (basis.v, layer.attn.v_proj)):
             kept = torch.block_diag(*(span(b, i, 9) for i in range(len(b.spectrum))))
             projection.weight.copy_((kept @ projection.weight.double()).float())
@@ -211,13 +211,13 @@ def test_kq_svd_loses_least_of_the_scores_and_pca_more(shared):
         rebuilt = (groups @ kept.mT).unflatten(-1, (shared, 8)).transpose(1, 2).flatten(0, 1)
         return (q @ (k - rebuilt).mT).square().sum()
 
-    best, plain = (METHODS[m].bases(model, s)[1].k for m in ("kq-svd", "pca"))
+    best, pca = (METHODS[m].bases(model, s)[1].k for m in ("kq-svd", "pca"))
     whole = (q @ k.mT).square().sum()
     for rank in (1, 3, 6):
         torch.testing.assert_close(
             lost(best, rank) / whole, best.errors()[rank], atol=1e-5, rtol=1e-3
         )
-        assert lost(best, rank) < lost(plain, rank)
+        assert lost(best, rank) < lost(pca, rank)
         if shared == 1:  # Eckart-Young: the tail of the singular values of every Q Kᵀ
             tail = torch.linalg.svdvals(q @ k.mT)[:, rank:].square().sum()
             torch.testing.assert_close(lost(best, rank) / whole, tail / whole, atol=1e-5, rtol=1e-3)

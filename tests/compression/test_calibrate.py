@@ -43,7 +43,7 @@ def test_length_of_rows_is_one_on_average_whatever_their_scale():
     torch.testing.assert_close(squares.mean(1), torch.ones(2), atol=0.01, rtol=0)
 
 
-def test_rows_count_by_the_length_of_their_gradients(model):
+def test_rows_are_weighted_by_the_length_of_their_gradients(model):
     x = tiny.tokens(4, 32)
     s = calibrate(model, x, (4, 4), gradients=True)[1]
     x_plain, g_plain, g = s.v.covariance, s.v_grad.second, s.v_grad_weighted.second
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_the_summed_loss(model):
     torch.testing.assert_close(got.second[0] * got.count, want.T @ want, atol=1e-6, rtol=1e-4)
 
 
-SUMS = {  # sums, unweighted and weighted, and the bytes that the docstring says of a number in them
+SUMS = {  # options of `calibrate`, and the bytes per number of a sum that its docstring states
     "fisher": ({"unweighted": False}, 32),
     "fisher-plain": ({"weighted": False}, 16),
     "both": ({}, 40),
@@ -82,8 +82,8 @@ SUMS = {  # sums, unweighted and weighted, and the bytes that the docstring says
 
 @pytest.fixture
 def passes(model, monkeypatch):
-    """How long the sequences were that the model read, and those that a backward pass went over;
-    and after each layer of a pass, the bytes of all matrices that calibration holds.
+    """Lengths of the sequences in each forward and each backward pass; and after each layer of a
+    pass, the bytes of all matrices that calibration holds.
     """
     seen = {"forward": [], "backward": [], "bytes": []}
     held = WeakSet()
@@ -115,10 +115,10 @@ def passes(model, monkeypatch):
 @pytest.mark.parametrize("rows", [2, 9])
 def test_memory_is_what_the_docstring_says_and_does_not_grow_with_tokens(model, passes, name, rows):
     asked, size = SUMS[name]
-    found = calibrate(model, tiny.tokens(rows, 16), (2, 4), gradients=True, **asked)
+    statistics = calibrate(model, tiny.tokens(rows, 16), (2, 4), gradients=True, **asked)
     numbers = 3 * (2 * 16**2 + 1 * 32**2)  # layers; blocks and widths of keys, and of values
     assert max(passes["bytes"]) == size * numbers
-    assert sum(m.gram.nbytes for s in found for m in s if m is not None) <= size * numbers
+    assert sum(m.gram.nbytes for s in statistics for m in s if m is not None) <= size * numbers
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -129,13 +129,13 @@ def test_the_model_reads_each_sequence_once_and_for_weights_every_fourth_twice(m
     assert passes["forward"] == passes["backward"] == [15] * times
 
 
-def test_sums_are_the_same_whichever_are_taken_beside_them(model):
+def test_a_sum_does_not_depend_on_which_others_are_taken(model):
     x = tiny.tokens(5, 16)
-    both, plain, weighted = (
+    both, unweighted, weighted = (
         calibrate(model, x, (2, 4), gradients=True, **asked)
         for asked in ({}, {"weighted": False}, {"unweighted": False})
     )
-    for a, b, c in zip(both, plain, weighted, strict=True):
+    for a, b, c in zip(both, unweighted, weighted, strict=True):
         assert b.k_weighted is b.v_grad_weighted is c.k_grad is c.v_grad is None
         for s in (b, c):
             for m, n in zip(a, s, strict=True):
@@ -168,9 +168,9 @@ def test_no_sequences_run_no_model(model):
         raise AssertionError("the model was run")
 
     hook = model.layers[0].attn.q_proj.register_forward_pre_hook(refuse)
-    found = calibrate(model, tiny.tokens(2, 16)[:0], (2, 4))
+    statistics = calibrate(model, tiny.tokens(2, 16)[:0], (2, 4))
     hook.remove()
-    assert [len(s.k.gram) for s in found] == [2, 2, 2]
+    assert [len(s.k.gram) for s in statistics] == [2, 2, 2]
 
 
 def test_statistics_that_are_not_finite_are_refused():

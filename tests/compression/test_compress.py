@@ -22,10 +22,10 @@ def test_heads_that_share_a_latent_are_as_published_unless_told():
     config = LlamaConfig(
         **tiny.ROTARY | {"head_dim": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
     )
-    found = {m: Settings(m).fit(config).heads_per_latent for m in METHODS if m != "kv-heads"}
-    assert found.pop("lorc") == (8, 8)
-    assert (found.pop("eigen"), found.pop("kq-svd")) == ((1, 1), (1, 1))
-    assert set(found.values()) == {(4, 4)}
+    defaults = {m: Settings(m).fit(config).heads_per_latent for m in METHODS if m != "kv-heads"}
+    assert defaults.pop("lorc") == (8, 8)
+    assert (defaults.pop("eigen"), defaults.pop("kq-svd")) == ((1, 1), (1, 1))
+    assert set(defaults.values()) == {(4, 4)}
     assert Settings("lorc", heads_per_latent=(2, 1)).fit(config).heads_per_latent == (2, 1)
 
 
@@ -61,7 +61,7 @@ def test_kv_heads_makes_one_head_of_a_group(family, merged):
     low = compress(dense, x, Settings("kv-heads", 1 / merged)).model
     assert all(k.shape[1:] == (heads, 7, 8) for k in low.new_cache(1, 7).keys)
     assert low.config.kv_width * merged == dense.config.kv_width
-    if family != "llama":  # what is left is grouped-query attention, and nothing else
+    if family != "llama":  # the result is ordinary grouped-query attention
         assert not any(x.attn.k_up is not None or x.attn.v_up is not None for x in low.layers)
     cache, y = low.new_cache(2, 20), tiny.tokens(2, 20)
     steps = [low(y[:, p], p, cache) for p in torch.arange(20).split([11, *[1] * 9])]
@@ -129,7 +129,7 @@ def test_uniform_ranks_are_the_same_in_every_layer():
         for b in ("uniform", "global")
     )
     ranks = even.k_ranks + even.v_ranks
-    assert max(ranks) - min(ranks) <= 4  # the last multiple does not go round
+    assert max(ranks) - min(ranks) <= 4  # the last multiple does not suffice for all layers
     assert (free.k_ranks, free.v_ranks) != (even.k_ranks, even.v_ranks)
     assert even.kv_width <= 0.5 * dense.config.kv_width
 

@@ -1,4 +1,4 @@
-"""Eigen Attention (arXiv 2408.05646), sentence by sentence, beside plain linear algebra."""
+"""Each statement of Eigen Attention (arXiv 2408.05646), checked by direct linear algebra."""
 
 import pytest
 import tiny
@@ -34,7 +34,7 @@ def solved(model: Model, x: torch.Tensor):
 
 
 def check(basis, latent: int, rows: torch.Tensor, tokens: int) -> None:
-    """The basis is that of rows (N, 8): singular vectors up to sign, uncentred, and values."""
+    """The basis is that of rows (N, 8): singular vectors up to sign, uncentered, and values."""
     _, values, vt = torch.linalg.svd(rows, full_matrices=False)
     torch.testing.assert_close(basis.spectrum[latent], values**2 / tokens, atol=1e-4, rtol=1e-4)
     for r in (1, 3, 6):

@@ -36,11 +36,11 @@ METHOD_AND_SHARES = [
 
 
 def solved(model: Model, method: str, shared: tuple[int, int] = (1, 1), joint: bool = False):
-    """Bases of a method, from statistics of the model's own on random tokens."""
+    """Bases of a method, from the model's statistics on random tokens."""
     needs = METHODS[method]
     x = tiny.tokens(8, 64)
-    found = calibrate(model, x, shared, needs.gradients, needs.queries, joint)
-    return needs.bases(model, found)
+    statistics = calibrate(model, x, shared, needs.gradients, needs.queries, joint)
+    return needs.bases(model, statistics)
 
 
 def folded(model: Model, method: str, shared: tuple[int, int], k: int, v: int) -> Model:
@@ -85,11 +85,11 @@ def test_decoding_equals_recomputing_where_one_latent_holds_both(name, shared, r
 @pytest.mark.parametrize("method", ["fisher", "attention"])
 @pytest.mark.parametrize("name", ["opt", "mpt"])
 def test_half_the_bytes_lose_nothing_where_one_latent_holds_all_heads(name, method):
-    # 8 heads of 8 keys and 8 values are made from 64 numbers: 64 hold them all
+    # 8 heads of 8 keys and 8 values are made from 64 numbers, so a latent of 64 holds them all
     model = MODELS[name]()
     bases = solved(model, method, (8, 8), joint=True)
     ranks = greedy(model.config, bases, 0.9, multiple=8)
-    assert ranks == Ranks((64,) * 3, (0,) * 3)  # nothing is spent on what is nothing
+    assert ranks == Ranks((64,) * 3, (0,) * 3)  # the values need no latent of their own
     low, x = fold(model, bases, ranks), tiny.tokens(2, 25)
     close(low(x), model(x))
     assert 2 * low.config.kv_width == model.config.kv_width
@@ -98,7 +98,7 @@ def test_half_the_bytes_lose_nothing_where_one_latent_holds_all_heads(name, meth
 @pytest.mark.parametrize("name", ABSORBED)
 @pytest.mark.parametrize("shared", [(1, 1), (2, 4)])
 def test_no_key_is_rebuilt(name, shared):
-    """Whatever decoding makes that is as long as the cache is a row of scores or a mask."""
+    """Of the tensors of a decoding step, only rows of scores and masks are as long as the cache."""
     model, slots = MODELS[name](), 37
     low = folded(model, "fisher", shared, 5 * shared[0], 6 * shared[1])
     longest = max(shape.numel() for shape in made(low, slots) if slots in shape)
@@ -118,7 +118,7 @@ def test_full_rank_is_the_dense_model(method, name):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("method", ["fisher", "attention"])
 def test_a_latent_as_wide_as_the_layer_loses_nothing(method, bias):
-    # keys and values are 4 heads of 32 made from 64 numbers: 64 hold them, lifted and rotated
+    # 4 heads of 32 keys and values are made from 64 numbers, so a latent of 64 holds them
     model = tiny.native(head_dim=32, attention_bias=bias)
     needs = METHODS[method]
     x = tiny.tokens(8, 64)
@@ -160,27 +160,27 @@ def test_a_constant_in_the_values_costs_nothing_at_any_rank(name):
 
 
 @pytest.mark.parametrize("name", ["llama biases", "opt", "mpt grouped"])
-def test_centring_is_better_where_means_are_not_zero(name):
+def test_centering_is_better_if_means_are_not_zero(name):
     model, x = MODELS[name](), tiny.tokens(8, 64)
     for layer in model.layers:
         layer.attn.v_proj.bias *= 3
         layer.attn.k_proj.bias *= 3
     ranks, want = Ranks((12,) * 3, (12,) * 3), model(x)
     needs = METHODS["fisher"]
-    found = calibrate(model, x, (4, 4), True)
-    plain = [
-        s._replace(k_weighted=uncentred(s.k_weighted), v_weighted=uncentred(s.v_weighted))
-        for s in found
+    centered = calibrate(model, x, (4, 4), True)
+    uncentered = [
+        s._replace(k_weighted=without_mean(s.k_weighted), v_weighted=without_mean(s.v_weighted))
+        for s in centered
     ]
     error = [
         (fold(model, needs.bases(model, s), ranks)(x) - want).square().mean()
-        for s in (found, plain)
+        for s in (centered, uncentered)
     ]
     assert error[0] < error[1]
 
 
-def uncentred(moments: Moments) -> Moments:
-    """The same moments as if the mean were nothing."""
+def without_mean(moments: Moments) -> Moments:
+    """The same moments as if the mean were zero."""
     other = copy.copy(moments)
     other.gram = moments.second * moments.count[:, None, None]
     other.origin = other.sum = torch.zeros_like(moments.sum)

@@ -1,4 +1,4 @@
-"""Every way to hold the keys that a rotation turns: each decodes exactly what it defines."""
+"""Every scheme of caching rotated keys decodes exactly what its definition computes."""
 
 import functools
 from dataclasses import replace
@@ -25,7 +25,7 @@ from eigenzoo.zoo.models.attention import anchored_decode, latent_decode, lift
 from eigenzoo.zoo.models.model import Model
 from eigenzoo.zoo.models.rope import rotate
 
-CONTEXT = 32  # of all models here: texts are longer, so that rotated keys need more than one block
+CONTEXT = 32  # of all models here; texts are longer, so that rotated keys need more than one block
 MODELS = {
     "llama": lambda: tiny.native(max_position_embeddings=CONTEXT),
     "biases": lambda: tiny.native(max_position_embeddings=CONTEXT, attention_bias=True),
@@ -62,7 +62,7 @@ CARDS = {
 
 @functools.cache
 def held(name: str, scheme: str, shared: tuple[int, int] = (4, 2), method: str = "fisher") -> Model:
-    """A model with about 0.6 of its ranks, keys held so."""
+    """A model with about 0.6 of its ranks, which caches keys by `scheme`."""
     model = MODELS[name]()
     settings = SCHEMES[scheme]._replace(method=method, heads_per_latent=shared).fit(model.config)
     bases = solved(model, settings)
@@ -74,8 +74,8 @@ def held(name: str, scheme: str, shared: tuple[int, int] = (4, 2), method: str =
 def solved(model: Model, settings: Settings):
     """Bases of the model for settings that were fitted to it."""
     options = {"pairs": True} if settings.keys == "pairs" else {}
-    found = gather(model, tiny.tokens(8, 64), settings)
-    return METHODS[settings.method].bases(model, found, **options)
+    statistics = gather(model, tiny.tokens(8, 64), settings)
+    return METHODS[settings.method].bases(model, statistics, **options)
 
 
 def close(got, want):
@@ -98,7 +98,7 @@ def test_decoding_equals_recomputing_far_beyond_a_block(name, scheme, shared):
 def test_padding_changes_nothing(scheme, side):
     low, x = held("biases", scheme), tiny.tokens(1, 33)
     pad = torch.full((1, 8), 5)
-    # what follows right padding is decoded behind it
+    # new tokens take the slots after right padding
     whole = torch.cat((pad, x) if side == "left" else (x[:, :20], pad, x[:, 20:]), 1)
     valid = torch.ones(1, 41, dtype=torch.bool)
     valid[:, :8] = side != "left"
@@ -110,7 +110,7 @@ def test_padding_changes_nothing(scheme, side):
     close(got, low(whole, valid=valid)[valid][None])
     if low.config.anchor == 1:
         close(got, low(x))
-    else:  # blocks fall elsewhere without the padding, so only the share that is lost may differ
+    else:  # without the padding, blocks begin at other tokens, so only the error may differ
         dense = MODELS["biases"]()(x)
         assert (got - dense).std() < 1.5 * (low(x) - dense).std()
 
@@ -144,7 +144,7 @@ def test_nearly_full_rank_is_nearly_the_dense_model(name, scheme):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", ["fisher", "attention"])
 def test_pairs_lose_nothing_where_heads_are_turned_and_scaled_copies(name, method):
-    """Head 1 a turned and scaled head 0, head 3 of head 2: half of the complex numbers say all."""
+    """Heads 1 and 3 are rotated, scaled copies of heads 0 and 2: half of the pairs are enough."""
     model, x = MODELS[name](), tiny.tokens(2, 60)
     d = model.config.head_dim
     angle = torch.linspace(0.3, 2.9, d // 2)
@@ -167,7 +167,7 @@ def gram(latents: int, n: int, seed: int) -> torch.Tensor:
 
 
 def turn(angle: torch.Tensor, heads: int) -> torch.Tensor:
-    """The matrix that turns `heads` heads, one angle a frequency: (n, n)."""
+    """The matrix that rotates `heads` heads by one angle per frequency: (n, n)."""
     one = torch.block_diag(*[torch.eye(2 * len(angle), dtype=torch.float64)] * heads)
     return rotate(one.unflatten(1, (heads, -1)), angle.cos(), angle.sin()).flatten(1).mT
 
@@ -216,7 +216,7 @@ def test_pairs_are_cached_as_turned_as_keys_are():
     low, x = held("biases", "pairs"), tiny.tokens(1, 50)
     attn, cache = low.layers[0].attn, low.new_cache(1, 50)
     low(x, torch.arange(50), cache)
-    k = attn.k_proj(low.layers[0].attn_norm(low.embed(x)))[:, None]  # not yet turned
+    k = attn.k_proj(low.layers[0].attn_norm(low.embed(x)))[:, None]  # before the rotation
     a, b = k.chunk(2, dim=-1)
     angle = torch.arange(50)[:, None] * low.inv_freq[0][attn.k_pairs[0]]
     want = torch.polar(torch.ones(()), angle) * torch.complex(a, b)
@@ -257,13 +257,13 @@ def test_anchored_with_blocks_of_one_is_rebuild():
 
 def test_statistics_are_of_keys_turned_within_their_blocks():
     model, x = tiny.native(), tiny.tokens(2, 12)
-    plain, turned = (calibrate(model, x, (1, 1), anchor=a)[0].k for a in (1, 4))
-    traces = [m.second.diagonal(dim1=1, dim2=2).sum(1) for m in (plain, turned)]
+    unturned, turned = (calibrate(model, x, (1, 1), anchor=a)[0].k for a in (1, 4))
+    traces = [m.second.diagonal(dim1=1, dim2=2).sum(1) for m in (unturned, turned)]
     torch.testing.assert_close(*traces)  # a rotation keeps lengths
-    assert not torch.allclose(plain.second, turned.second, rtol=1e-2)
+    assert not torch.allclose(unturned.second, turned.second, rtol=1e-2)
     one = calibrate(model, x[:1, :1], (1, 1), anchor=4)[0].k.second[0]
     key = model.layers[0].attn.k_proj(model.layers[0].attn_norm(model.embed(x[0, 0])))[:8]
-    angle = -2 * model.inv_freq[0]  # the first slot of four lies two before the centre
+    angle = -2 * model.inv_freq[0]  # the first slot of four lies two before the center
     a, b = key.chunk(2)
     phi = torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()))
     torch.testing.assert_close(one.float(), phi[:, None] * phi, atol=1e-5, rtol=1e-4)
@@ -293,8 +293,8 @@ def test_full_keys_and_auto_need_no_rotation(family):
     y, cache = tiny.tokens(2, 30), low.new_cache(2, 33)
     steps = [low(y[:, p], p, cache) for p in torch.arange(30).split([11, *[1] * 19])]
     close(torch.cat(steps, 1), low(y))
-    auto, plain = (compress(dense, x, Settings(keys=k)).model for k in ("auto", "rebuild"))
-    assert torch.equal(auto(y), plain(y))
+    auto, rebuild = (compress(dense, x, Settings(keys=k)).model for k in ("auto", "rebuild"))
+    assert torch.equal(auto(y), rebuild(y))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -354,11 +354,11 @@ def test_one_graph_serves_every_length(scheme, backend):
     low = compress(dense, tiny.tokens(8, 64), settings).model
     assert all(layer.attn.k_up is not None for layer in low.layers)
     prompts = [[5, 9, 33, 7, 120], [99, 3, 17, 200, 12, 77, 64, 5, 31]]
-    plain = Generator(low, 1, 45, compile=False)
+    uncompiled = Generator(low, 1, 45, compile=False)
     compiled = Generator(low, 1, 45)
-    assert list(compiled.stream(prompts[:1], 20)) == list(plain.stream(prompts[:1], 20))
+    assert list(compiled.stream(prompts[:1], 20)) == list(uncompiled.stream(prompts[:1], 20))
     with torch.compiler.set_stance("fail_on_recompile"):
-        assert list(compiled.stream(prompts[1:], 30)) == list(plain.stream(prompts[1:], 30))
+        assert list(compiled.stream(prompts[1:], 30)) == list(uncompiled.stream(prompts[1:], 30))
 
 
 def test_auto_says_what_it_chose_and_why():

@@ -1,4 +1,4 @@
-"""A method is one function and one line: nothing else compares with its name."""
+"""One function and one line add a method: no other code compares with a method's name."""
 
 import ast
 import json
@@ -72,11 +72,11 @@ def test_an_added_method_runs_from_the_command_line(tmp_path):
     words = "--method first-numbers --keep 0.5 --rank-multiple 2 --calibration text.txt"
     sizes = "--samples 4 --seq-len 32 --json"
     for way in ("--no-stream", "--stream"):
-        found = json.loads(
+        printed = json.loads(
             run("compress", "model", f"out{way}", way, *words.split(), *sizes.split())
         )
-        assert found["method"] == "first-numbers"
-        assert found["share"] <= 0.5
+        assert printed["method"] == "first-numbers"
+        assert printed["share"] <= 0.5
         assert "the largest numbers (a test)" in (tmp_path / f"out{way}/README.md").read_text()
 
 

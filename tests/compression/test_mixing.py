@@ -41,7 +41,7 @@ def model(request):
 
 
 def close(got, want, bits):
-    # sums in another order may turn a number that lies between two steps: one step of 127 or of 15
+    # another order of sums may round a number to the next step, of 127 or 15 steps
     assert_close(got, want, atol={8: 2e-3, 4: 4e-2}[bits], rtol=0)
 
 
@@ -78,19 +78,19 @@ def test_fewer_bits_lose_more_and_eight_lose_little(model):
 )
 def test_packed_caches_compile_into_one_graph_for_all_lengths(model, bits, backend):
     generator = Generator(model, 1, 40, compile_prefill=False, bits=bits)
-    plain = Generator(model, 1, 40, compile=False, bits=bits)
+    uncompiled = Generator(model, 1, 40, compile=False, bits=bits)
     generator.advance(tiny.tokens(1, 3), 0)
     generator.advance(tiny.tokens(1, 1), 3)
     with torch.compiler.set_stance("fail_on_recompile"):
         for length in (5, 17, 30):
             prompt, token = tiny.tokens(1, length), tiny.tokens(1, 1)
-            for g in (generator, plain):
+            for g in (generator, uncompiled):
                 g.advance(prompt, 0)
-            close(generator.advance(token, length), plain.advance(token, length), bits)
+            close(generator.advance(token, length), uncompiled.advance(token, length), bits)
 
 
 def rounding_cost(basis, rank, second, metric):
-    """What rounding a number costs, of all L latents, up to the same factor."""
+    """The error that rounding causes in all L latents, up to a common factor."""
     e, d = basis.encoder[..., :rank], basis.decoder[..., :rank]
     power = (e.mT @ second @ e).diagonal(dim1=1, dim2=2)
     return float((power * (d.mT @ metric @ d).diagonal(dim1=1, dim2=2)).sum())
@@ -99,7 +99,7 @@ def rounding_cost(basis, rank, second, metric):
 def test_spread_latents_are_the_same_map_and_round_at_the_cost_of_the_formula():
     torch.manual_seed(0)
     x, g = (torch.randn(2, 200, 24).double() @ torch.randn(2, 24, 24).double() for _ in range(2))
-    x[..., :6] *= 30  # a few columns that stand out
+    x[..., :6] *= 30  # a few outlier columns
     second, metric = x.mT @ x / 200, g.mT @ g / 200
     basis = solve(second, metric, torch.zeros(2, 24).double(), damping=1e-9)
     for rank in (8, 20):
@@ -127,10 +127,10 @@ def test_a_model_compressed_for_few_bits_is_the_same_model_and_has_their_bytes(k
     mixed = compress(dense, tokens, settings, seen).model
     bases = METHODS["fisher"].bases(dense, seen, **settings.basis_options)
     ranks = Ranks(mixed.config.k_ranks, mixed.config.v_ranks)
-    plain = fold(dense, bases, ranks, settings.anchor(dense.config))
+    unmixed = fold(dense, bases, ranks, settings.anchor(dense.config))
     y = tiny.tokens(2, 40)
-    # without a cache nothing is rounded but fp32, in projections of another scale
-    assert_close(mixed(y), plain(y), atol=1e-3, rtol=1e-3)
+    # without a cache the models differ only by fp32 rounding in projections of another scale
+    assert_close(mixed(y), unmixed(y), atol=1e-3, rtol=1e-3)
     size = kv_bytes(mixed.config, torch.float32)["kv_bytes_per_token"]
     assert 0.1 * 2 < size / mixed.config.dense_kv_width <= 0.2 * 2
     assert mixed.new_cache(1, 7).nbytes == 7 * size
@@ -165,7 +165,7 @@ def test_rounding_costs_what_is_expected_of_normal_numbers(rank, pairs, bits):
         error = wrong(x.unflatten(1, (-1, 6)).flatten(0, 1)).unflatten(0, (2, -1)).flatten(1, 2)
     error = (basis.encoder.mT @ error).square().sum((0, 1)).mean()
     expected = rounding(basis, 6)[rank] / LEVELS[bits] ** 2
-    # mixing is random, a diagonal stands for eigenvalues, and steps end in eight bits
+    # the formula is approximate: mixing is random, a diagonal replaces eigenvalues
     assert 0.6 * expected < error < 1.2 * expected
 
 
@@ -193,5 +193,5 @@ def test_ranks_and_bits_share_one_budget_of_bytes(kind):
             if basis is not None
         )
 
-    # greedy's last step may not fit: a little above what one choice happens to leave
+    # greedy's last step may not fit, so its error may be slightly above that of one choice of bits
     assert expected(16, 8, 4) < 1.02 * min(expected(8), expected(4))

@@ -1,4 +1,4 @@
-"""Refinement: nearer to the original, only in what compression made, and never worse."""
+"""Refining approaches the original, changes only compressed weights, and is never worse."""
 
 import inspect
 import itertools
@@ -52,19 +52,19 @@ def dense_of(way: str):
     dense = tiny.FoundryMPT(changes).native() if foundry else tiny.native(family, **changes)
     for name, p in dense.named_parameters():
         if name.endswith("bias"):
-            p.data *= 0.02  # as they are, they drown what depends on the text
+            p.data *= 0.02  # larger ones would outweigh what depends on the text
     return dense
 
 
 def pair(way: str = "llama rebuild", dtype: torch.dtype = torch.float32):
-    """A dense model and what it was compressed to."""
+    """A dense model and its compressed model."""
     dense = dense_of(way)
     dense.to(dtype)
     return dense, compress(dense, tiny.tokens(8, 64), WAYS[way][2]).model
 
 
 def kl(dense, low, tokens) -> float:
-    """From all logits at once."""
+    """KL(dense || low) in nats per token, from all logits at once."""
     p, q = (m(tokens).float().log_softmax(-1) for m in (dense, low))
     return float((p.exp() * (p - q)).sum(-1).mean())
 
@@ -76,25 +76,25 @@ def same(one, two) -> bool:
 
 @pytest.fixture(scope="module", params=WAYS)
 def work(request):
-    """The models, copies of their weights, held-out text, and what came of refining."""
+    """The models, copies of their weights, held-out text, and the result of refining."""
     models, held_out = pair(request.param), tiny.tokens(4, 50, seed=2)
     before = [{name: x.clone() for name, x in m.state_dict().items()} for m in models]
     return models, before, held_out, refine(*models, tiny.tokens(64, 64), QUICK, held_out)
 
 
 def test_every_family_and_key_scheme_gets_nearer_to_its_original(work):
-    (dense, low), _, held_out, found = work
-    assert [x["step"] for x in found.history] == [0, 10, 20]
-    assert found.history[0]["held_out"] == pytest.approx(kl(dense, low, held_out), rel=1e-3)
-    assert found.best["held_out"] == pytest.approx(kl(dense, found.model, held_out), rel=1e-3)
-    assert found.best["held_out"] < 0.995 * found.history[0]["held_out"]
+    (dense, low), _, held_out, refined = work
+    assert [x["step"] for x in refined.history] == [0, 10, 20]
+    assert refined.history[0]["held_out"] == pytest.approx(kl(dense, low, held_out), rel=1e-3)
+    assert refined.best["held_out"] == pytest.approx(kl(dense, refined.model, held_out), rel=1e-3)
+    assert refined.best["held_out"] < 0.995 * refined.history[0]["held_out"]
 
 
 def test_only_what_compression_made_changes_and_the_rest_is_shared(work):
-    models, before, _, found = work
+    models, before, _, refined = work
     for model, weights in zip(models, before, strict=True):
         assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
-    old, new, names = models[1].state_dict(), found.model.state_dict(), {*learned(models[1])}
+    old, new, names = models[1].state_dict(), refined.model.state_dict(), {*learned(models[1])}
     assert {name for name in new if not torch.equal(new[name], old[name])} == names
     shared = {name for name in new if new[name].data_ptr() == old[name].data_ptr()}
     assert shared == new.keys() - names
@@ -114,13 +114,13 @@ def test_whole_keys_values_and_layers_stay_as_they_are():
 
 
 @pytest.mark.parametrize(("lr", "why"), [(0.3, "no new best"), (1e30, "no longer finite")])
-def test_it_never_ends_worse_than_it_began(lr, why):
+def test_refining_never_ends_worse_than_it_began(lr, why):
     dense, low = pair()
-    found = refine(dense, low, tiny.tokens(32, 64), QUICK._replace(lr=lr, every=2, patience=3))
-    assert same(found.model, low)
-    assert why in found.stopped
-    assert found.best["step"] == 0
-    json.dumps(found.history, allow_nan=False)
+    refined = refine(dense, low, tiny.tokens(32, 64), QUICK._replace(lr=lr, every=2, patience=3))
+    assert same(refined.model, low)
+    assert why in refined.stopped
+    assert refined.best["step"] == 0
+    json.dumps(refined.history, allow_nan=False)
 
 
 def interrupted(monkeypatch, after: int):
@@ -157,7 +157,7 @@ def test_resumed_equals_uninterrupted(monkeypatch, tmp_path, dtype, after):
     assert same(got.model, want.model)
 
 
-def test_a_state_of_other_work_is_refused(monkeypatch, tmp_path):
+def test_a_state_of_another_run_is_refused(monkeypatch, tmp_path):
     (dense, low), text, state = pair(), tiny.tokens(16, 48), tmp_path / "state"
     settings = RefineSettings(steps=4, every=2)
     refine(dense, low, text, settings, state=state)
@@ -173,15 +173,15 @@ def test_a_state_of_other_work_is_refused(monkeypatch, tmp_path):
         refine(dense, low, text, settings, state=state)
 
 
-def test_time_ends_a_run(monkeypatch):
+def test_a_run_ends_when_its_time_is_up(monkeypatch):
     ticks = itertools.count()
-    clock = SimpleNamespace(perf_counter=lambda: next(ticks))  # a second at every look
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks))  # each call advances a second
     monkeypatch.setattr("eigenzoo.zoo.compression.refine.time", clock)
     rate, seen = RefineSettings.rate, []
     monkeypatch.setattr(RefineSettings, "rate", lambda s, x: (seen.append(x), rate(s, x))[1])
-    found = refine(*pair(), tiny.tokens(16, 48), QUICK._replace(steps=10_000, minutes=0.5))
-    assert found.stopped == "time is up"
-    assert found.history[-1]["step"] == len(seen) < 30
+    refined = refine(*pair(), tiny.tokens(16, 48), QUICK._replace(steps=10_000, minutes=0.5))
+    assert refined.stopped == "time is up"
+    assert refined.history[-1]["step"] == len(seen) < 30
     assert seen == sorted(seen)
     assert seen[-1] > 0.9  # the learning rate has fallen with the time, not with the steps
 
@@ -202,11 +202,11 @@ def test_the_divergence_in_pieces_is_that_of_the_whole():
     dense = tiny.native()
     x, target = (torch.randn(300, 64) for _ in range(2))
     one, two = (x.clone().requires_grad_() for _ in range(2))
-    found = Distiller().divergence(one, target, dense.head)
+    got = Distiller().divergence(one, target, dense.head)
     p, q = (dense.head(z).log_softmax(-1) for z in (target, two))
     want = (p.exp() * (p - q)).sum(-1).mean()
     want.backward()
-    torch.testing.assert_close(found, want.detach())
+    torch.testing.assert_close(got, want.detach())
     torch.testing.assert_close(one.grad, two.grad)
 
 
@@ -224,21 +224,21 @@ def test_bfloat16_arithmetic_learns_about_the_same(way):
     text, held_out = tiny.tokens(32, 48), tiny.tokens(4, 48, seed=2)
     gained = []
     for precision in ("float32", "bfloat16"):
-        found = refine(dense, low, text, QUICK._replace(precision=precision), held_out)
-        gained.append(kl(dense, low, held_out) - kl(dense, found.model, held_out))
+        refined = refine(dense, low, text, QUICK._replace(precision=precision), held_out)
+        gained.append(kl(dense, low, held_out) - kl(dense, refined.model, held_out))
     assert gained[1] > 0.8 * gained[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_steps_smaller_than_the_dtype_of_the_checkpoint_add_up(dtype):
     dense, low = pair(dtype=dtype)
-    found = refine(dense, low, tiny.tokens(64, 64), QUICK._replace(steps=40, every=20))
-    assert found.model.dtype == dtype
-    assert {x.dtype for x in found.model.state_dict().values()} == {dtype}
-    assert found.best["held_out"] < found.history[0]["held_out"]
+    refined = refine(dense, low, tiny.tokens(64, 64), QUICK._replace(steps=40, every=20))
+    assert refined.model.dtype == dtype
+    assert {x.dtype for x in refined.model.state_dict().values()} == {dtype}
+    assert refined.best["held_out"] < refined.history[0]["held_out"]
 
 
-def test_what_does_not_belong_together_is_refused():
+def test_models_and_texts_that_do_not_fit_are_refused():
     dense, low = pair()
     text = tiny.tokens(8, 32)
     with pytest.raises(ValueError, match="is not that of the compressed model"):
@@ -256,7 +256,7 @@ def test_what_does_not_belong_together_is_refused():
     [("steps", 0), ("lr", 0.0), ("warmup", 1.0), ("weight_decay", -1.0), ("precision", "float16"),
      ("minutes", 0.0), ("clip", float("nan")), ("patience", 0)],
 )  # fmt: skip
-def test_settings_that_make_no_run_are_refused(name, value):
+def test_invalid_settings_are_refused(name, value):
     with pytest.raises(ValueError, match=name.replace("_", " ")):
         RefineSettings(**{name: value}).check()
 
@@ -268,7 +268,8 @@ def test_settings_that_make_no_run_are_refused(name, value):
 def low_folder(dense_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("refine") / "low"
     words = ("--keep", "0.2", "--samples", "8", "--seq-len", "64", "--refit", "none")
-    run("compress", dense_folder, out, *words)  # a refit would leave a random model no more to win
+    # a refit would leave refining nothing to improve in a random model
+    run("compress", dense_folder, out, *words)
     return out
 
 
@@ -299,16 +300,16 @@ def test_the_refined_folder_loads_in_transformers_with_equal_logits(
     theirs = EigenForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(theirs(x).logits, native.model(x), atol=1e-4, rtol=0)
     assert native.config["compression"] == json.loads(json.dumps(record))
-    (found,) = record["refined"]
-    assert found["best_step"] > 0
-    assert found["kl_after"] < found["kl_before"]
-    assert found["perplexity_after"] == record["evaluation"]["compressed"]
-    assert found["steps"] == 12
+    (entry,) = record["refined"]
+    assert entry["best_step"] > 0
+    assert entry["kl_after"] < entry["kl_before"]
+    assert entry["perplexity_after"] == record["evaluation"]["compressed"]
+    assert entry["steps"] == 12
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"Refined for {found['best_step']} steps on self text" in card
+    assert f"Refined for {entry['best_step']} steps on self text" in card
 
 
-def test_the_same_command_goes_on_after_ctrl_c(
+def test_the_same_command_resumes_after_ctrl_c(
     monkeypatch, capsys, dense_folder, low_folder, tmp_path
 ):
     words = options(dense_folder)
@@ -322,14 +323,14 @@ def test_the_same_command_goes_on_after_ctrl_c(
     assert run("refine", low_folder, out, *words, "--lr", "1") == 2
     assert "lr 2e-05, given 1.0" in capsys.readouterr().err
     assert run("refine", low_folder, out, *words, "--json") == 0
-    found, said = capsys.readouterr()
+    printed, said = capsys.readouterr()
     assert "going on from" in said
-    assert json.loads(found) | {"out": want["out"]} == want
+    assert json.loads(printed) | {"out": want["out"]} == want
     assert same(load(str(out)).model, load(str(tmp_path / "whole")).model)
     assert {x.name for x in tmp_path.iterdir()} == {"whole", "out"}
 
 
-def test_refine_measures_on_a_file_and_says_what_it_did(capsys, dense_folder, low_folder, tmp_path):
+def test_refine_measures_on_a_file_and_reports_its_work(capsys, dense_folder, low_folder, tmp_path):
     (tmp_path / "a.txt").write_text(tiny.WORDS * 30)
     words = [*options(dense_folder), "--text", tmp_path / "a.txt"]
     assert run("refine", low_folder, tmp_path / "one", *words) == 0
@@ -340,7 +341,7 @@ def test_refine_measures_on_a_file_and_says_what_it_did(capsys, dense_folder, lo
     assert capsys.readouterr().out.count("refined") == 2
 
 
-def test_bad_input_ends_in_one_line_and_code_2(capsys, dense_folder, low_folder, tmp_path):
+def test_bad_input_prints_one_line_and_exits_with_2(capsys, dense_folder, low_folder, tmp_path):
     new = tmp_path / "new"
     cases = {
         ("refine", low_folder, new): "local model dense: give it as --original",
@@ -352,8 +353,8 @@ def test_bad_input_ends_in_one_line_and_code_2(capsys, dense_folder, low_folder,
     }
     for words, named in cases.items():
         assert run(*words) == 2
-        found, error = capsys.readouterr()
-        assert found == ""
+        printed, error = capsys.readouterr()
+        assert printed == ""
         assert error.splitlines()[-1].startswith("error: ")
         assert named in error
         assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from eigenzoo.zoo.inference.checkpoint import inspect, load, native_config
 
 
 def outputs(model, x, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the output projection of a layer is given for tokens x, and what it gives, in fp64."""
+    """Inputs and outputs of a layer's output projection for tokens x, in fp64."""
     seen = []
     o_proj = model.layers[layer].attn.o_proj
     hook = o_proj.register_forward_hook(lambda module, args, out: seen.extend((*args, out)))
@@ -39,36 +39,36 @@ def compressed(dense, x, *refit: str, **changes):
 @pytest.mark.parametrize("part", REFITS)
 @pytest.mark.parametrize("family", tiny.SIZES)
 def test_every_refit_brings_the_model_nearer_to_the_original(family, part):
-    dense, x = tiny.native(family).double(), tiny.tokens(16, 64)  # OPT loses less than fp32 tells
-    plain, fitted = (
+    dense, x = tiny.native(family).double(), tiny.tokens(16, 64)  # fp32 is too coarse for OPT
+    unfitted, fitted = (
         compress(dense, x, Settings(keep=0.15, rank_multiple=1, refit=parts)).model
         for parts in ((), (part,))
     )
-    assert lost(dense, fitted, x) < lost(dense, plain, x)
+    assert lost(dense, fitted, x) < lost(dense, unfitted, x)
 
 
 @pytest.mark.parametrize("part", REFITS)
 def test_what_loses_nothing_is_not_changed(part):
     dense, x = tiny.native(attention_bias=True), tiny.tokens(4, 64)
-    plain, fitted = (
+    unfitted, fitted = (
         compress(dense, x, Settings(keep=1.0, refit=parts)).model for parts in ((), (part,))
     )
-    want = plain.state_dict()
+    want = unfitted.state_dict()
     for name, got in fitted.state_dict().items():
         torch.testing.assert_close(got, want[name], atol=1e-5, rtol=0)
 
 
 def test_the_output_projection_is_the_ridge_regression_with_intercept():
     dense, x = tiny.native(), tiny.tokens(6, 48)
-    plain, fitted = compressed(dense, x), compressed(dense, x, "output")
-    given, got = outputs(plain, x, 0)
+    unfitted, fitted = compressed(dense, x), compressed(dense, x, "output")
+    given, got = outputs(unfitted, x, 0)
     missing = outputs(dense, x, 0)[1] - got
     x_mean, mean = given.mean(0), missing.mean(0)
     given, missing = given - x_mean, missing - mean
     gram = given.T @ given
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
     change = torch.linalg.solve(gram, given.T @ missing).T
-    old, new = (m.layers[0].attn.o_proj for m in (plain, fitted))
+    old, new = (m.layers[0].attn.o_proj for m in (unfitted, fitted))
     torch.testing.assert_close((new.weight - old.weight).double(), change, atol=1e-5, rtol=1e-4)
     shift = mean - change @ x_mean
     torch.testing.assert_close((new.bias - old.bias).double(), shift, atol=1e-5, rtol=1e-4)

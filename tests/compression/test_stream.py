@@ -22,7 +22,7 @@ from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load, open_layers
 from eigenzoo.zoo.inference.weights import stored_bytes
 
-WORDS = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ,.", k=1500)  # no two lines alike
+WORDS = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ,.", k=1500)  # all lines differ
 ENTRY = """
 import time
 from eigenzoo.zoo.cli import main
@@ -56,8 +56,8 @@ def options(text: Path, *more: str) -> list[object]:
 
 
 def compressed(model: Path, out: Path, text: Path, *more: str):
-    found = run("compress", model, out, *options(text, *more))
-    assert found.exit_code == 0, found.output
+    result = run("compress", model, out, *options(text, *more))
+    assert result.exit_code == 0, result.output
     assert not partial_folder(out).exists()
     return load(str(out))
 
@@ -97,7 +97,7 @@ def test_a_model_that_was_streamed_is_the_one_that_was_compressed_in_memory(
     parts = compressed(tmp_path / "model", tmp_path / "b", text, "--stream", *words)
     assert parts.model.config == whole.model.config
     x = tiny.tokens(2, 40)
-    # gradients and hidden states are the same up to rounding: they come from shorter passes
+    # streaming runs shorter passes, so gradients and hidden states differ by rounding
     torch.testing.assert_close(parts.model(x), whole.model(x), atol=2e-4, rtol=1e-4)
     a, b = (c.config["compression"] for c in (whole, parts))
     assert b["evaluation"]["compressed"] == pytest.approx(a["evaluation"]["compressed"], rel=1e-4)
@@ -118,11 +118,11 @@ def test_transformers_loads_what_was_streamed(tmp_path, text):
 
 
 class KilledError(Exception):
-    """As a signal would."""
+    """Ends the work as a signal would."""
 
 
 @pytest.mark.parametrize("method", ["fisher", "attention"])
-def test_work_that_dies_at_any_write_goes_on_to_the_same_bytes(tmp_path, text, monkeypatch, method):
+def test_work_that_dies_at_any_write_resumes_to_the_same_bytes(tmp_path, text, monkeypatch, method):
     tiny.save(tmp_path / "model")
     words = "--stream", "--method", method
     compressed(tmp_path / "model", tmp_path / "want", text, *words)
@@ -154,7 +154,7 @@ def test_work_that_dies_at_any_write_goes_on_to_the_same_bytes(tmp_path, text, m
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_at_random_goes_on_to_the_same_bytes(tmp_path, text):
+def test_a_process_that_is_killed_at_random_resumes_to_the_same_bytes(tmp_path, text):
     tiny.save(tmp_path / "model")
     compressed(tmp_path / "model", tmp_path / "want", text, "--stream")
     out, chance = tmp_path / "out", random.Random(0)
@@ -212,15 +212,15 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, text):
         model, out = tmp_path / f"{layers}", tmp_path / f"{layers}-low"
         tiny.save(model, hidden_size=512, intermediate_size=2048, num_hidden_layers=layers)
         weights.append((model / "model.safetensors").stat().st_size)
-        found = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", PEAK, model, out, text],
-            # what is freed goes back at once: the heap would keep holes of a layer's size
+            # return freed memory at once: the heap would keep holes of a layer's size
             env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
             check=True,
             capture_output=True,
             text=True,
         )
-        used.append(int(found.stdout))
+        used.append(int(done.stdout))
     layer = (weights[1] - weights[0]) / 6
     assert used[1] - used[0] < layer, f"{used} of {weights}"
 
@@ -266,8 +266,8 @@ def test_unfinished_work_is_neither_lost_nor_taken_for_another(tmp_path, text, m
 def test_what_cannot_be_streamed_is_refused_before_anything_is_written(tmp_path, text, words, says):
     tiny.save(tmp_path / "model")
     source = [] if words == ["--stream"] else ["--stream", *options(text)]
-    found = run("compress", tmp_path / "model", tmp_path / "out", *source, *words)
-    assert says in str(found.exception)
+    result = run("compress", tmp_path / "model", tmp_path / "out", *source, *words)
+    assert says in str(result.exception)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
 
 
@@ -295,12 +295,12 @@ def test_a_disk_that_is_too_small_is_noticed_first(tmp_path, text, monkeypatch):
 def test_weights_that_do_not_fit_into_free_memory_are_streamed_unasked(tmp_path, text, monkeypatch):
     tiny.save(tmp_path / "model")
     monkeypatch.setattr("eigenzoo.zoo.utils.memory.available", lambda device: 1000)
-    found = run("compress", tmp_path / "model", tmp_path / "out", *options(text))
-    assert "reading them layer by layer" in found.output
+    result = run("compress", tmp_path / "model", tmp_path / "out", *options(text))
+    assert "reading them layer by layer" in result.output
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
-def test_what_weights_take_is_known_before_they_are_read(tmp_path):
+def test_the_bytes_of_weights_are_known_before_they_are_read(tmp_path):
     tiny.save(tmp_path)
     model = load(str(tmp_path)).model
     numbers = sum(x.numel() for x in model.parameters())
@@ -308,8 +308,8 @@ def test_what_weights_take_is_known_before_they_are_read(tmp_path):
     assert stored_bytes(tmp_path, torch.float32) == 4 * numbers
 
 
-def test_weights_that_are_no_safetensors_cannot_be_streamed(tmp_path, text):
+def test_weights_that_are_not_safetensors_cannot_be_streamed(tmp_path, text):
     tiny.hf().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
-    found = run("compress", tmp_path / "model", tmp_path / "out", *options(text, "--stream"))
-    assert "has no safetensors" in str(found.exception)
+    result = run("compress", tmp_path / "model", tmp_path / "out", *options(text, "--stream"))
+    assert "has no safetensors" in str(result.exception)

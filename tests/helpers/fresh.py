@@ -1,8 +1,8 @@
 """Python processes that start at once: forked from one that has imported torch and transformers.
 
-They are as those of `subprocess`, without the seconds that the imports take; of eigenzoo nothing is
-imported. What huggingface_hub reads from the environment at import is the same for all: it is
-offline, and its home is a folder of this session.
+They save the seconds that imports take in a process of `subprocess`. They have imported nothing of
+eigenzoo. All share what huggingface_hub reads from the environment at import: it is offline, and
+its home is a temporary folder.
 """
 
 import os
@@ -23,7 +23,7 @@ CONTEXT.set_forkserver_preload(
 
 @cache
 def start() -> TemporaryDirectory:
-    """Start the process that forks; the folder that is its Hugging Face home."""
+    """Start the process that forks; return the folder that is its Hugging Face home."""
     home = TemporaryDirectory(prefix="fresh-")
     with patch.dict(os.environ, HF_HOME=home.name, HF_HUB_OFFLINE="1", TRITON_INTERPRET="0"):
         forkserver.ensure_running()
@@ -33,7 +33,7 @@ def start() -> TemporaryDirectory:
 def python(
     *words, stdin: str = "", cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> CompletedProcess[str]:
-    """What `python WORDS` does, where the words are `-c CODE ...` or `FILE ...`."""
+    """The result of `python WORDS`, with words `-c CODE ...` or `FILE ...`."""
     start()
     with TemporaryDirectory() as folder:
         streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]

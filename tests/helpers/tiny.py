@@ -102,7 +102,7 @@ def tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:
 
 
 class FoundryMPT:
-    """MPT as llm-foundry defines it: transformers' MPT, corrected where that ignores the config.
+    """MPT as llm-foundry defines it: transformers' MPT with the config fields that it ignores.
 
     attn, other: fields of `attn_config` and of the config. Weights have llm-foundry's names.
     """

@@ -1,4 +1,4 @@
-"""Cards are made of what was measured, their snippet runs, and code that is not ours is told."""
+"""Cards show what was measured, their snippets run, and inspect reports code that is not ours."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def dense(tmp_path_factory):
 
 @pytest.fixture
 def low(dense, tmp_path):
-    """It, compressed."""
+    """The compressed checkpoint of `dense`."""
     out = tmp_path / "low"
     compress_checkpoint(load(str(dense)), out, Settings(rank_multiple=2), samples=4, seq_len=32)
     return out
@@ -52,7 +52,7 @@ def test_a_card_says_license_and_bytes(low):
     before, after = 4 * config.dense_kv_width, 4 * config.kv_width
     assert f"| KV bytes per token, float32 | {before} | {after} |" in text(low)
     assert f"| cache of 2048 tokens | {2048 * before / 2**20:.1f} MiB |" in text(low)
-    assert "cache of 8192" not in text(low)  # more than it can read
+    assert "cache of 8192" not in text(low)  # longer than the model can read
 
 
 def test_a_card_and_inspect_say_bits_and_bytes_with_scales(run, dense, tmp_path):
@@ -120,7 +120,8 @@ def test_measurements_go_into_the_card_with_their_commands(run, dense, low, tmp_
     shown = json.loads(output)
     assert shown["card"] == text(low)
     assert shown["metadata"]["model-index"][0]["results"][0]["metrics"][0]["type"] == "perplexity"
-    code, _, error = run("card", low, files[0])  # of this kind the old ones go, speeds stay
+    # a new perplexity replaces the old ones; speeds stay
+    code, _, error = run("card", low, files[0])
     assert code == 0, error
     assert "| original |" not in text(low).split("## Measured")[1]
     assert "| low | 20 |" in text(low)
@@ -139,7 +140,7 @@ def test_speeds_from_before_rows_said_the_processor_go_into_the_card(run, low, t
     assert "| low | 20 | 1 | 20 | 2.00 |" in output
 
 
-def test_what_is_no_measurement_is_refused(run, dense, low, tmp_path):
+def test_a_file_without_measurements_is_refused(run, dense, low, tmp_path):
     (tmp_path / "x.json").write_text('{"perplexity": 3}')
     before = text(low)
     code, _, error = run("card", low, tmp_path / "x.json")
@@ -166,7 +167,7 @@ def test_the_snippet_of_a_card_runs_where_the_card_lies(low, tmp_path):
     assert done.stdout.strip()
 
 
-def test_inspect_tells_whose_code_a_checkpoint_brings(run, low, dense):
+def test_inspect_shows_whose_code_a_checkpoint_brings(run, low, dense):
     code, output, error = run("inspect", low, "--json")
     assert code == 0, error
     about = json.loads(output)
@@ -215,7 +216,7 @@ def test_the_earliest_checkpoints_are_still_read():
     known = load_file(OLDEST / "logits.safetensors")
     with torch.inference_mode():
         logits = checkpoint.model(known["tokens"])
-    # fp32 logits of 0.4 that another version, maybe another processor, summed in another order
+    # another version or processor summed these fp32 logits of about 0.4 in another order
     torch.testing.assert_close(logits, known["logits"], atol=1e-5, rtol=1e-5)
 
 

@@ -153,11 +153,11 @@ def test_right_padding_is_skipped_by_what_follows(folder, alone, name):
     torch.testing.assert_close(got, native(follow)[0, -1], atol=1e-4, rtol=0)
 
 
-def test_transformers_warns_of_no_old_name(alone):
+def test_transformers_does_not_warn_of_deprecated_names(alone):
     assert "past_key_values" not in alone["stderr"]
 
 
-def test_the_usual_ways_in_work(alone):
+def test_pipelines_beams_training_and_saving_work(alone):
     assert alone["hidden"][:2] == [2, 20]
     assert alone["pipeline"][0]["generated_text"].startswith("the cat")
     assert alone["beams"] == 2

@@ -1,4 +1,4 @@
-"""Publishing and fetching, against a Hub on the loopback interface."""
+"""Pushing to and pulling from a Hub on the loopback interface."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def low_folder(tmp_path_factory, dense_folder):
 
 @pytest.fixture
 def folder(low_folder, tmp_path):
-    """A copy of it."""
+    """A copy of `low_folder`."""
     return shutil.copytree(low_folder, tmp_path / "small")
 
 
@@ -55,7 +55,7 @@ def states(output: str) -> dict[str, str]:
 
 
 def refused(run, *words) -> str:
-    """The one line in which a command ends that cannot be done."""
+    """The one line of error that a command prints."""
     code, output, error = run(*words)
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert (code, len(lines)) == (2, 1), error
@@ -147,7 +147,7 @@ def test_a_pull_request_leaves_the_main_branch_alone(run, hub, folder):
     assert files["README.md"] != b"better"
 
 
-def test_a_hub_id_stands_wherever_a_folder_does(run, hub, folder, tmp_path):
+def test_a_hub_id_works_wherever_a_folder_does(run, hub, folder, tmp_path):
     run("push", folder, REPO)
     files = hub.repos[REPO]
     files.names["v1"] = files.names["main"]
@@ -191,24 +191,24 @@ def test_a_token_that_may_only_read_is_refused(run, hub, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [0, 503])
-def test_an_upload_survives_trouble_that_passes(run, hub, folder, status):
+def test_an_upload_survives_temporary_errors(run, hub, folder, status):
     hub.trouble("PUT /large/", status, times=2)
     code, _, error = run("push", folder, REPO)
     assert code == 0, error
     assert len(hub.repos[REPO].log) == 2
 
 
-def test_an_upload_that_broke_goes_on_where_it_was(run, hub, folder):
+def test_an_interrupted_upload_resumes(run, hub, folder):
     hub.trouble("POST .*/commit/", 503, times=99)
     refused(run, "push", folder, REPO)
     hub.troubles.clear()
     hub.requests.clear()
     code, _, error = run("push", folder, REPO)
     assert code == 0, error
-    assert not [r for r in hub.requests if r.startswith("PUT /large/")]  # they are there already
+    assert not [r for r in hub.requests if r.startswith("PUT /large/")]  # the Hub has them already
 
 
-def test_a_download_that_is_cut_leaves_nothing_half_made_and_goes_on(run, hub, folder, tmp_path):
+def test_a_download_that_is_cut_leaves_no_partial_folder_and_resumes(run, hub, folder, tmp_path):
     run("push", folder, REPO)
     hub.trouble("GET .*/model.safetensors", times=99, after=1000)
     error = refused(run, "pull", REPO, tmp_path / "back")
@@ -223,7 +223,7 @@ def test_a_download_that_is_cut_leaves_nothing_half_made_and_goes_on(run, hub, f
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-def test_what_is_not_there_is_said_in_a_sentence(run, hub, folder, tmp_path):
+def test_missing_repositories_and_revisions_are_reported_in_a_sentence(run, hub, folder, tmp_path):
     assert "no such repository" in refused(run, "pull", REPO, tmp_path / "back")
     run("push", folder, REPO)
     error = refused(run, "pull", f"{REPO}@v9", tmp_path / "back")
@@ -233,7 +233,7 @@ def test_what_is_not_there_is_said_in_a_sentence(run, hub, folder, tmp_path):
     assert code == 0, error
 
 
-def test_a_folder_that_is_no_whole_checkpoint_is_not_pushed(run, hub, folder):
+def test_an_incomplete_checkpoint_is_not_pushed(run, hub, folder):
     (folder / "model.safetensors").unlink()
     assert "lacks model.safetensors" in refused(run, "push", folder, REPO)
     (folder / "config.json").unlink()
@@ -242,7 +242,7 @@ def test_a_folder_that_is_no_whole_checkpoint_is_not_pushed(run, hub, folder):
 
 
 @pytest.mark.parametrize("name", ["small", "a/b/c", "a/b@", "a b/c", "/a/b"])
-def test_what_is_no_hub_id_is_refused(name):
+def test_an_invalid_hub_id_is_refused(name):
     with pytest.raises(ValueError, match="is not a Hub id: expected org/name"):
         parse_hub_id(name)
 
@@ -288,7 +288,7 @@ def test_what_transformers_pushes_itself_brings_its_code_to_the_next_stranger(
 
 
 def stranger(hub, code: str, home) -> str:
-    """What a process prints that has no eigenzoo, and a Hub's cache of its own."""
+    """The output of a process without eigenzoo and with its own Hub cache."""
     place = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),

@@ -28,7 +28,7 @@ VARIANTS = {
 
 
 def reference(folder) -> tiny.FoundryMPT:
-    """What llm-foundry would compute of the folder's config and weights."""
+    """The model that llm-foundry would make from the folder's config and weights."""
     raw = json.loads((folder / "config.json").read_text())
     keys = ("no_bias", "learned_pos_emb", "expansion_ratio", "logit_scale", "norm_type")
     model = tiny.FoundryMPT(raw["attn_config"], **{k: raw[k] for k in keys})
@@ -70,11 +70,11 @@ def test_a_plain_checkpoint_is_decoded_and_compressed_as_any_other(tmp_path):
     compress_checkpoint(
         original, tmp_path / "out", Settings("kv-heads", 0.5), **options, plain=True
     )
-    plain = load(str(tmp_path / "out"))
-    assert not torch.equal(plain.model.head.weight, plain.model.embed.weight)
-    (tokens,), *_ = answer(Generator(plain.model, 1, 20, compile=False), [[5, 6, 7]], 9, stop=[])
+    grouped = load(str(tmp_path / "out"))
+    assert not torch.equal(grouped.model.head.weight, grouped.model.embed.weight)
+    (tokens,), *_ = answer(Generator(grouped.model, 1, 20, compile=False), [[5, 6, 7]], 9, stop=[])
     assert len(tokens) == 9
-    compress_checkpoint(plain, tmp_path / "again", Settings(keep=0.5), **options)
+    compress_checkpoint(grouped, tmp_path / "again", Settings(keep=0.5), **options)
     again = load(str(tmp_path / "again")).model.config
     assert again.kv_width <= 0.25 * original.model.config.kv_width
 
@@ -98,7 +98,7 @@ def test_transformers_own_mpt_refuses_it(tmp_path):
         ("mpt", {"attn_config": {"clip_qkv": 0.4}}, "kv-heads", "clip_qkv or qk_ln changes"),
     ],
 )
-def test_what_has_no_plain_form_is_refused_and_nothing_written(
+def test_a_model_without_a_plain_form_is_refused_and_nothing_is_written(
     tmp_path, family, change, method, named
 ):
     tiny.save(tmp_path / "source", family, **change)

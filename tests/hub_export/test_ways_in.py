@@ -56,7 +56,7 @@ def test_a_long_prompt_goes_into_a_static_cache_in_parts(model):
     assert got.tolist() == want.tolist()
 
 
-def test_it_is_placed_by_itself(folder, logits):
+def test_device_map_auto_places_the_model(folder, logits):
     placed = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
     torch.testing.assert_close(placed(IDS).logits, logits)
 
@@ -74,7 +74,7 @@ def test_layers_that_do_not_fit_stay_on_disk(folder, logits, tmp_path):
         assert placed.generate(IDS, max_new_tokens=3, do_sample=False).shape == (2, 23)
 
 
-def test_it_is_saved_again_as_it_was(model, logits, tmp_path):
+def test_a_loaded_checkpoint_is_saved_again_unchanged(model, logits, tmp_path):
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     torch.testing.assert_close(again(IDS).logits, logits)

@@ -216,18 +216,18 @@ def no_json(folder):
         (no_json, "config.json is not JSON"),
     ],
 )
-def test_a_damaged_checkpoint_is_named(folder, damage, named):
+def test_a_damaged_checkpoint_raises_an_error_that_names_the_damage(folder, damage, named):
     damage(folder)
     with pytest.raises(ValueError, match=named):
         load(str(folder))
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/no/such/folder", "a/b/c", "nowhere"])
-def test_a_place_that_does_not_exist_is_named(source):
+def test_a_missing_folder_raises_an_error_that_names_it(source):
     with pytest.raises(ValueError, match=f"{source} does not exist"):
         load(source)
 
 
-def test_a_folder_without_a_model_is_named(tmp_path):
+def test_a_folder_without_a_model_raises_an_error_that_says_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json"):
         load(str(tmp_path))

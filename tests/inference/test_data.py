@@ -57,7 +57,7 @@ def test_a_dataset_is_streamed(tmp_path, dense, monkeypatch):
     assert dense.tokenizer.decode(rows[0]).startswith("0 the cat")
 
 
-def test_a_dataset_without_text_is_named(tmp_path, dense):
+def test_a_dataset_without_text_raises_an_error_that_names_it(tmp_path, dense):
     pytest.importorskip("datasets", reason="the extra `data` is not installed")
     (tmp_path / "train.jsonl").write_text(json.dumps({"words": "none"}))
     with pytest.raises(ValueError, match="expected `text`"):
@@ -68,7 +68,7 @@ def test_a_dataset_without_text_is_named(tmp_path, dense):
     ("content", "named"),
     [(None, "does not exist"), (b" \n", "is empty"), (b"\xff\xfe\x00", "UTF-8")],
 )
-def test_files_that_are_no_text_are_named(tmp_path, content, named):
+def test_a_file_that_is_not_text_raises_an_error_that_names_it(tmp_path, content, named):
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)

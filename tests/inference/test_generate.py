@@ -19,7 +19,7 @@ PROMPTS = [[5, 9, 33, 7, 120], [8, 41], [99, 3, 17, 200, 12, 77, 64, 5, 31]]
 
 
 def close(got, want):
-    # fp32 logits of two ways to add: mask columns or a matrix, parts or a whole prompt
+    # two orders of fp32 sums: mask columns or a matrix, parts or a whole prompt
     assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
@@ -111,13 +111,13 @@ def test_a_long_prompt_is_run_in_parts(model, monkeypatch):
 
 
 @pytest.mark.parametrize("padding", [0, 15])
-def test_parts_of_a_prompt_lead_where_the_whole_does(model, padding):
+def test_parts_of_a_prompt_give_the_logits_of_the_whole(model, padding):
     tokens, generator = tiny.tokens(2, 40), Generator(model, 2, 50, compile=False)
     generator.valid[0, :padding] = False
     close(parts(generator, tokens, 9, 12, 13, 40), parts(generator, tokens, 40))
 
 
-def test_layers_as_they_are_compiled_say_what_recomputing_says(model):
+def test_layers_in_the_form_that_is_compiled_equal_recomputing(model):
     torch._dynamo.reset()
     generator = Generator(model, 3, 40, compile=False)
     generator.decode = torch.compile(steps.decode_by_layer, fullgraph=True, backend="eager")
@@ -164,7 +164,7 @@ def test_steps_without_a_compiler_equal_recomputing(model):
     assert tokens_of(generator, PROMPTS, 20) == [recomputed(model, p, 20) for p in PROMPTS]
 
 
-def test_a_sequence_stops_at_its_end_token_and_the_batch_when_all_have(model):
+def test_a_sequence_stops_at_its_end_token_and_the_batch_after_the_last(model):
     want = [recomputed(model, p, 20) for p in PROMPTS]
     stop = [want[0][3], want[1][6], want[2][2]]
     got = tokens_of(Generator(model, 3, 40, compile=False), PROMPTS, 20, stop=stop)
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(model, prompts,
     assert not any(x.any() for x in generator.cache.keys)
 
 
-def test_a_missing_compiler_is_named(monkeypatch):
+def test_a_missing_compiler_raises_an_error_that_names_it(monkeypatch):
     def absent():
         raise steps.InvalidCxxCompiler
 
@@ -203,7 +203,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
         Generator(tiny.native(), 1, 8)
 
 
-def test_the_seed_decides_what_is_drawn():
+def test_the_seed_determines_what_is_drawn():
     drawn = [
         sample_text(tiny.native(), start=4, samples=3, length=20, seed=seed).tolist()
         for seed in (1, 1, 2)
@@ -230,6 +230,6 @@ def test_sampling_follows_the_distribution():
 @pytest.mark.parametrize(
     "bad", [Sampling(-1), Sampling(1, -2), Sampling(1, 0, 0), Sampling(1, 0, 2)]
 )
-def test_settings_that_make_no_distribution_are_refused(bad):
+def test_invalid_sampling_settings_are_refused(bad):
     with pytest.raises(ValueError, match="expected temperature"):
         bad.check()

@@ -1,7 +1,7 @@
-"""What the Triton launchers return under Triton's interpreter, against the definitions.
+"""The Triton launchers under Triton's interpreter, compared with the definitions.
 
-`test_kernels.py` runs this file: the interpreter needs a process of its own, where TRITON_INTERPRET
-is set before Triton is imported.
+`test_kernels.py` runs this file: the interpreter needs a process of its own, because Triton reads
+TRITON_INTERPRET at import.
 """
 
 from itertools import combinations
@@ -25,20 +25,20 @@ LAUNCH = {
     attention.anchored_decode: anchored_decode.launch,
     attention.rotary_decode: rotary_decode.launch,
 }
-# rounding of the result, 2^-8 of numbers up to 2, twice: the interpreter cuts bf16 off; and that
-# of what the definition rounds between, which the kernels keep in fp32
+# bf16: 2^-8 of numbers up to 2, twice, because the interpreter truncates the result; and the
+# definition rounds intermediate results, which the kernels keep in fp32
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 
 
 def pairs(*options: str):
-    """Every option alone, every two of them, and none."""
+    """Parametrize a test by every option alone, every two of them, and none."""
     sets = [set(c) for n in range(3) for c in combinations(options, n)]
     return pytest.mark.parametrize("given", sets, ids=lambda s: "+".join(sorted(s)) or "plain")
 
 
 @pytest.fixture(autouse=True)
 def _patched_once(monkeypatch):
-    """Triton's language is made interpreted for the helpers of a module once, not in each call."""
+    """Patch Triton's language for the helpers of a module once, not in each call."""
     patched = set()
 
     def call(helper, *args, **kwargs):
@@ -52,13 +52,13 @@ def _patched_once(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _several_splits(monkeypatch):
-    """Short sequences are cut as long ones are, so that some splits have nothing to read."""
+    """Split short sequences as long ones are split, so that some splits have nothing to read."""
     torch.manual_seed(0)
     monkeypatch.setattr(split, "splits_of", lambda *_: 4)
 
 
 def span_of(slots: int, given: set[str], tokens: int = 1) -> torch.Tensor:
-    """Of two sequences: all slots, or two parts of them."""
+    """The slots that two sequences read: all, or a part of its own for each."""
     if "spans" not in given:
         return torch.tensor([[0, slots]])
     assert slots > tokens + 6
@@ -66,7 +66,7 @@ def span_of(slots: int, given: set[str], tokens: int = 1) -> torch.Tensor:
 
 
 def cache(heads: int, slots: int, width: int, dtype=torch.float32) -> torch.Tensor:
-    """(2, heads, slots, width) with rows behind the last slot that nobody may read."""
+    """(2, heads, slots, width) with NaN behind the last slot, which no kernel may read."""
     x = torch.full((2, heads, slots + 5, width), torch.nan, dtype=dtype)
     x[:, :, :slots] = torch.randn(2, heads, slots, width)
     return x[:, :, :slots]

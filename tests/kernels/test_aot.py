@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of the kernels, read in a process that has no interpreter."""
+"""The machine code that Triton compiles the kernels to, in a process without the interpreter."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_kernels_compile_to_what_a_gpu_runs_well(target):
     assert len(read) == len(CASES)
     for r in read:
         packed, rotary = "-bit" in r["case"], "rotary" in r["case"]
-        assert r["spills"] <= (16 if packed and target == "sm_100" else 0)  # and none in a loop:
+        assert r["spills"] <= (16 if packed and target == "sm_100" else 0)  # none in a loop:
         assert not {"LDL", "STL"} & r["loop"].keys()
         assert r["shared"] <= MOST_SHARED[target]
         if target == "gfx942":
@@ -45,5 +45,5 @@ def test_kernels_compile_to_what_a_gpu_runs_well(target):
             assert loads <= {"LDGSTS.128", "LDGSTS.64", "LDG.U16"}
             continue
         assert loads == {"LDG.128", "LDGSTS.128"} & loads != set()  # caches, 16 bytes a thread
-        # the lift of keys makes rotary decoding compute, on the latest GPU more than it reads
+        # rotary decoding lifts keys, which on the latest GPU takes longer than reading them
         assert r["ratio"] < (0.7 if rotary else 0.35) * (2 if target == "sm_100" else 1)

@@ -13,7 +13,7 @@ from eigenzoo.kernels import cpu, ops
 from eigenzoo.zoo.models import attention
 from eigenzoo.zoo.models.cache import Packed, pack
 
-pytestmark = pytest.mark.slow  # they are built once, in half a minute
+pytestmark = pytest.mark.slow  # the first test builds the ops, in half a minute
 SLOTS = 300
 HEADS = [(4, 4, 4), (6, 3, 1), (9, 1, 3), (12, 4, 3)]  # of queries, latents of keys, of values
 DTYPES = {  # what rounding queries, maps and the output may cost: a few units in the last place
@@ -31,13 +31,13 @@ def _built():
 
 
 def buffer(heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """A cache for two sequences that lies in a larger one of NaN."""
+    """A cache for two sequences, a view of a larger tensor of NaN."""
     x = torch.full((2, heads, SLOTS + 64, width), torch.nan, dtype=dtype)[:, :, 32:-32]
     return x.copy_(torch.randn(x.shape))
 
 
 def packed(heads: int, width: int, bits: int, dtype: torch.dtype):
-    """The same of so many bits; 16 are not packed."""
+    """The same with numbers of `bits` bits; 16 are not packed."""
     if bits == 16:
         return buffer(heads, width, dtype)
     x = pack(torch.randn(2, heads, SLOTS + 64, width), bits)
@@ -58,7 +58,7 @@ def biases(length: int, options) -> torch.Tensor | None:
 
 
 def compare(op, definition, q, k, v, span, *rest) -> None:
-    """The op reads the span alone; the definition is asked in fp32, before the poison is given."""
+    """The op equals the definition in fp32, even with NaN outside of the span."""
     args = (q, k, v, span, *rest)
     want = definition(
         *(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
@@ -124,11 +124,11 @@ def test_packed_caches_are_read_as_the_numbers_they_stand_for(heads, kv, bits, d
             up = (torch.randn(k, rank, kv // k * d) * rank**-0.5).to(dtype)
             mean = torch.randn(kv, 1, d).to(dtype) if options else None
             angle = 6 * torch.rand(1, 1, SLOTS, d // 2)
-            where = angle.cos(), angle.sin(), up, mean
-            ahead = *(x[:, :, : -(-SLOTS // 16)] for x in where[:2]), up, mean, 16
+            key_args = angle.cos(), angle.sin(), up, mean
+            ahead = *(x[:, :, : -(-SLOTS // 16)] for x in key_args[:2]), up, mean, 16
             for op, definition, *rest in (
                 (ops.latent_decode, attention.latent_decode, bias, slopes),
-                (ops.rotary_decode, attention.rotary_decode, *where, bias),
+                (ops.rotary_decode, attention.rotary_decode, *key_args, bias),
                 (ops.anchored_decode, attention.anchored_decode, *ahead, bias),
             ):
                 if slopes is not None and op is not ops.latent_decode:
@@ -158,7 +158,7 @@ def test_a_cache_of_another_dtype_is_refused(kept):
 
 def test_the_ops_are_built_once_and_half_a_file_is_never_seen(tmp_path):
     code = "from eigenzoo.kernels import cpu, ops; cpu.load(); print(cpu.library())"
-    quick = tmp_path / "quick"  # how fast the ops are is nothing to this test
+    quick = tmp_path / "quick"  # builds sooner: this test needs no fast ops
     quick.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
     quick.chmod(0o755)
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(quick)}
@@ -172,7 +172,7 @@ def test_the_ops_are_built_once_and_half_a_file_is_never_seen(tmp_path):
     assert kept.stat().st_mtime_ns == written
 
 
-def test_a_change_in_any_piece_of_the_source_is_built_anew(tmp_path, monkeypatch):
+def test_a_change_in_any_source_file_causes_a_new_build(tmp_path, monkeypatch):
     pieces = tmp_path / "cpp"
     shutil.copytree(cpu.PIECES, pieces)
     monkeypatch.setattr(cpu, "PIECES", pieces)
@@ -183,14 +183,14 @@ def test_a_change_in_any_piece_of_the_source_is_built_anew(tmp_path, monkeypatch
     assert len(seen) == 1 + len(list(pieces.iterdir())) > 2
 
 
-def test_without_a_compiler_it_says_what_to_do(tmp_path):
+def test_without_a_compiler_the_error_says_what_to_do(tmp_path):
     code = "from eigenzoo.kernels import cpu, ops; cpu.load()"
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": "no-compiler"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert "there is no no-compiler: install g++" in done.stderr
 
 
-def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path):
+def test_a_failing_compiler_is_named_in_the_error_and_leaves_nothing(tmp_path):
     broken = tmp_path / "broken"
     broken.write_text('#!/bin/sh\ncase "$*" in *ops.cpp*) exit 1;; esac\nexec c++ "$@"\n')
     broken.chmod(0o755)
@@ -203,10 +203,10 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_layers_of_few_rows_on_a_cpu_are_what_defines_them(dtype, int8):
+def test_linear_layers_of_few_rows_on_a_cpu_equal_their_definition(dtype, int8):
     torch.manual_seed(0)
-    for size, outputs in ((8, 1), (17, 20), (200, 65), (4099, 70)):  # the last in more than a part
-        weight = torch.randn(outputs + 1, size + 3)[1:, 3:].to(dtype)  # lies in a larger one
+    for size, outputs in ((8, 1), (17, 20), (200, 65), (4099, 70)):  # the last in several parts
+        weight = torch.randn(outputs + 1, size + 3)[1:, 3:].to(dtype)  # a view of a larger one
         scale, bias = None, torch.randn(outputs).to(dtype)
         if int8:
             weight, scale = torch.randint(-127, 128, (outputs, size)).char(), torch.rand(outputs)
@@ -234,13 +234,13 @@ def test_backward_through_an_op_is_an_error():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_in_bfloat16_the_ops_are_nearer_to_the_exact_than_the_definition(seed):
-    # so the tokens of the two differ where two are nearly as likely: scores are not rounded here
+def test_in_bfloat16_the_ops_are_nearer_to_the_exact_result_than_the_definition(seed):
+    # the ops do not round scores, so their tokens may differ where two are almost equally likely
     torch.manual_seed(seed)
     q, k, v = 2 * torch.randn(1, 8, 1, 64), torch.randn(1, 2, 300, 64), torch.randn(1, 2, 300, 64)
     given = [x.bfloat16() for x in (q, k, v)]
     rest = torch.tensor([[0, 300]]), 0.3
     exact = attention.latent_decode(*(x.double() for x in given), *rest)
-    found = (op(*given, *rest) for op in (ops.latent_decode, attention.latent_decode))
-    ours, theirs = ((x.double() - exact).norm() for x in found)
+    outputs = (op(*given, *rest) for op in (ops.latent_decode, attention.latent_decode))
+    ours, theirs = ((x.double() - exact).norm() for x in outputs)
     assert ours < 0.5 * theirs

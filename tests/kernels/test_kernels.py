@@ -1,5 +1,5 @@
-"""The ops as PyTorch and the models see them. On this machine they run in C++; see also
-test_cpu_ops.py, interpreted.py and test_aot.py for what runs where.
+"""The ops as PyTorch and the models call them, here in C++ on the CPU. test_cpu_ops.py compares
+them with the definitions; interpreted.py and test_aot.py test the Triton kernels.
 """
 
 import os
@@ -21,7 +21,7 @@ from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.models import attention
 from eigenzoo.zoo.models.cache import pack
 
-pytestmark = pytest.mark.slow  # the ops are built first, in half a minute
+pytestmark = pytest.mark.slow  # the first test builds the ops, in half a minute
 torch.manual_seed(0)
 ROOT = Path(__file__).parents[2]
 SPAN = torch.tensor([[3, 20], [0, 12]])
@@ -61,8 +61,8 @@ def _built():
 
 def test_launchers_agree_with_the_definitions_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted.py"]
-    where = {"cwd": ROOT / "tests/kernels", "env": os.environ | {"TRITON_INTERPRET": "1"}}
-    done = subprocess.run(command, capture_output=True, text=True, **where)
+    options = {"cwd": ROOT / "tests/kernels", "env": os.environ | {"TRITON_INTERPRET": "1"}}
+    done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -148,7 +148,7 @@ def test_an_installed_model_writes_the_same_text(name, used):
     kinds = dict.fromkeys(("anchored", "rotated"), "anchored_decode")
     kinds |= dict.fromkeys(("rebuilt", "windows"), "rotary_decode")
     assert set(used) == {kinds.get(name, "latent_decode")}
-    assert len(used) == 2 * 19  # layers, and tokens behind the first
+    assert len(used) == 2 * 19  # layers, and tokens after the first
 
 
 def test_an_installed_model_keeps_its_weights_and_other_models_their_attention():

@@ -47,7 +47,7 @@ def cell(context=64, batch=2, slots=64):
 
 @dataclass
 class Killed:
-    """A contestant whose process is killed in a round, as for its memory."""
+    """A contestant whose process is killed in a round, as if memory ran out."""
 
     last: int
     name: str = "killed"
@@ -65,7 +65,7 @@ class Killed:
 
 
 def same(model):
-    """No ops are installed."""
+    """Install no ops."""
     return model
 
 
@@ -94,13 +94,13 @@ def test_shares_that_are_near_have_ranks_of_their_own():
 
 
 @pytest.mark.parametrize("keys", KEYS)
-def test_random_models_decode_whatever_the_keys(keys):
+def test_random_models_decode_with_every_key_scheme(keys):
     config = tiny.native(head_dim=16).config
     low = uniform(config, Settings(keep=0.7, keys=keys, rank_multiple=3).fit(config))
     assert 0.6 < low.kv_width / low.dense_kv_width <= 0.7
     model = random_model(low, torch.float32, CPU)
     run = Native("low", low, same).start(cell(20, 1, 30))
-    assert run.kv_bytes == 20 * 4 * low.kv_width  # what a step reads, not what there is room for
+    assert run.kv_bytes == 20 * 4 * low.kv_width  # the slots that a step reads, not all
     assert len(run.round()) == 3
     assert model(tiny.tokens(1, 20)).isfinite().all()
 
@@ -140,7 +140,7 @@ def test_transformers_decodes_at_the_end_of_a_filled_cache(family, static, monke
     assert len(run.round()) == len(run.round()) == 3
 
 
-def test_contestants_take_turns_in_their_own_processes_and_a_broken_one_says_so(capfd):
+def test_contestants_take_turns_in_their_own_processes_and_report_failures(capfd):
     config = tiny.native("opt").config
     settings = Settings(keep=0.5, heads_per_latent=(2, 2), rank_multiple=1)
     low = uniform(config, settings.fit(config))
@@ -160,7 +160,7 @@ def test_contestants_take_turns_in_their_own_processes_and_a_broken_one_says_so(
 
 @pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("last", [0, 1])
-def test_a_contestant_that_is_killed_is_a_row_and_no_more(last):
+def test_a_killed_contestant_fails_only_its_own_row(last):
     killed, other = bench([Killed(last), Killed(9)], cell())
     assert killed["failed"] == f"stopped with exit code -{signal.SIGKILL}"
     assert other["tokens_per_second"] == 2
@@ -174,9 +174,9 @@ def test_a_table_says_in_one_line_why_one_has_failed(capsys):
     assert not any("why" in line for line in lines)
 
 
-def test_ctrl_c_in_a_terminal_ends_contestants_without_a_word(ctrl_c):
+def test_ctrl_c_in_a_terminal_ends_contestants_silently(ctrl_c):
     class Building:
-        def start(self, cell):  # compilers are told as well, and fail
+        def start(self, cell):  # compilers receive the signal too, and fail
             ctrl_c()
 
     class Pipe:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on the native model: the same scores and texts as its own HFLM."""
+"""The native model in lm-evaluation-harness has the scores and texts of the harness's HFLM."""
 
 import json
 import sys
@@ -90,7 +90,7 @@ def theirs(folder):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with `TASKS`. lm-eval's own, which take seconds to list, are left out."""
+    """A folder with `TASKS` only: listing lm-eval's own tasks takes seconds."""
     monkeypatch.setattr(tasks, "TaskManager", partial(TaskManager, include_defaults=False))
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     common = {
@@ -140,14 +140,14 @@ def test_what_is_scored_was_rounded_as_the_cache_rounds(ours):
     assert abs(total - exact) > 0.01
 
 
-def test_a_greedy_continuation_is_called_so(ours):
+def test_a_greedy_continuation_is_reported_as_greedy(ours):
     ids = ours.tokenizer("the cat sat")["input_ids"]
     best = int(ours.model(torch.tensor([ids]))[0, -1].argmax())
     pairs = [(None, ids, [best]), (None, ids, [best ^ 1])]
     assert [greedy for _, greedy in ours._loglikelihood_tokens(pairs)] == [True, False]
 
 
-def test_first_tokens_are_added_once(ours):
+def test_the_begin_token_is_added_once(ours):
     lm = NativeLM(ours.model, tiny.tokenizer(begin=True))
     assert lm.tok_encode("the cat") == lm.tok_encode("<s>the cat")
     assert lm.tok_encode("the cat") == [0, *lm.tok_encode("the cat", add_special_tokens=False)]
@@ -159,11 +159,11 @@ def test_whole_texts_are_scored_as_hflm_does(ours, theirs):
     assert ours.loglikelihood_rolling(requests) == pytest.approx(want, abs=1e-2)
 
 
-def test_texts_go_on_as_hflm_does(ours, theirs):
-    plain = {"until": ["\n\n"], "max_gen_toks": 12}
-    whole = ours.generate_until(asked("generate_until", *((x, plain) for x in CONTEXTS)))
+def test_generated_texts_are_those_of_hflm(ours, theirs):
+    blank_line = {"until": ["\n\n"], "max_gen_toks": 12}
+    whole = ours.generate_until(asked("generate_until", *((x, blank_line) for x in CONTEXTS)))
     stop = {"until": [whole[0][3:5]], "max_gen_toks": 12, "do_sample": False}
-    for settings in (plain, stop):
+    for settings in (blank_line, stop):
         requests = asked("generate_until", *((x, settings) for x in CONTEXTS))
         assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
     assert ours.generate_until(requests)[0] == whole[0].split(stop["until"][0])[0]
@@ -197,7 +197,7 @@ def test_what_cannot_be_generated_is_refused(ours, settings, named):
         ours.generate_until(asked("generate_until", ("the cat", settings)))
 
 
-def test_tasks_give_what_they_give_with_hflm(ours, theirs, place):
+def test_tasks_give_the_results_of_hflm(ours, theirs, place):
     names = ["pick", "say", "read"]
     chosen = tasks.load_tasks(names, place)
     rows = tasks.run_tasks(ours.model, ours.tokenizer, chosen, batch_size=2)
@@ -264,7 +264,7 @@ def test_the_command_prints_one_json_object_or_a_table(folder, place, capsys, mo
     assert bits == [8, None]
 
 
-def test_without_lm_eval_the_extra_is_named(folder, monkeypatch):
+def test_without_lm_eval_the_error_names_the_extra_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match=r"eigenzoo\[eval\]"):
         app(["evaluate", str(folder), "--tasks", "pick"], standalone_mode=False)

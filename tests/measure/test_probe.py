@@ -17,7 +17,7 @@ TEXT = tiny.WORDS * 20
 
 
 class Copier(Model):
-    """Goes on as the text did the last time its last tokens were there; sees its cache only."""
+    """Finds the last tokens earlier in its cache and repeats the token that followed them there."""
 
     def __init__(self, near: int = 0):
         super().__init__()
@@ -57,7 +57,7 @@ def test_buckets_double_and_average_to_the_perplexity(window, edges):
 
 
 def test_a_bucket_holds_the_tokens_with_so_many_before_them():
-    losses = torch.arange(1, 100).repeat(2, 1)  # of the token that has so many before it
+    losses = torch.arange(1, 100).repeat(2, 1)  # of the token with that many tokens before it
     first, second = by_position(losses)
     assert (first.tokens, first.loss) == (2 * 63, 32.0)
     assert (second.tokens, second.loss) == (2 * 36, (64 + 99) / 2)
@@ -80,7 +80,7 @@ def test_the_text_is_as_long_and_the_fact_as_deep_as_asked(begin, depth):
         assert nothing.endswith(" is")
         assert said.endswith(f" is{words.decode(answer)}")
         counts = [len(words(x, add_special_tokens=False)["input_ids"]) for x in (before, after)]
-        assert counts[0] == pytest.approx(depth * sum(counts), abs=2)  # pieces cut words
+        assert counts[0] == pytest.approx(depth * sum(counts), abs=2)  # the cut may split a word
 
 
 def test_lengths_that_do_not_fit_are_refused():
@@ -98,14 +98,14 @@ def test_a_text_may_be_as_long_as_the_model_can_read():
     assert (row.length, row.facts) == (256, 1)
 
 
-def test_what_can_copy_finds_every_fact():
+def test_a_model_that_copies_finds_every_fact():
     rows = retrieval(Copier(), tiny.tokenizer(), TEXT, [150, 200], facts=2, seed=1)
     assert [(x.length, x.depth) for x in rows] == [(n, d) for n in (150, 200) for d in DEPTHS]
     assert all((x.facts, x.right) == (2, 1.0) for x in rows)
     assert all(x.loglikelihood == pytest.approx(0, abs=1e-6) for x in rows)
 
 
-def test_what_sees_only_what_is_near_finds_only_late_facts():
+def test_a_model_that_sees_only_recent_tokens_finds_only_late_facts():
     rows = retrieval(Copier(near=100), tiny.tokenizer(), TEXT, [400], facts=2)
     assert [x.right for x in rows] == [0.0, 0.0, 0.0, 0.0, 1.0]
     assert rows[0].loglikelihood == pytest.approx(-math.log(320))

@@ -35,7 +35,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture
 def sweep(dense, texts, tmp_path):
-    """Sweep into a file; all its rows."""
+    """A function that sweeps into a file and returns all its rows."""
 
     def call(axes, windows=2, model=dense, seq_len=32, words="a.txt", **options):
         work = Sweep(
@@ -52,7 +52,7 @@ def sweep(dense, texts, tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What was calibrated and compressed."""
+    """The arguments of all calls of `calibrate` and `compress`."""
     made = {"calibrate": [], "compress": []}
 
     def counted(module, name, function):
@@ -75,7 +75,7 @@ def read_rows(path):
     return jsonl.read_rows(path, jsonl.SWEEP)
 
 
-def test_rows_from_before_a_setting_are_taken_over(sweep, calls, tmp_path):
+def test_rows_from_before_a_setting_existed_are_kept(sweep, calls, tmp_path):
     first = sweep({"keep": [0.5]})
     del first[1]["settings"]["rank_pairs"]
     (tmp_path / "out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first))
@@ -114,9 +114,9 @@ def test_weighted_statistics_are_of_one_sharing():
     assert kind(have) != kind(want)
     with pytest.raises(ValueError, match="gather them for each"):
         narrow(calibrate(model, x, *have), have, want)
-    plain = [n._replace(weighted=False) for n in (have, want)]
+    unweighted = [n._replace(weighted=False) for n in (have, want)]
     with pytest.raises(ValueError, match="gather them for each"):
-        narrow(calibrate(model, x, *plain[0]), *plain)
+        narrow(calibrate(model, x, *unweighted[0]), *unweighted)
 
 
 def test_one_pass_serves_fisher_with_and_without_weights():
@@ -132,7 +132,7 @@ def test_one_pass_serves_heads_per_latent_that_do_not_divide_each_other():
     assert union(wants) == Needs((6, 1), queries=True)
 
 
-def test_rows_say_what_compressing_and_evaluating_by_hand_would(sweep, dense, texts):
+def test_rows_equal_compressing_and_evaluating_by_hand(sweep, dense, texts):
     axes = {"method": METHODS, "keep": [0.5], "heads_per_latent": [None, (2, 1)]}
     rows = sweep(axes)
     model, words = dense.model, dense.tokenizer
@@ -166,7 +166,7 @@ def test_statistics_are_taken_once_for_all_cells_that_can_share_them(sweep, call
     }
     rows = sweep(axes)
     assert len(calls["compress"]) == sum("perplexity" in row for row in rows) - 1 == 18
-    # without gradients one pass serves both sharings, with them each has its own
+    # without gradients one pass serves both sharings; with gradients each needs its own
     assert sorted(c[:2] + c[4:5] for c in calls["calibrate"]) == sorted(
         (heads, gradients, anchor)
         for heads, gradients in (((1, 1), True), ((2, 4), True), ((2, 4), False))
@@ -197,7 +197,7 @@ def test_layers_are_measured_once_for_all_shares_to_keep(sweep, dense, texts, mo
     assert len(measured) > len(together)
 
 
-def test_rows_that_are_there_are_not_made_again(sweep, calls, tmp_path):
+def test_existing_rows_are_not_computed_again(sweep, calls, tmp_path):
     axes = {"method": ["fisher", "eigen"], "keep": [0.8, 0.5], "keys": ["rebuild", "anchored"]}
     first, text = sweep(axes), out(tmp_path)
     for made in calls.values():
@@ -220,7 +220,7 @@ def test_another_run_calibrates_only_if_nothing_was_kept(sweep, calls, tmp_path)
     assert [[a.get(k) for k in same] for a in more] == [[b.get(k) for k in same] for b in fresh]
 
 
-def test_rows_from_before_a_setting_are_taken_for_its_default(sweep, calls, tmp_path):
+def test_rows_from_before_a_setting_existed_count_for_its_default(sweep, calls, tmp_path):
     axes = {"keep": [0.5], "keys": ["rebuild"], "damping": [None, 0.1]}
     rows, file = sweep(axes), tmp_path / "out.jsonl"
     for row in rows[1:]:
@@ -257,11 +257,11 @@ def test_decoding_is_timed_beside_the_dense_model(sweep, dense, monkeypatch):
     assert "decode" not in refused
 
 
-def test_rows_without_the_decoding_asked_for_are_made_again(sweep, calls, tmp_path):
+def test_rows_without_the_requested_decoding_are_computed_again(sweep, calls, tmp_path):
     axes = {"keep": [0.8, 0.01]}
     first = sweep(axes)
     timed = sweep(axes, decode=48)
-    assert len(calls["compress"]) == 2 + 1  # what was refused is not tried again
+    assert len(calls["compress"]) == 2 + 1  # refused settings are not tried again
     assert timed[1]["decode"]["slots"] == 48
     assert [r["perplexity"] for r in timed[:2]] == [r["perplexity"] for r in first[:2]]
     assert read_rows(tmp_path / "out.jsonl") == [*first, timed[1]]
@@ -278,7 +278,7 @@ def test_rows_without_the_decoding_asked_for_are_made_again(sweep, calls, tmp_pa
     assert out(tmp_path) == text
 
 
-def test_a_half_written_row_is_cut_off_and_made_again(sweep, tmp_path):
+def test_a_half_written_row_is_removed_and_computed_again(sweep, tmp_path):
     axes = {"keep": [0.8, 0.5]}
     rows, text = sweep(axes), out(tmp_path)
     for end in (len(text) - 1, len(text) - 300, text.rfind(b"\n", 0, -1) + 5):
@@ -289,7 +289,7 @@ def test_a_half_written_row_is_cut_off_and_made_again(sweep, tmp_path):
         assert read_rows(tmp_path / "out.jsonl") == again
 
 
-def test_an_interrupt_loses_the_cell_that_runs_and_no_other(sweep, monkeypatch, tmp_path, ctrl_c):
+def test_an_interrupt_loses_only_the_running_cell(sweep, monkeypatch, tmp_path, ctrl_c):
     def stopped(model, tokens, settings, *rest):
         if settings.keep == 0.5:
             ctrl_c()
@@ -324,7 +324,9 @@ def test_rows_of_another_run_are_left_alone_unless_forced(sweep, dense, tmp_path
     other = dense._replace(model=tiny.native(seed=5, head_dim=16, attention_bias=True))
     with pytest.raises(ValueError, match="holds rows with weights"):
         sweep({"keep": [0.5]}, model=other)
-    with pytest.raises(ValueError, match=r"none\.txt does not exist"):  # fails before all else
+    with pytest.raises(
+        ValueError, match=r"none\.txt does not exist"
+    ):  # before anything is replaced
         sweep({"keep": [0.5]}, words="none.txt", force=True)
     assert out(tmp_path) == text
     rows = sweep({"keep": [0.5]}, windows=1, force=True)
@@ -366,10 +368,10 @@ def test_a_grid_has_one_cell_for_every_combination_that_differs(sweep):
         grid(axes | {"method": ["fisher", "fishr"]})
     with pytest.raises(ValueError, match=r"keep is 1\.5"):
         grid(axes | {"keep": [0.5, 1.5]})
-    assert len(grid(axes | {"method": ["fisher", "eigen"]})) == 8  # refused in part, when swept
+    assert len(grid(axes | {"method": ["fisher", "eigen"]})) == 8  # the sweep refuses some of them
 
 
-def test_needs_say_what_gather_takes():
+def test_needs_describe_what_gather_takes():
     settings = Settings("attention", heads_per_latent=(2, 1), keys="anchored", anchor_block=8)
     want = Needs((2, 1), gradients=False, queries=True, joint=False, anchor=8)
     assert needs(settings, tiny.native().config) == want

@@ -37,7 +37,7 @@ def test_lifting_after_attention_equals_lifting_values(latents):
     torch.testing.assert_close(lift_heads(read, up, 6), want)
 
 
-def test_padding_is_seen_by_nobody_but_itself():
+def test_padding_is_seen_only_by_itself():
     valid = torch.tensor([[False, False, True, True]])
     mask = causal_matrix(torch.arange(4), 4, valid)[0, 0]
     want = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]).bool()
@@ -91,7 +91,7 @@ def defined(q, k, v, seen: CausalMask, scale: float):
 @pytest.mark.parametrize("new", [2, 11, 29])
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_part_of_a_prompt_reads_what_a_mask_lets_it(new, alibi, padded):
+def test_a_part_of_a_prompt_reads_what_its_mask_allows(new, alibi, padded):
     q, k, v = prompt(new=new)
     valid = torch.arange(29) >= torch.tensor([[0], [20]])
     seen = CausalMask(valid if padded else None)

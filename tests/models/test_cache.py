@@ -24,7 +24,7 @@ def test_writes_land_in_their_slots_and_nowhere_else():
 
 
 @pytest.mark.parametrize(("batch", "slots"), [(2, [4]), (1, [3, 4, 5]), (1, [-1])])
-def test_what_does_not_fit_is_refused(batch, slots):
+def test_writes_that_do_not_fit_are_refused(batch, slots):
     cache = StaticCache(LATENTS, batch=1, slots=5)
     tokens = torch.zeros(batch, len(slots), dtype=torch.long)
     with pytest.raises(ValueError, match="cache"):

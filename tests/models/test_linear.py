@@ -24,7 +24,7 @@ def layer():
 @pytest.mark.slow
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_rows_compiled_are_the_product_of_a_library(layer, dtype, int8):
+def test_few_rows_compiled_equal_the_matrix_product(layer, dtype, int8):
     torch._dynamo.reset()
     layer = layer.to(dtype)
     if int8:
@@ -88,7 +88,7 @@ def test_int8_weights_count_as_one_byte_each():
 
 
 @pytest.mark.parametrize("family", tiny.SIZES)
-def test_an_int8_model_says_nearly_what_the_original_one_says(family):
+def test_an_int8_model_gives_nearly_the_probabilities_of_the_original(family):
     original = tiny.native(family)
     light = quantize(copy.deepcopy(original))
     x = tiny.tokens(2, 20)
@@ -108,13 +108,13 @@ def test_a_compiled_int8_model_decodes_as_it_does_uncompiled():
 
 
 @pytest.mark.parametrize(("has_it", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_cpu_decodes_in_bfloat16_where_it_has_it_and_else_in_float32(monkeypatch, has_it, dtype):
+def test_a_cpu_decodes_in_bfloat16_if_supported_and_else_in_float32(monkeypatch, has_it, dtype):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
     assert fastest_dtype(CPU) == dtype
 
 
 @pytest.mark.parametrize(("has_it", "dtype"), [(True, torch.bfloat16), (False, None)])
-def test_a_gpu_decodes_in_bfloat16_where_it_has_it_and_else_as_the_checkpoint(
+def test_a_gpu_decodes_in_bfloat16_if_supported_and_else_as_the_checkpoint(
     monkeypatch, has_it, dtype
 ):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it)

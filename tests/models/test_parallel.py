@@ -1,4 +1,4 @@
-"""Two processes that share a model, compared with one process that has all of it."""
+"""Two processes that share a model compute what one process with the whole model computes."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def compressed(way: str, place):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Checkpoints by way; each of two processes has written its results beside them."""
+    """Checkpoints by way, each with the results of two processes in its folder."""
     place = tmp_path_factory.mktemp("shared")
     made = {way: compressed(way, place / way.replace(" ", "-")) for way in WAYS | REFUSED}
     with socket.create_server(("localhost", 0)) as free:
@@ -86,7 +86,7 @@ def test_logits_and_tokens_are_those_of_one_process(folder, one):
     for result in read(folder):
         got, want = torch.tensor(result["logits"]), torch.tensor(one["logits"])
         real = MASK.bool()
-        # two processes add the terms of sums in another order than one
+        # two processes sum in another order than one
         torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=1e-5)
         assert result["growing"] == result["static"] == one["static"] == one["growing"]
 
@@ -115,7 +115,7 @@ def test_each_process_holds_half_of_cache_and_matrices(folder, one):
             assert part != (norm or bias or "positions" in name or "project_" in name), name
 
 
-def test_it_is_saved_again_as_it_was(folder):
+def test_a_shared_model_is_saved_again_unchanged(folder):
     saved, again = (AutoModelForCausalLM.from_pretrained(x) for x in (folder, folder / "again"))
     assert again.state_dict().keys() == saved.state_dict().keys()
     for x, y in zip(again.state_dict().values(), saved.state_dict().values(), strict=True):
@@ -129,13 +129,13 @@ def test_it_is_saved_again_as_it_was(folder):
         "foundry qk_ln": "qk_ln norms queries and keys over all heads",
     }.items(),
 )
-def test_what_cannot_be_shared_is_refused(folders, way, reason):
+def test_a_model_that_cannot_be_shared_is_refused(folders, way, reason):
     for result in read(folders[way]):
         assert result.keys() == {"error"}
         assert reason in result["error"]
 
 
-def test_what_a_layer_is_given_moves_to_the_device_of_the_layer(folder):
+def test_inputs_of_a_layer_move_to_the_device_of_the_layer(folder):
     model = AutoModelForCausalLM.from_pretrained(folder).model
     for count in (1, 2):
         given = model.begin(IDS[:, :count], torch.arange(count) + 3, model.new_cache(2, 8))

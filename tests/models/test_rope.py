@@ -8,7 +8,7 @@ from eigenzoo.zoo.models.rope import frequencies, rotate
 
 
 @pytest.mark.parametrize("name", ROPES)
-@pytest.mark.parametrize("length", [40, 100])  # longrope uses its long factors from 64 on
+@pytest.mark.parametrize("length", [40, 100])  # longrope uses its long factors from length 64 on
 def test_angles_are_those_of_transformers(name, length):
     config = LlamaConfig(
         hidden_size=64,

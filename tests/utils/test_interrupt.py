@@ -1,4 +1,4 @@
-"""Ctrl-C is Ctrl-C, wherever it comes in."""
+"""Ctrl-C raises KeyboardInterrupt, whatever code it interrupts."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from eigenzoo.zoo.utils.interrupt import interruptible
 
 
-def test_reading_files_is_interrupted_by_nothing_but_a_keyboard_interrupt(tmp_path):
+def test_ctrl_c_while_reading_files_always_raises_a_keyboard_interrupt(tmp_path):
     def read():
         end = time.monotonic() + 60
         with interruptible():
@@ -26,7 +26,7 @@ def test_reading_files_is_interrupted_by_nothing_but_a_keyboard_interrupt(tmp_pa
     with subprocess.Popen(
         ["sh", "-c", press], stdin=subprocess.PIPE, text=True, bufsize=1
     ) as shell:
-        for _ in range(30):  # torch makes a ValueError of two in five
+        for _ in range(30):  # torch turns two of five interrupts into a ValueError
             with pytest.raises(KeyboardInterrupt):
                 read()
 
@@ -38,7 +38,7 @@ def test_errors_without_ctrl_c_stay_what_they_are():
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_where_ctrl_c_is_ignored_or_another_thread_works_nothing_is_changed():
+def test_nothing_changes_if_ctrl_c_is_ignored_or_another_thread_works():
     def work():
         with interruptible():
             handlers.append(signal.getsignal(signal.SIGINT))

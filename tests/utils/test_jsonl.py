@@ -1,4 +1,4 @@
-"""Files of rows: appended to, read again, and anything else refused with file and line."""
+"""Files of rows: append, read, and errors that name file and line."""
 
 import json
 
@@ -33,7 +33,7 @@ def file(tmp_path):
 def test_rows_are_read_as_they_were_appended(file):
     assert read_rows(file, BENCH) == [ROW, ROW | {"context": 128}]
     row = append(file, ROW | {"slots": (1, 2)})
-    assert row["slots"] == [1, 2]  # as JSON has it
+    assert row["slots"] == [1, 2]  # JSON has lists, not tuples
     assert read_rows(file, BENCH)[2] == row
 
 
@@ -55,7 +55,7 @@ def test_a_whole_row_without_its_newline_counts(file):
     assert len(read_rows(file, BENCH)) == 3
 
 
-def test_a_file_that_is_not_there_has_no_rows_to_resume(tmp_path):
+def test_a_missing_file_has_no_rows_to_resume(tmp_path):
     assert resume(tmp_path / "none.jsonl", BENCH) == []
     with pytest.raises(ValueError, match=r"none\.jsonl: does not exist; expected a file of a row"):
         read_rows(tmp_path / "none.jsonl", BENCH)
@@ -70,7 +70,7 @@ def test_a_file_that_is_not_there_has_no_rows_to_resume(tmp_path):
         (b"\xff\xfe\n", "line 1: expected .*, but it is no JSON"),
         (b'{"a": 1}\n', "line 1: expected .*, but it lacks batch, command, compiled, .* and more"),
         (b"[1]\n", "line 1: expected .*, but it lacks"),
-        (b'{"versions": ', "line 1: expected .*, but it is no JSON"),  # cut, but of a sweep
+        (b'{"versions": ', "line 1: expected .*, but it is no JSON"),  # a cut row, but of a sweep
     ],
 )
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, text, problem):
@@ -82,7 +82,7 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, text, prob
     assert path.read_bytes() == text
 
 
-def test_a_damaged_line_between_rows_is_named(file):
+def test_a_damaged_line_between_rows_raises_an_error_that_names_it(file):
     first, second = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(first + second[:9] + b"\n" + second)
     with pytest.raises(ValueError, match=r"bench\.jsonl, line 2: expected .* no JSON"):

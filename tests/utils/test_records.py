@@ -1,4 +1,4 @@
-"""The TypedDicts of rows and records have the fields of what they are made from."""
+"""TypedDicts of rows and records have the fields of the classes that fill them."""
 
 import json
 from pathlib import Path

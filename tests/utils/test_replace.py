@@ -1,4 +1,4 @@
-"""A file that is replaced is the old one or the new one, never half of it."""
+"""A replaced file is always the whole old one or the whole new one."""
 
 import os
 

@@ -21,7 +21,7 @@ def read_rows(path):
 
 
 def swept(model, path, axes, decode=None):
-    """A file of rows."""
+    """Sweep into a file; return its path."""
     tokens = path.parent / "text.txt"
     tokens.write_text(tiny.WORDS * 20)
     calibrations = [Calibration(str(tokens), 4, 32)]
@@ -81,7 +81,7 @@ def test_numbers_of_the_report_are_those_of_the_rows(run, llama, opt, tmp_path):
         )
 
 
-def test_markdown_has_a_table_the_best_in_bold_and_how_it_was_made(run, llama, tmp_path):
+def test_markdown_has_a_table_with_the_best_in_bold_and_the_command(run, llama, tmp_path):
     code, text, _ = run("report", llama, "--out", tmp_path / "report")
     assert code == 0
     assert "fisher" in text
@@ -98,7 +98,7 @@ def test_markdown_has_a_table_the_best_in_bold_and_how_it_was_made(run, llama, t
         assert told in text
 
 
-def test_every_figure_in_the_report_is_a_picture_of_something(run, llama, opt, tmp_path):
+def test_every_figure_in_the_report_is_a_picture_and_not_blank(run, llama, opt, tmp_path):
     run("report", llama, opt, "--out", tmp_path / "report")
     folder = tmp_path / "report"
     linked = re.findall(r"!\[.*?\]\((.*?)\)", (folder / "report.md").read_text())
@@ -144,7 +144,7 @@ def test_speeds_of_decoding_are_in_the_table(run, timed, tmp_path):
         assert f"at {row['kv_share']:.3f}, {row['decode']['speedup']:.2f}x" in text
     assert "at the end of 32 slots" in text
     linked = re.findall(r"decode-cost-at-[\d.]+png", text)
-    assert linked == ["decode-cost-at-0.5.png"]  # one row at 0.8 is nothing to compare
+    assert linked == ["decode-cost-at-0.5.png"]  # 0.8 has one row: nothing to compare it with
 
 
 def test_speeds_at_other_slots_are_not_compared(timed, llama):
@@ -157,7 +157,7 @@ def test_speeds_at_other_slots_are_not_compared(timed, llama):
         sections(rows)
 
 
-def test_the_figure_of_cost_has_a_point_a_row(timed):
+def test_the_figure_of_cost_has_one_point_per_row(timed):
     rows = read_rows(timed)
     one, two = (r for r in rows if r["settings"] and r["settings"]["keep"] == 0.5)
     for worse, scale in ((1.1, "log"), (0.9, "symlog")):
@@ -195,7 +195,7 @@ def test_nothing_is_replaced_unless_forced(run, llama, tmp_path):
     assert not (out / "mine.txt").exists()
 
 
-def test_without_matplotlib_the_extra_is_named(run, llama, tmp_path, monkeypatch):
+def test_without_matplotlib_the_error_names_the_extra_to_install(run, llama, tmp_path, monkeypatch):
     for name in ("plots", "report"):
         monkeypatch.delitem(sys.modules, f"eigenzoo.zoo.measure.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -211,7 +211,7 @@ def test_figures_are_drawn_without_pyplot_and_its_state(run, llama, tmp_path, mo
     assert "matplotlib.pyplot" not in sys.modules
 
 
-def test_what_is_no_sweep_ends_in_one_line(run, llama, tmp_path):
+def test_a_file_that_is_not_a_sweep_is_refused(run, llama, tmp_path):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     lines = llama.read_text().splitlines(keepends=True)
@@ -228,7 +228,7 @@ def test_what_is_no_sweep_ends_in_one_line(run, llama, tmp_path):
         assert not (tmp_path / "report").exists()
 
 
-def test_texts_of_one_name_are_not_taken_for_each_other(llama):
+def test_different_texts_of_the_same_name_are_refused(llama):
     rows = read_rows(llama)
     one = next(r for r in rows if "dense_perplexity" in r)
     other = one | {"calibration": one["calibration"] | {"digest": "another"}}
