@@ -15,7 +15,7 @@ from ..zoo.inference.weights import stored_bytes
 from ..zoo.utils import memory
 from ..zoo.utils.interrupt import interruptible
 from ..zoo.utils.records import CompressionRecord
-from .export import check_free, export
+from .export import check_free, check_shard_size, export
 from .plain import check_plain, export_plain
 from .stream import check_partial, partial_folder, stream_checkpoint
 
@@ -115,6 +115,7 @@ def compress_checkpoint(
     data reads or samples only the text for perplexity. plain: write an ordinary grouped-query
     checkpoint, see `plain.py`; raises ValueError where there is none.
     """
+    check_shard_size(shard_size)
     model, tokenizer = original.model, original.tokenizer
     settings = settings.fit(model.config, model.device.type)  # before text is sampled or read
     if plain:

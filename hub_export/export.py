@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
 from torch import Tensor
 
 from ..zoo.inference.checkpoint import FORMAT, Checkpoint
@@ -33,6 +33,14 @@ def check_free(out: Path, force: bool) -> None:
         raise ValueError(f"{out} is a file: expected the name of a folder to write")
     if out.exists() and not force:
         raise ValueError(f"{out} exists: choose another folder, or pass --force to replace it")
+
+
+def check_shard_size(size: str) -> None:
+    """Raise ValueError if weights cannot be cut into files of this size."""
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except ValueError as error:
+        raise ValueError(f"shard size is {size!r}: expected one such as 5GB ({error})") from None
 
 
 @contextmanager

@@ -45,11 +45,12 @@ def _measured(files: Sequence[Path], plots: Sequence[Path]) -> Measurements:
     """The kinds of measurement that there are in the files."""
     evaluations: list[EvaluationRow] = []
     speed: list[TimedRow] = []
-    for row in (row for file in files for row in read_rows(file, MEASURED)):
-        if "kv_share" in row:
-            evaluations.append(row)
-        elif "failed" not in row:
-            speed.append(row)
+    for file in files:
+        rows = read_rows(file, MEASURED)
+        if not rows:
+            raise ValueError(f"{file} has no whole row: expected {MEASURED.expected}")
+        evaluations += [row for row in rows if "kv_share" in row]
+        speed += [row for row in rows if "kv_share" not in row and "failed" not in row]
     measured: Measurements = {}
     if evaluations:
         measured["evaluations"] = evaluations

@@ -9,7 +9,7 @@ from ..zoo.inference.checkpoint import MODEL_TYPE, Checkpoint
 from ..zoo.inference.data import calibration_tokens, hold_out
 from ..zoo.models.model import Model
 from ..zoo.utils.records import CompressionRecord, RefineRecord
-from .export import export
+from .export import check_shard_size, export
 
 
 def original_of(low: Checkpoint) -> str:
@@ -51,6 +51,7 @@ def refine_checkpoint(
     instead. After an interruption the same call continues.
     """
     check_pair(dense, low.model)  # before text is sampled or read
+    check_shard_size(shard_size)
     seq_len = seq_len or min(512, dense.config.max_position_embeddings)
     tokens = calibration_tokens(calibration, dense, low.tokenizer, samples, seq_len, settings.seed)
     tokens, held_out = hold_out(tokens)

@@ -250,6 +250,12 @@ def test_unfinished_work_is_neither_lost_nor_taken_for_another(tmp_path, text, m
     assert "pass --resume to go on, or --force to begin anew" in str(again.exception)
     other = run(*command, *options(text, "--resume", "--keep", "0.5"))
     assert "was left by other work (settings" in str(other.exception)
+    progress = out.with_name("out.partial") / "progress.json"
+    whole = progress.read_text()
+    progress.write_text(whole[:9])
+    damaged = run(*command, *options(text, "--resume"))
+    assert f"{progress} is damaged" in str(damaged.exception)
+    progress.write_text(whole)
     assert run(*command, *options(text, "--stream", "--force")).exit_code == 0
 
 

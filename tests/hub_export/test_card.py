@@ -146,6 +146,9 @@ def test_a_file_without_measurements_is_refused(run, dense, low, tmp_path):
     code, _, error = run("card", low, tmp_path / "x.json")
     assert code == 2
     assert "x.json, line 1: expected what `eigenzoo evaluate --json` printed, or a row" in error
+    (tmp_path / "x.json").write_text('{"model": "low", "kv_sha')  # cut short
+    code, _, error = run("card", low, tmp_path / "x.json")
+    assert (code, "x.json has no whole row: expected what" in error) == (2, True)
     code, _, error = run("card", dense)
     assert code == 2
     assert "was not written by eigenzoo compress" in error

@@ -204,6 +204,10 @@ def no_json(folder):
     (folder / "config.json").write_text("{")
 
 
+def no_object(folder):
+    (folder / "config.json").write_text("[1]")
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -213,7 +217,8 @@ def no_json(folder):
         (drop, "lacks 1 weights, first norm.weight"),
         (unlink, "lacks model.safetensors"),
         (no_words, "has no tokenizer"),
-        (no_json, "config.json is not JSON"),
+        (no_json, "config.json is not a JSON object"),
+        (no_object, "config.json is not a JSON object"),
     ],
 )
 def test_a_damaged_checkpoint_raises_an_error_that_names_the_damage(folder, damage, named):

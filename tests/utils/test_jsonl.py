@@ -57,7 +57,8 @@ def test_a_whole_row_without_its_newline_counts(file):
 
 def test_a_missing_file_has_no_rows_to_resume(tmp_path):
     assert resume(tmp_path / "none.jsonl", BENCH) == []
-    with pytest.raises(ValueError, match=r"none\.jsonl: does not exist; expected a file of a row"):
+    expected = r"none\.jsonl: does not exist; expected a file in which each line is a row that"
+    with pytest.raises(ValueError, match=expected):
         read_rows(tmp_path / "none.jsonl", BENCH)
     with pytest.raises(ValueError, match=f"{tmp_path.name}: Is a directory"):
         read_rows(tmp_path, BENCH)

@@ -168,7 +168,10 @@ def bench(
     if out is not None:
         from ..measure.plots import save_decoding
 
-        out.mkdir(exist_ok=True)
+        try:
+            out.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{out} cannot be made: {error.strerror}") from None
     file = out and out / "bench.jsonl"
     origin: BenchOrigin = {
         "ops": ops,

@@ -102,6 +102,7 @@ SeqLen = Annotated[
     int | None,
     option(
         "--seq-len",
+        min=2,
         help="Tokens in a calibration sequence.",
         default="1024, or what the model can read",
         panel=TEXTS,

@@ -64,6 +64,7 @@ def refine(
         int | None,
         option(
             "--seq-len",
+            min=2,
             help="Tokens in a calibration sequence.",
             default="512, or what the model can read",
             panel=TEXTS,

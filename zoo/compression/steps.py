@@ -40,7 +40,12 @@ def take_steps(
     """
     state, done = folder / PROGRESS, 0
     if state.exists():
-        left = json.loads(state.read_text())
+        try:
+            left = json.loads(state.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{state} is damaged ({error}): delete {folder} to start again"
+            ) from error
         check_same(folder, facts, left["facts"])
         done = left["done"]
     else:

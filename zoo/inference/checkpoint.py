@@ -184,11 +184,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raw = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
         return {k: v for k, v in raw.items() if k != "quantization_config"}
     try:
-        return json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
+        return {**json.loads((path / "config.json").read_text())}
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} has no config.json: expected a model folder") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}/config.json is not JSON: {error}") from error
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}/config.json is not a JSON object: {error}") from error
 
 
 def native_config(raw: dict[str, Any]) -> Config:

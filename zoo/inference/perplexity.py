@@ -52,6 +52,8 @@ def token_losses(
     """
     if window < 2:
         raise ValueError(f"window is {window}: expected at least 2 tokens")
+    if windows < 0:
+        raise ValueError(f"windows is {windows}: expected at least 1, or 0 for all of the text")
     count = len(tokens) // window
     if count == 0:
         raise ValueError(

@@ -99,7 +99,9 @@ def _read(path: Path, form: Format[Row]) -> tuple[list[Row], bytes]:
         whole = path.read_bytes()
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
-        raise ValueError(f"{path}: {reason}; expected a file of {form.expected}") from None
+        raise ValueError(
+            f"{path}: {reason}; expected a file in which each line is {form.expected}"
+        ) from None
     *lines, last = whole.split(b"\n")
     if form.begins(last) and not _is_json(last):
         whole = whole[: len(whole) - len(last)]
