@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 
+from eigenzoo.zoo.cli.values import parse_shared
 from eigenzoo.zoo.compression.choices import LATENTS, REFITS
 from eigenzoo.zoo.compression.keys import KEYS
 from eigenzoo.zoo.compression.methods import METHODS
@@ -116,6 +117,10 @@ def test_unknown_bits_are_refused_before_the_long_work(run, dense_folder, tmp_pa
         assert (code, named in said) == (2, True)
     code, _, said = run("evaluate", dense_folder, "--kv-bits", 0)
     assert (code, "'0' is unknown" in said) == (2, True)
+
+
+def test_heads_per_latent_may_have_spaces():
+    assert parse_shared("all, 1", 4) == parse_shared("all,1", 4) == (4, 1)
 
 
 def test_compress_calibrates_on_a_file_and_measures_on_another(run, dense_folder, tmp_path):

@@ -100,7 +100,7 @@ def parse_shared(text: str, heads: int = 0) -> tuple[int, int] | None:
     """Heads per latent of keys and of values; heads: what `all` stands for, 0 if not known yet."""
     if text == "auto":
         return None
-    parts = text.split(",")
+    parts = [part.strip() for part in text.split(",")]
     numbers = [
         heads if part == "all" else int(part)
         for part in parts
