@@ -1,12 +1,11 @@
 import json
-import os
 import shutil
 import signal
-from dataclasses import dataclass
 
 import pytest
 import tiny
 import torch
+from contestants import Killed, same
 
 from eigenzoo.zoo.compression.keys import KEYS
 from eigenzoo.zoo.compression.settings import Settings
@@ -43,30 +42,6 @@ def native(name, layers=None, context=0):
 
 def cell(context=64, batch=2, slots=64):
     return Cell(context, batch, slots, 3, torch.float32, CPU, compile=False)
-
-
-@dataclass
-class Killed:
-    """A contestant whose process is killed in a round, as if memory ran out."""
-
-    last: int
-    name: str = "killed"
-    weight_bytes: int = 1
-    kv_bytes: int = 1
-
-    def start(self, cell):
-        return self
-
-    def round(self):
-        if self.last == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.last -= 1
-        return [1.0]
-
-
-def same(model):
-    """Install no ops."""
-    return model
 
 
 @pytest.mark.parametrize("name", SHAPES)
