@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import shutil
 import signal
 
@@ -159,6 +160,12 @@ def test_ctrl_c_in_a_terminal_ends_contestants_silently(ctrl_c):
             pytest.fail(f"nobody listens to {answer}")
 
     assert _serve(Pipe(), Building(), cell()) is None
+
+
+def test_a_contestant_ends_without_a_word_if_nobody_listens():
+    ours, theirs = multiprocessing.Pipe()
+    ours.close()
+    assert _serve(theirs, Killed(9), cell()) is None
 
 
 def test_contestants_of_a_shape_are_dense_and_compressed_with_variants_of_both():

@@ -146,7 +146,7 @@ def _serve(pipe: Connection, contestant: Contestant, cell: Cell) -> None:
             reset_peak(cell.device)
             for _ in _orders(pipe):
                 pipe.send((run.round(), peak(cell.device)))
-    except KeyboardInterrupt:  # a terminal sends Ctrl-C to all processes
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, sent to all processes or to the other
         return
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
