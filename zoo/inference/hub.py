@@ -48,7 +48,7 @@ def failure_reason(error: BaseException) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "there is no such repository, or it is private: run `hf auth login` if it is"
     if status == 401 or isinstance(error, LocalTokenNotFoundError):
-        return "the Hub does not accept your token: run `hf auth login`, or set a valid HF_TOKEN"
+        return "you have no token, or an invalid one: run `hf auth login`, or set a valid HF_TOKEN"
     if status == 403:
         return "your token lacks permission: use one that may write to this repository"
     if status in (409, 412):
