@@ -1,9 +1,11 @@
-"""The Triton launchers under Triton's interpreter, compared with the definitions.
+"""The Triton launchers compared with the definitions, under Triton's interpreter or on a GPU.
 
 `test_kernels.py` runs this file: the interpreter needs a process of its own, because Triton reads
-TRITON_INTERPRET at import.
+TRITON_INTERPRET at import. Without that variable, `pytest tests/kernels/interpreted.py` runs the
+kernels on a GPU.
 """
 
+import os
 from itertools import combinations
 
 import pytest
@@ -19,6 +21,8 @@ from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.models import attention
 from eigenzoo.zoo.models.cache import Packed, pack
 
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+torch.set_default_device(DEVICE)
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 200)
 LAUNCH = {
     attention.latent_decode: latent_decode.launch,
@@ -291,7 +295,9 @@ def test_halves_are_added_up_in_fp32(made, dtype):
 )
 def test_a_model_writes_the_same_text_through_the_kernels(family, settings):
     layers = {"n_layers" if family == "mpt" else "num_hidden_layers": 1}
-    model = compress(tiny.native(family, **layers), tiny.tokens(8, 64), settings).model
+    with torch.device("cpu"):
+        model = compress(tiny.native(family, **layers), tiny.tokens(8, 64), settings).model
+    model = model.to(DEVICE)
     prompts = [[5, 9, 33, 7, 120], [8, 41]]
     want = list(Generator(model, 2, 20, compile=False).stream(prompts, 6))
     for layer in model.layers:
