@@ -293,7 +293,7 @@ class Llama(Model):
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Embed tokens (B, T): (B, T, width). Positions enter in attention only."""
-        return self.embed(tokens)
+        return self.embeddings(tokens)
 
     def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> AttentionMetadata:
         """Rotation angles and the mask, for all layers."""
@@ -305,7 +305,7 @@ class Llama(Model):
             return metadata
         center, offset = self.offset(position, pos, anchor)
         metadata = metadata._replace(block_angles=offset)
-        if len(pos) > 1:
+        if not isinstance(mask, DecodeMask):
             return metadata._replace(slot_angles=self.rope(center, new))
         cos, sin = self.rope(new - center[:, ::anchor], new)
         angles = cos * self.rope_scale, sin * self.rope_scale
