@@ -192,24 +192,40 @@ def _merged(kept: Tensor | None, usual: Tensor, new: Tensor, call: Call) -> Tens
     return kept.index_copy_(1, call.pos, new)
 
 
-def one_token_mask(
+def mask_of_call(
     matrix: Tensor | None,
     valid: Tensor | None,
     position: Tensor | None,
+    cache: Cache | None,
     call: Call,
     anchor: int,
 ) -> Mask | None:
-    """The mask of one new token for the decoding ops, or a matrix for what they cannot do.
+    """The mask for the native model; None: it makes one from `valid`.
 
-    That is floats, a mask for each head, and anchored keys whose positions do not follow those of
-    their slots. None: the native model makes it from `valid`.
+    For one token that is the mask of the decoding ops, or a matrix for what these cannot do:
+    floats, a mask for each head, and anchored keys unless positions follow one another as their
+    slots do. (Compiled code cannot look: it takes the last call's word, which the cache keeps.)
     """
-    general = matrix is not None and (matrix.dtype != torch.bool or matrix.size(1) > 1)
-    if anchor > 1 and position is not None and call.checked and not general:
-        seen = causal_matrix(call.pos, call.slots, valid) if matrix is None else matrix
-        shift = position - torch.arange(call.slots, device=position.device)
-        if ((shift != shift[:, call.pos]) & seen[:, 0, 0]).any():
-            return seen
-    if matrix is None or general:
+    follow = True
+    if anchor > 1 and position is not None:
+        follow = getattr(cache, "positions_follow", False)
+        if call.checked:
+            follow = _follow(position, matrix, valid, call)
+        if cache is not None:
+            cache.positions_follow = follow  # type: ignore[attr-defined]
+    if call.new > 1:
+        return matrix
+    if matrix is None:
+        return None if follow else causal_matrix(call.pos, call.slots, valid)
+    if not follow or matrix.dtype != torch.bool or matrix.size(1) > 1:
         return matrix
     return decode_mask(call.pos, matrix[:, 0, 0])
+
+
+def _follow(position: Tensor, matrix: Tensor | None, valid: Tensor | None, call: Call) -> bool:
+    """Whether the slots that the last token sees have successive positions, none above the slot."""
+    last = call.pos[-1:]
+    rows = causal_matrix(last, call.slots, valid) if matrix is None else matrix[:, :, -1:]
+    seen = (rows if rows.dtype == torch.bool else rows > -torch.inf).any(1)[:, 0]
+    shift = position - torch.arange(call.slots, device=position.device)
+    return not (((shift != shift[:, last]) | (shift > 0)) & seen).any()

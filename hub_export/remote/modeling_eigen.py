@@ -22,7 +22,7 @@ from .configuration_eigen import EigenConfig
 from .inputs_eigen import (
     Call,
     check_options,
-    one_token_mask,
+    mask_of_call,
     packed_matrix,
     read_mask,
     slot_positions,
@@ -121,8 +121,8 @@ class EigenPreTrainedModel(PreTrainedModel):
         if attention_mask is None and cache is None:
             mask = packed_matrix(position_ids, call)
         position = slot_positions(position_ids, cache, valid, call, config.learned_positions)
-        if call.new == 1:
-            mask = one_token_mask(mask, valid, position, call, getattr(config, "anchor", 1))
+        how = (mask, valid, position, cache, call, getattr(config, "anchor", 1))
+        mask = mask_of_call(*how)
         native = None if cache is None else LatentCache(cache, call.slots, config)
         # pos None means the last slots, which is faster; that is true for a growing cache
         pos = call.pos if call.fixed else None

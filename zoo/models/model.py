@@ -95,8 +95,8 @@ class Model(nn.Module):
         """Cosines and sines of positions, in families that rotate keys: see `llama.py`."""
         raise NotImplementedError
 
-    def offset(self, position: Tensor, pos: Tensor, anchor: int) -> tuple[Tensor, Any]:
-        """Angles within blocks of slots, in families that rotate keys: see `llama.py`."""
+    def offset(self, position: Tensor, anchor: int) -> tuple[Tensor, Tensor]:
+        """Angles within blocks of positions, in families that rotate keys: see `llama.py`."""
         raise NotImplementedError
 
     def finish(self, x: Tensor) -> Tensor:
