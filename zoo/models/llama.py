@@ -43,9 +43,9 @@ NAMES = {
 class LlamaConfig(Config):
     """Sizes of a Llama, named as in transformers' LlamaConfig, and what its cache keeps.
 
-    anchor: positions in a block; above 1, compressed keys are rotated relative to the center of their
-    block when they are cached. key_mean: lifted keys get the part of their mean that the basis
-    drops. pairs: the numbers of a key latent are complex, each with one rotation frequency.
+    anchor: positions in a block; above 1, compressed keys are rotated relative to the center of
+    their block when they are cached. key_mean: lifted keys get the part of their mean that the
+    basis drops. pairs: the numbers of a key latent are complex, each with one rotation frequency.
     """
 
     family: ClassVar[str] = "llama"
