@@ -136,11 +136,13 @@ def decoded(low: Model, x, prompt: int, valid=None, bits: int = 16):
     return torch.cat([low(x[:, p], p, cache, valid) for p in parts], 1)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("scheme", ["anchored 3", "anchored 16", "rotated"])
-def test_prompts_of_different_lengths_are_answered_as_each_alone(scheme):
+@pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)
+def test_prompts_of_different_lengths_are_answered_as_each_alone(scheme, compiled, backend):
     low = held("llama", scheme)
     prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (1, 12, 20, 5)]
-    batch = Generator(low, 4, 50, compile=False).stream(prompts, 30)
+    batch = Generator(low, 4, 50, compile=compiled).stream(prompts, 30)
     alone = [torch.cat(list(Generator(low, 1, 50, compile=False).stream([p], 30))) for p in prompts]
     assert torch.equal(torch.stack(list(batch), 1), torch.stack(alone))
 
@@ -346,7 +348,9 @@ def test_the_checkpoint_runs_in_transformers_with_every_cache(tmp_path, scheme):
     mask[0, :5] = 0
     for kind in ({}, {"cache_implementation": "static", "disable_compile": True}):
         assert theirs.generate(x, **options, **kind)[0, 20:].tolist() == want
-        assert theirs.generate(padded, attention_mask=mask, **options, **kind)[0, 25:].tolist() == want
+        assert (
+            theirs.generate(padded, attention_mask=mask, **options, **kind)[0, 25:].tolist() == want
+        )
 
 
 def test_frequencies_of_pairs_survive_every_way_of_casting_and_saving(tmp_path, dense):
