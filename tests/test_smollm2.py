@@ -14,8 +14,9 @@ from eigenzoo.zoo.cli.demo import demo_model
 from eigenzoo.zoo.compression.compress import compress, gather
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
-from eigenzoo.zoo.inference.data import calibration_tokens, encode, python_docs
+from eigenzoo.zoo.inference.data import calibration_tokens, encode
 from eigenzoo.zoo.inference.perplexity import perplexity
+from eigenzoo.zoo.inference.texts import python_docs
 from eigenzoo.zoo.models.config import kv_bytes
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2-valid.txt"

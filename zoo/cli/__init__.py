@@ -20,6 +20,7 @@ from . import (
     report,
     sweep,
 )
+from .values import show_log
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,6 +62,7 @@ def root(
 
 def main() -> None:
     """Run the command line. Bad input ends in one line and exit code 2, Ctrl-C in 130."""
+    show_log()
     try:
         with interruptible():
             code = app(standalone_mode=False)

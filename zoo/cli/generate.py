@@ -91,7 +91,7 @@ def generate(
     prompts = prompt or [_stdin()]
     checkpoint = load(source, decoding_dtype(dtype, device), device, revision, trust_remote_code)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    ids = [encode_prompt(tokenizer, p, chat) for p in prompts]
+    ids = [encode_prompt(tokenizer, p, chat, model.config.vocab_size) for p in prompts]
     slots = max(len(i) for i in ids) + max_new_tokens
     prepare(model)
     generator = Generator(model, len(ids), slots, compile, compile_prefill, kv_bits)

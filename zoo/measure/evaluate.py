@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from ..inference.data import python_docs, read_text
 from ..inference.generate import Generator, answer
 from ..inference.perplexity import perplexity
+from ..inference.texts import Text, read_text
 from ..models.config import Config, kv_bytes
 from ..models.model import Model
 from ..utils.provenance import fingerprint
@@ -33,17 +34,18 @@ class Evaluation(NamedTuple):
     window: int = 2048
     windows: int = 0
 
-    def words(self) -> str:
+    def read(self) -> Text:
         """The text. Raises ValueError if it cannot be read."""
-        return python_docs() if self.text is None else read_text(self.text)
+        return read_text(self.text)
 
-    def describe(self) -> EvaluationText:
-        """The same, a file by its last name, with a digest of the text."""
+    def describe(self, tokenizer: PreTrainedTokenizerBase) -> EvaluationText:
+        """The same, a file by its last name, with a digest of the text, chats as a template's."""
+        text = self.read()
         return {
-            "text": "Python's own help" if self.text is None else self.text.name,
+            "text": text.name,
             "window": self.window,
             "windows": self.windows,
-            "digest": fingerprint(self.words()),
+            "digest": fingerprint(text.words(tokenizer)),
         }
 
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 from ..inference.checkpoint import Checkpoint
-from ..inference.data import encode
+from ..inference.data import read_tokens
 from ..inference.perplexity import mean_perplexity, token_losses
+from ..inference.texts import Text
 from ..utils.records import EvaluationResult, PositionRecord, RetrievalRecord
 from . import probe
 from .evaluate import cache_size
@@ -34,13 +35,11 @@ class Probes(NamedTuple):
     bits: int | None = None
 
 
-def measure(
-    source: str, checkpoint: Checkpoint, words: str, text: str, probes: Probes
-) -> EvaluationResult:
+def measure(source: str, checkpoint: Checkpoint, text: Text, probes: Probes) -> EvaluationResult:
     """Measure a checkpoint on a text, and the bytes of its cache.
 
-    source: its name in the result. words: the text; text: its name in the result. Raises
-    ValueError for windows and lengths that do not fit the model or the text.
+    source: its name in the result. Raises ValueError for windows and lengths that do not fit the
+    model or the text.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     longest = model.config.max_position_embeddings
@@ -48,18 +47,18 @@ def measure(
     result: EvaluationResult = {"model": source, **size}
     if probes.perplexity or probes.by_position:
         window = probes.window or min(2048, longest)
-        tokens = encode(tokenizer, words).to(model.device)
+        tokens = read_tokens(tokenizer, text, model.config.vocab_size).to(model.device)
         losses = token_losses(model, tokens, window, probes.windows, probes.bits)
         quality = mean_perplexity(losses)
         result["perplexity"], result["tokens"] = quality.perplexity, quality.tokens
-        result["text"], result["window"] = text, window
+        result["text"], result["window"] = text.name, window
         if probes.by_position:
             buckets = [x._asdict() for x in probe.by_position(losses)]
             result["by_position"] = cast(list[PositionRecord], buckets)
     if probes.retrieval:
         lengths = probes.lengths or [n for n in LENGTHS if n <= longest] or [longest]
         how = probe.DEPTHS, probes.facts, probes.seed, probes.bits
-        rows = probe.retrieval(model, tokenizer, words, lengths, *how)
-        result["text"] = text
+        rows = probe.retrieval(model, tokenizer, text, lengths, *how)
+        result["text"] = text.name
         result["retrieval"] = cast(list[RetrievalRecord], [x._asdict() for x in rows])
     return result

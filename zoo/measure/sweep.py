@@ -17,7 +17,7 @@ from ..compression.record import settings_record
 from ..compression.search import ErrorBudget
 from ..compression.settings import Settings, needs
 from ..inference.checkpoint import Checkpoint
-from ..inference.data import encode
+from ..inference.data import read_tokens
 from ..inference.generate import Generator
 from ..inference.perplexity import perplexity
 from ..models.model import Model
@@ -84,12 +84,14 @@ class Sweep:
                 f"decoding at {decode} slots: expected {DECODE_STEPS} to {longest}, which is what "
                 "the model can read"
             )
-        self.tokens = encode(original.tokenizer, evaluation.words()).to(self.model.device)
+        vocabulary = self.model.config.vocab_size
+        tokens = read_tokens(original.tokenizer, evaluation.read(), vocabulary)
+        self.tokens = tokens.to(self.model.device)
         self.run: SweepRun = {
             "model": original.name,
             "weights": fingerprint(repr(self.model.config), *self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "evaluation": evaluation.describe(),
+            "evaluation": evaluation.describe(original.tokenizer),
         }
         self.origin = {
             "command": command,
