@@ -53,7 +53,7 @@ def ours(original: Checkpoint, tokens: Tensor, text: Tensor, windows: int) -> It
             yield {
                 "cache": name,
                 "keep": keep,
-                "share": kv_bytes(config, torch.bfloat16)["kv_share"],
+                "share": kv_bytes(config)["kv_share"],
                 "perplexity": perplexity(low, text, WINDOW, windows).perplexity,
                 "mean_ranks": [sum(r) / len(r) for r in (config.k_ranks, config.v_ranks)],
                 "bits": {b: (config.k_bits + config.v_bits).count(b) for b in bits},

@@ -62,7 +62,7 @@ def about(
         "base_model": original.name,
         "base_license": original.license,
         **settings_record(settings),
-        "share": kv_bytes(low, torch.bfloat16)["kv_share"],  # as keep counts, for any dtype
+        "share": kv_bytes(low)["kv_share"],
         "calibration": calibrated_on(calibration, tokens) if len(tokens) else None,
         "seed": seed,
         "versions": versions(),

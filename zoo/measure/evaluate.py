@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..inference.generate import Generator, answer
 from ..inference.perplexity import perplexity
 from ..inference.texts import Text, read_text
-from ..models.config import Config, kv_bytes
+from ..models.config import kv_bytes
 from ..models.model import Model
 from ..utils.provenance import fingerprint
 from ..utils.records import EvaluationText, KvBytes, PerplexityRecord
@@ -47,11 +47,6 @@ class Evaluation(NamedTuple):
             "windows": self.windows,
             "digest": fingerprint(text.words(tokenizer)),
         }
-
-
-def cache_size(config: Config, dtype: torch.dtype, bits: int | None = None) -> KvBytes:
-    """`kv_bytes`, which says what the arguments are, as rows have it."""
-    return cast(KvBytes, kv_bytes(config, dtype, bits))
 
 
 def decode_speed(generators: Sequence[Generator], steps: int = 32, rounds: int = 3) -> list[float]:
@@ -93,7 +88,7 @@ def compare(
         name: {
             "perplexity": quality.perplexity,
             "tokens": quality.tokens,
-            **cache_size(model.config, model.dtype),
+            **kv_bytes(model.config),
             "answer": said,
             "cache_bytes": generator.cache.nbytes,
             "decode_tokens_per_second": speed,

@@ -7,9 +7,9 @@ from ..inference.checkpoint import Checkpoint
 from ..inference.data import read_tokens
 from ..inference.perplexity import mean_perplexity, token_losses
 from ..inference.texts import Text
+from ..models.config import kv_bytes
 from ..utils.records import EvaluationResult, PositionRecord, RetrievalRecord
 from . import probe
-from .evaluate import cache_size
 
 LENGTHS = (256, 512, 1024, 2048)  # tokens of a text with a fact in it, unless told
 
@@ -43,8 +43,7 @@ def measure(source: str, checkpoint: Checkpoint, text: Text, probes: Probes) -> 
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     longest = model.config.max_position_embeddings
-    size = cache_size(model.config, model.dtype, probes.bits)
-    result: EvaluationResult = {"model": source, **size}
+    result: EvaluationResult = {"model": source, **kv_bytes(model.config, probes.bits)}
     if probes.perplexity or probes.by_position:
         window = probes.window or min(2048, longest)
         tokens = read_tokens(tokenizer, text, model.config.vocab_size).to(model.device)

@@ -20,6 +20,7 @@ from ..inference.checkpoint import Checkpoint
 from ..inference.data import read_tokens
 from ..inference.generate import Generator
 from ..inference.perplexity import perplexity
+from ..models.config import kv_bytes
 from ..models.model import Model
 from ..utils.interrupt import interruptible
 from ..utils.provenance import device_name, fingerprint, versions
@@ -34,7 +35,7 @@ from ..utils.records import (
 )
 from .calibrator import Calibration, Calibrator, kind, narrow, union
 from .curves import curves
-from .evaluate import Evaluation, cache_size, decode_speed
+from .evaluate import Evaluation, decode_speed
 from .grid import why_invalid
 from .sweep_file import SweepFile
 
@@ -198,7 +199,7 @@ class Sweep:
         return {
             "perplexity": quality.perplexity,
             "tokens": quality.tokens,
-            **cache_size(model.config, model.dtype),
+            **kv_bytes(model.config),
             "k_ranks": model.config.k_ranks,
             "v_ranks": model.config.v_ranks,
             "full_ranks": model.config.full_ranks,
