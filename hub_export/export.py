@@ -113,4 +113,4 @@ def write_about(
     generation.save_pretrained(folder)
     for name, text in code.files().items():
         (folder / name).write_text(text)
-    (folder / "README.md").write_text(card.card(low.config, compression, low.dtype))
+    (folder / "README.md").write_text(card.card(low.config, compression))

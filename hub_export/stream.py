@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..zoo.compression.record import about, measured, texts, windows
+from ..zoo.compression.record import about, measured, texts
 from ..zoo.compression.settings import Settings
 from ..zoo.compression.stream import Stream, check_stream
 from ..zoo.inference.checkpoint import Checkpoint
@@ -63,9 +63,7 @@ def stream_checkpoint(
             "a model that is read layer by layer cannot write its own calibration text: give "
             "--calibration FILE or hub:DATASET"
         )
-    tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
-    longest = model.config.max_position_embeddings
-    words, rows = windows(original.tokenizer, text, held_out, calibration, longest)
+    tokens, test = texts(original, settings, calibration, samples, seq_len, text, seed)
     if work.exists() and not resume:
         shutil.rmtree(work)
     fresh = work / "new"
@@ -75,13 +73,13 @@ def stream_checkpoint(
     def write(layer: int, weights: dict[str, Tensor]) -> None:
         _save(fresh, layer, count, {f"model.layers.{layer}.{k}": x for k, x in weights.items()})
 
-    stream = Stream(files, model, tokens, rows, settings, work, write)
+    stream = Stream(files, model, tokens, test.rows, settings, work, write)
     stream.run(
         {
             "config": fingerprint(json.dumps(original.config)),
             "weights": [[path.name, path.stat().st_size] for path in files.paths],
             "dtype": str(model.dtype),
-            "text": fingerprint(tokens, rows),
+            "text": fingerprint(tokens, test.rows),
             "settings": json.loads(json.dumps(settings._asdict())),
         }
     )
@@ -91,7 +89,7 @@ def stream_checkpoint(
     _index(fresh)
     record: CompressionRecord = {
         **about(original, settings, low.config, calibration, tokens, seed),
-        "evaluation": measured(words, rows, stream.perplexities),
+        "evaluation": measured(test, stream.perplexities),
         "layers": stream.layers,
     }
     write_about(fresh, low, original, record)

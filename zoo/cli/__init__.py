@@ -24,6 +24,7 @@ from . import (
     sweep,
 )
 from .refusal import flush, reader_is_gone, reason, refuse
+from .values import show_log
 
 READER_IS_GONE = 1  # the code with which typer and rich leave
 
@@ -100,6 +101,7 @@ def root(
 
 def main() -> None:
     """Run the command line. Bad input ends in one line and exit code 2, Ctrl-C in 130."""
+    show_log()
     try:
         code = app(standalone_mode=False)
         flush(sys.stdout)  # a full disk, or a pipe that nobody reads, may be noticed only here

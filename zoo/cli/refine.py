@@ -88,7 +88,7 @@ def refine(
     from ...hub_export.export import check_free
     from ...hub_export.refine import original_of, refine_checkpoint, state_file
     from ..compression.refine import RefineSettings
-    from ..inference.data import read_text
+    from ..inference.texts import read_text
 
     settings = RefineSettings(
         *(steps, batch, lr, warmup, weight_decay, clip, every, patience, minutes),

@@ -16,6 +16,7 @@ from ..compression.methods import METHODS
 from .options import (
     BLOCK_HELP,
     DECODING,
+    FILE_HELP,
     REFIT,
     TEXT_HELP,
     TEXTS,
@@ -106,7 +107,7 @@ def sweep(
         Path | None,
         option(
             "--text",
-            help="File to measure perplexity on.",
+            help=f"File to measure perplexity on: {FILE_HELP}",
             default="Python's own help",
             panel=TEXTS,
         ),
@@ -164,7 +165,7 @@ def sweep(
     """
     from tqdm import tqdm
 
-    from ..inference.data import read_text
+    from ..inference.texts import read_text
     from ..measure import tables
     from ..measure.calibrator import Calibration
     from ..measure.evaluate import Evaluation
@@ -175,8 +176,7 @@ def sweep(
 
     if out.exists() and not force:
         read_rows(out, SWEEP)  # fails for any other file before the model is loaded
-    if text is not None:
-        read_text(text)
+    read_text(text)
     original = load(source, dtype, device, revision, trust_remote_code)
     config = original.model.config
     length = config.max_position_embeddings

@@ -134,7 +134,7 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
         "num_key_value_heads": c.num_key_value_heads,
         "head_dim": c.head_dim,
         "dtype": dtype,
-        **kv_bytes(c, getattr(torch, dtype)),
+        **kv_bytes(c),
         "joint_kv": c.joint_kv,
         "k_heads_per_latent": c.k_heads_per_latent,
         "v_heads_per_latent": c.v_heads_per_latent,

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..compression.calibrate import calibrate
 from ..compression.moments import Moments, Needs, Statistics
-from ..inference.data import calibration_tokens, read_text
+from ..inference.data import calibration_tokens
+from ..inference.texts import read_text
 from ..models.model import Model
 from ..utils.provenance import fingerprint
 from ..utils.records import CalibrationText, Seconds
@@ -58,11 +59,15 @@ class Calibration(NamedTuple):
     seq_len: int = 1024
     seed: int = 0
 
-    def describe(self) -> CalibrationText:
-        """The same, a file by name and digest. Raises ValueError if the file cannot be read."""
+    def describe(self, tokenizer: PreTrainedTokenizerBase) -> CalibrationText:
+        """The same, a file by name and a digest of its text, chats as the template has them.
+
+        Raises ValueError if the file cannot be read.
+        """
         name, digest = self.source, None
         if self.source != "self" and not self.source.startswith("hub:"):
-            name, digest = Path(self.source).name, fingerprint(read_text(self.source))
+            text = read_text(self.source)
+            name, digest = text.name, fingerprint(text.words(tokenizer))
         return {
             "source": name,
             "samples": self.samples,
@@ -89,7 +94,7 @@ class Calibrator:
     ):
         """Read the file that the calibration names, if any. Nothing here takes long."""
         self.model, self.tokenizer, self.calibration = model, tokenizer, calibration
-        self.folder, self.about = folder, calibration.describe()
+        self.folder, self.about = folder, calibration.describe(tokenizer)
         self.key = {**(run or {}), **self.about}
         self.seconds: Seconds = {}  # of making the tokens, and the last statistics
 
