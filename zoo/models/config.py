@@ -10,6 +10,8 @@ from torch import Tensor
 from .bits import check_bits
 from .cache import Latent
 
+MOST_LAYERS = 1000  # several times as many as any published model has
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -50,6 +52,10 @@ class Config:
         for f in fields(self):  # JSON has lists, not tuples
             if isinstance(value := getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(value))
+        if self.num_hidden_layers > MOST_LAYERS:  # building them would take minutes, or never end
+            raise ValueError(
+                f"num_hidden_layers is {self.num_hidden_layers}: expected {MOST_LAYERS} at most"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}: expected a multiple of "
