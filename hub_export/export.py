@@ -14,6 +14,7 @@ from torch import Tensor
 from ..zoo.inference.checkpoint import FORMAT, Checkpoint
 from ..zoo.models.model import Model
 from ..zoo.utils.records import CompressionRecord
+from ..zoo.utils.replace import sync, sync_all
 from . import card, code
 from .remote.configuration_eigen import EigenConfig
 
@@ -58,10 +59,15 @@ def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
 
 
 def put(fresh: Path, out: Path, old: Path) -> None:
-    """Rename the folder `fresh` to `out`, and an existing `out` to `old` before."""
+    """Rename the folder `fresh` to `out`, and an existing `out` to `old` before.
+
+    What is in `fresh` is on disk before it gets the name, and the name when this returns.
+    """
+    sync_all(fresh)
     if out.exists():
         out.rename(old)
     fresh.rename(out)
+    sync(out.parent)
 
 
 def export(

@@ -5,19 +5,20 @@ import shutil
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..zoo.compression.record import about, measured, texts, windows
+from ..zoo.compression.record import about, calibrated_on, measured, texts, windows
 from ..zoo.compression.settings import Settings
 from ..zoo.compression.stream import Stream, check_stream
 from ..zoo.inference.checkpoint import Checkpoint
 from ..zoo.inference.weights import LayerFiles
-from ..zoo.utils.provenance import fingerprint
+from ..zoo.utils.provenance import fingerprint, tokenizer_fingerprint, work
 from ..zoo.utils.records import CompressionRecord
+from ..zoo.utils.resume import KeptFiles
 from .export import check_free, put, weights_of, write_about
 
 INDEX = "model.safetensors.index.json"
+NEW = "new"  # the folder in that of unfinished work that becomes the checkpoint
 
 
 def partial_folder(out: Path) -> Path:
@@ -53,7 +54,7 @@ def stream_checkpoint(
     resume: continue from there, with the same arguments, to the same bytes. Raises ValueError also
     if `calibration` is `self`, since a model on disk cannot sample text.
     """
-    model, work = original.model, partial_folder(out)
+    model, left = original.model, partial_folder(out)
     settings = settings.fit(model.config, model.device.type)
     check_stream(settings)
     check_free(out, force)
@@ -66,28 +67,34 @@ def stream_checkpoint(
     tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
     longest = model.config.max_position_embeddings
     words, rows = windows(original.tokenizer, text, held_out, calibration, longest)
-    if work.exists() and not resume:
-        shutil.rmtree(work)
-    fresh = work / "new"
+    if left.exists() and not resume:
+        shutil.rmtree(left)
+    kept, fresh = KeptFiles(left), left / NEW
     fresh.mkdir(parents=True, exist_ok=True)
     count = model.config.num_hidden_layers + 1
 
     def write(layer: int, weights: dict[str, Tensor]) -> None:
-        _save(fresh, layer, count, {f"model.layers.{layer}.{k}": x for k, x in weights.items()})
+        _save(kept, layer, count, {f"model.layers.{layer}.{k}": x for k, x in weights.items()})
 
-    stream = Stream(files, model, tokens, rows, settings, work, write)
+    stream = Stream(files, model, tokens, rows, settings, kept, write)
     stream.run(
-        {
-            "config": fingerprint(json.dumps(original.config)),
-            "weights": [[path.name, path.stat().st_size] for path in files.paths],
-            "dtype": str(model.dtype),
-            "text": fingerprint(tokens, rows),
-            "settings": json.loads(json.dumps(settings._asdict())),
-        }
+        work(
+            model.device,
+            **settings._asdict(),
+            **calibrated_on(calibration, tokens),
+            seed=seed,
+            text=words,
+            window=rows.size(1),
+            dtype=str(model.dtype).removeprefix("torch."),
+            weights=fingerprint(*files.paths),
+            config=fingerprint(json.dumps(original.config)),
+            tokenizer=tokenizer_fingerprint(original.tokenizer),
+            texts=fingerprint(tokens, rows),
+        )
     )
     low = stream.low
     outside = {k: x for k, x in weights_of(low).items() if not k.startswith("model.layers.")}
-    _save(fresh, count - 1, count, outside)
+    _save(kept, count - 1, count, outside)
     _index(fresh)
     record: CompressionRecord = {
         **about(original, settings, low.config, calibration, tokens, seed),
@@ -95,14 +102,13 @@ def stream_checkpoint(
         "layers": stream.layers,
     }
     write_about(fresh, low, original, record)
-    put(fresh, out, work / "old")
-    shutil.rmtree(work)
+    put(fresh, out, left / "old")
+    shutil.rmtree(left)
     return record
 
 
-def _save(folder: Path, number: int, count: int, weights: dict[str, Tensor]) -> None:
-    name = f"model-{number + 1:05}-of-{count:05}.safetensors"
-    save_file({k: x.contiguous() for k, x in weights.items()}, folder / name, {"format": "pt"})
+def _save(kept: KeptFiles, number: int, count: int, weights: dict[str, Tensor]) -> None:
+    kept.write(f"{NEW}/model-{number + 1:05}-of-{count:05}", weights, {"format": "pt"})
 
 
 def _index(folder: Path) -> None:
