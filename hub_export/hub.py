@@ -16,7 +16,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..zoo.inference.checkpoint import native_config, read_config
 from ..zoo.inference.hub import FAILURES, failure_reason, parse_hub_id
-from .export import check_free, put
+from ..zoo.utils.output import claimed, put, writing
 
 STALE = [
     "*.safetensors",
@@ -140,23 +140,24 @@ def push(
 def pull(source: str, out: Path, revision: str | None = None, force: bool = False) -> str:
     """Fetch a repository into the folder `out`; returns the commit.
 
-    If the connection breaks, what was downloaded stays beside `out` in a hidden folder, from which
-    the same call resumes; `out` itself is complete or not there. Raises ValueError if `out` is
-    taken, or the Hub does not answer.
+    If the connection breaks, what was downloaded stays beside `out` in the hidden folder
+    `.OUT.pull`, from which the same call resumes; `out` itself is complete or not there. Raises
+    ValueError if `out` is taken, or the Hub does not answer.
     """
     repo_id, revision = parse_hub_id(source, revision)
-    check_free(out, force)
-    doing = f"{source} cannot be fetched"
-    try:
-        commit: Any = HfApi().model_info(repo_id, revision=revision).sha
-        part = out.with_name(f".{out.name}-{commit[:12]}.part")
-        doing = f"{source} has not come whole, and the same command goes on from there"
-        snapshot_download(repo_id, revision=commit, local_dir=part)
-    except FAILURES as error:
-        raise ValueError(f"{doing}: {failure_reason(error)}") from error
-    shutil.rmtree(part / ".cache", ignore_errors=True)
-    (part / ".gitattributes").unlink(missing_ok=True)
-    old = part.with_suffix(".old")
-    put(part, out, old)
-    shutil.rmtree(old, ignore_errors=True)
+    with claimed(out, force) as place:
+        doing, work = f"{source} cannot be fetched", place.with_name(f".{place.name}.pull")
+        try:
+            commit: Any = HfApi().model_info(repo_id, revision=revision).sha
+            for other in {*work.glob("*")} - {work / commit}:  # of a revision before
+                shutil.rmtree(other)
+            doing = f"{source} has not come whole, and the same command goes on from there"
+            snapshot_download(repo_id, revision=commit, local_dir=work / commit)
+        except FAILURES as error:
+            raise ValueError(f"{doing}: {failure_reason(error)}") from error
+        with writing(out):
+            shutil.rmtree(work / commit / ".cache", ignore_errors=True)
+            (work / commit / ".gitattributes").unlink(missing_ok=True)
+            put(work / commit, place)
+            shutil.rmtree(work)
     return commit

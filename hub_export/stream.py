@@ -1,21 +1,25 @@
 """From a checkpoint to a compressed checkpoint on disk; neither needs to fit into memory."""
 
 import json
-import shutil
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
 from ..zoo.compression.record import about, calibrated_on, measured, texts, windows
 from ..zoo.compression.settings import Settings
+from ..zoo.compression.steps import PROGRESS
 from ..zoo.compression.stream import Stream, check_stream
 from ..zoo.inference.checkpoint import Checkpoint
 from ..zoo.inference.weights import LayerFiles
+from ..zoo.utils.output import check_disk, claimed, discard, put, scratch, writing
 from ..zoo.utils.provenance import fingerprint, tokenizer_fingerprint, work
 from ..zoo.utils.records import CompressionRecord
 from ..zoo.utils.resume import KeptFiles
-from .export import check_free, put, weights_of, write_about
+from .export import bytes_of, rehearse, weights_of, write_about
 
 INDEX = "model.safetensors.index.json"
 NEW = "new"  # the folder in that of unfinished work that becomes the checkpoint
@@ -23,16 +27,33 @@ NEW = "new"  # the folder in that of unfinished work that becomes the checkpoint
 
 def partial_folder(out: Path) -> Path:
     """The folder of unfinished work towards `out`."""
-    return out.with_name(f"{out.name}.partial")
+    place = Path(os.path.realpath(out))
+    return place.with_name(f"{place.name}.partial")
 
 
 def check_partial(out: Path, resume: bool, force: bool) -> None:
     """Raise ValueError if there is unfinished work that may be neither resumed nor deleted."""
     left = partial_folder(out)
-    if left.exists() and not (resume or force):
+    if not os.path.lexists(left) or _is_over(left):
+        return
+    if left.is_symlink() or not (left / NEW).is_dir():
+        raise ValueError(f"{left} is no unfinished work of eigenzoo: move it out of the way")
+    if not (resume or force):
         raise ValueError(
             f"{left} holds unfinished work: pass --resume to go on, or --force to begin anew"
         )
+
+
+def discard_partial(place: Path) -> None:
+    """Delete unfinished work towards the folder `place`, which is claimed, if there is any."""
+    if partial_folder(place).exists():
+        discard(partial_folder(place), place)
+
+
+def _is_over(left: Path) -> bool:
+    """Whether the work was not begun, or what it made is in its place already."""
+    begun = (left / NEW).exists()
+    return left.is_dir() and not begun and ((left / PROGRESS).exists() or not any(left.iterdir()))
 
 
 def stream_checkpoint(
@@ -54,57 +75,81 @@ def stream_checkpoint(
     resume: continue from there, with the same arguments, to the same bytes. Raises ValueError also
     if `calibration` is `self`, since a model on disk cannot sample text.
     """
-    model, left = original.model, partial_folder(out)
-    settings = settings.fit(model.config, model.device.type)
+    settings = settings.fit(original.model.config, original.model.device.type)
     check_stream(settings)
-    check_free(out, force)
-    check_partial(out, resume, force)
     if calibration == "self":
         raise ValueError(
             "a model that is read layer by layer cannot write its own calibration text: give "
             "--calibration FILE or hub:DATASET"
         )
-    tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
-    longest = model.config.max_position_embeddings
-    words, rows = windows(original.tokenizer, text, held_out, calibration, longest)
-    if left.exists() and not resume:
-        shutil.rmtree(left)
-    kept, fresh = KeptFiles(left), left / NEW
-    fresh.mkdir(parents=True, exist_ok=True)
+    with claimed(out, force) as place:
+        left = partial_folder(place)
+        check_partial(place, resume, force)
+        if not resume or _is_over(left):
+            discard_partial(place)
+        written = sum(x.stat().st_size for x in left.rglob("*.safetensors"))
+        check_disk(out, bytes_of(original.model) - written)
+        with writing(out), scratch(place) as folder:
+            rehearse(folder, original, settings)
+        tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
+        longest = original.model.config.max_position_embeddings
+        words, rows = windows(original.tokenizer, text, held_out, calibration, longest)
+        told = {**calibrated_on(calibration, tokens), "text": words, "seed": seed}
+        fresh = left / NEW
+        try:
+            with writing(left, "; what is done is kept there, and --resume goes on from it"):
+                fresh.mkdir(parents=True, exist_ok=True)
+                stream = _stream(original, files, settings, tokens, rows, KeptFiles(left), told)
+                record: CompressionRecord = {
+                    **about(original, settings, stream.low.config, calibration, tokens, seed),
+                    "evaluation": measured(words, rows, stream.perplexities),
+                    "layers": stream.layers,
+                }
+                write_about(fresh, stream.low, original, record)
+                put(fresh, place)
+        except BaseException:
+            if not (left / PROGRESS).exists():
+                discard_partial(place)
+            raise
+        discard_partial(place)
+    return record
+
+
+def _stream(
+    original: Checkpoint,
+    files: LayerFiles,
+    settings: Settings,
+    tokens: Tensor,
+    rows: Tensor,
+    kept: KeptFiles,
+    told: Mapping[str, Any],
+) -> Stream:
+    """Compress, with all weights in the folder `NEW` of `kept` at the end.
+
+    told: what the record says of the texts. Other arguments as of `Stream`.
+    """
+    model = original.model
     count = model.config.num_hidden_layers + 1
 
     def write(layer: int, weights: dict[str, Tensor]) -> None:
         _save(kept, layer, count, {f"model.layers.{layer}.{k}": x for k, x in weights.items()})
 
-    stream = Stream(files, model, tokens, rows, settings, kept, write)
-    stream.run(
-        work(
-            model.device,
-            **settings._asdict(),
-            **calibrated_on(calibration, tokens),
-            seed=seed,
-            text=words,
-            window=rows.size(1),
-            dtype=str(model.dtype).removeprefix("torch."),
-            weights=fingerprint(*files.paths),
-            config=fingerprint(json.dumps(original.config)),
-            tokenizer=tokenizer_fingerprint(original.tokenizer),
-            texts=fingerprint(tokens, rows),
-        )
+    facts = work(
+        model.device,
+        **settings._asdict(),
+        **told,
+        dtype=str(model.dtype).removeprefix("torch."),
+        weights=fingerprint(*files.paths),
+        config=fingerprint(json.dumps(original.config)),
+        tokenizer=tokenizer_fingerprint(original.tokenizer),
+        texts=fingerprint(tokens, rows),
     )
-    low = stream.low
-    outside = {k: x for k, x in weights_of(low).items() if not k.startswith("model.layers.")}
-    _save(kept, count - 1, count, outside)
-    _index(fresh)
-    record: CompressionRecord = {
-        **about(original, settings, low.config, calibration, tokens, seed),
-        "evaluation": measured(words, rows, stream.perplexities),
-        "layers": stream.layers,
-    }
-    write_about(fresh, low, original, record)
-    put(fresh, out, left / "old")
-    shutil.rmtree(left)
-    return record
+    stream = Stream(files, model, tokens, rows, settings, kept, write)
+    stream.run(facts)
+    names = weights_of(stream.low)
+    _save(kept, count - 1, count, {k: x for k, x in names.items() if "model.layers." not in k})
+    _index(kept.folder / NEW)
+    return stream
 
 
 def _save(kept: KeptFiles, number: int, count: int, weights: dict[str, Tensor]) -> None:

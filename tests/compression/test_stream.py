@@ -137,8 +137,7 @@ def test_work_that_dies_at_any_write_resumes_to_the_same_bytes(tmp_path, text, m
                 raise KilledError
             save_file(tensors, path, *rest)
 
-        monkeypatch.setattr(stream, "save_file", dies)
-        monkeypatch.setattr("eigenzoo.hub_export.stream.save_file", dies)
+        monkeypatch.setattr("eigenzoo.zoo.utils.resume.save_file", dies)
         first = run("compress", tmp_path / "model", out, *options(text, *words))
         if first.exit_code == 0:
             break
@@ -249,7 +248,9 @@ def test_unfinished_work_is_neither_lost_nor_taken_for_another(tmp_path, text, m
     again = run(*command, *options(text, "--stream"))
     assert "pass --resume to go on, or --force to begin anew" in str(again.exception)
     other = run(*command, *options(text, "--resume", "--keep", "0.5"))
-    assert "was left by other work (settings" in str(other.exception)
+    assert "was left by other work (keep 0.6, given 0.5): repeat its command" in str(
+        other.exception
+    )
     progress = out.with_name("out.partial") / "progress.json"
     whole = progress.read_text()
     progress.write_text(whole[:9])
@@ -291,11 +292,12 @@ def test_a_finished_folder_is_not_replaced_unless_forced(tmp_path, text):
 def test_a_disk_that_is_too_small_is_noticed_first(tmp_path, text, monkeypatch):
     tiny.save(tmp_path / "model")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: usage._replace(free=600_000))
     with pytest.raises(ValueError, match="fewer --samples, or --method attention"):
         stream_checkpoint(
             *open_layers(str(tmp_path / "model")), tmp_path / "out", Settings(), str(text), 5, 48
         )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
 
 
 def test_weights_that_do_not_fit_into_free_memory_are_streamed_unasked(tmp_path, text, monkeypatch):

@@ -32,10 +32,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_all(folder: Path) -> None:
-    """Wait until all files and folders in a folder are on disk."""
-    for path in (*folder.rglob("*"), folder):
-        if path.is_dir() or (path.is_file() and not path.is_symlink()):
-            sync(path)
