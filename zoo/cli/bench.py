@@ -140,7 +140,7 @@ def bench(
     from ..measure import tables
     from ..measure.bench_grid import BenchGrid, bench_cells, rows_left
     from ..measure.contestants import from_checkpoints, from_shape
-    from ..utils.provenance import device_name, versions
+    from ..utils.provenance import code, device_name, versions
 
     grid = BenchGrid(context or [2048], batch or [1], buffer, steps, rounds)
     grid.check()
@@ -180,8 +180,11 @@ def bench(
         "command": command_line(),
         "processor": device_name(place),
         "versions": versions(),
+        "code": code(),
     }
-    rows = rows_left(file, origin["command"])
+    if out is not None:
+        origin["contestants"] = contestants.content()
+    rows = rows_left(file, origin, [contestant.name for contestant in contestants.all])
     if compile:
         say("compiling before each first step: a minute or two for many layers")
     cells = grid.cells(kind or contestants.dtype, place, compile)

@@ -23,7 +23,7 @@ from ..inference.perplexity import perplexity
 from ..models.config import kv_bytes
 from ..models.model import Model
 from ..utils.interrupt import interruptible
-from ..utils.provenance import device_name, fingerprint, versions
+from ..utils.provenance import code, device_name, fingerprint, tokenizer_fingerprint, versions, work
 from ..utils.records import (
     CompressedResult,
     DecodeRecord,
@@ -87,27 +87,37 @@ class Sweep:
             )
         vocabulary = self.model.config.vocab_size
         tokens = read_tokens(original.tokenizer, evaluation.read(), vocabulary)
-        self.tokens = tokens.to(self.model.device)
-        self.run: SweepRun = {
+        device = self.model.device
+        self.tokens = tokens.to(device)
+        run: SweepRun = {
             "model": original.name,
-            "weights": fingerprint(repr(self.model.config), *self.model.parameters()),
+            "weights": fingerprint(repr(self.model.config), *self.model.state_dict().values()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "evaluation": evaluation.describe(original.tokenizer),
         }
+        tokenizer = tokenizer_fingerprint(original.tokenizer)
         self.origin = {
+            "versions": versions(),
+            **run,
+            "tokenizer": tokenizer,
+            "code": code(),
+            "place": device.type,
+        }
+        self.made = {
             "command": command,
-            "device": device_name(self.model.device),
+            "device": device_name(device),
             "date": date.today().isoformat(),
         }
-        same = {name: self.run[name] for name in ("model", "weights", "dtype")}
+        facts = work(device, **run, tokenizer=tokenizer)
+        on_text = {name: facts[name] for name in facts.keys() - {"evaluation"}}
         folder = path.with_suffix(".statistics")
         kept = folder if save_statistics else None
         self.sources = [
-            Calibrator(self.model, original.tokenizer, c, kept, same) for c in calibrations
+            Calibrator(self.model, original.tokenizer, c, kept, on_text) for c in calibrations
         ]
         if force:
             rmtree(folder, ignore_errors=True)
-        self.file = SweepFile(path, self.run, decode, force)
+        self.file = SweepFile(path, facts, decode, force)
 
     def rows(self, settings: Sequence[Settings]) -> Iterator[SweepRow]:
         """The rows of the dense model and of all settings on every calibration, as they are made.
@@ -154,7 +164,7 @@ class Sweep:
         if row := self.file.row(settings, calibration):
             return row
         cell = {"settings": settings, "calibration": calibration}
-        made = {"versions": versions(), **self.run, **cell, **self.origin, **job.run()}
+        made = {**self.origin, **cell, **self.made, **job.run()}
         return self.file.add(cast(SweepRow, made))
 
     def _compress(
