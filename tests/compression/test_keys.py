@@ -346,7 +346,9 @@ def test_the_checkpoint_runs_in_transformers_with_every_cache(tmp_path, scheme):
     mask[0, :5] = 0
     for kind in ({}, {"cache_implementation": "static", "disable_compile": True}):
         assert theirs.generate(x, **options, **kind)[0, 20:].tolist() == want
-        assert theirs.generate(padded, attention_mask=mask, **options, **kind)[0, 25:].tolist() == want
+        assert (
+            theirs.generate(padded, attention_mask=mask, **options, **kind)[0, 25:].tolist() == want
+        )
 
 
 def test_frequencies_of_pairs_survive_every_way_of_casting_and_saving(tmp_path, dense):
