@@ -154,7 +154,9 @@ class Attention(LatentAttention):
         self.anchor = config.anchor
         self.k_down = parameter(k.heads, shared[0] * d, k.width) if anchored else None
         self.k_mean = parameter(config.num_key_value_heads, 1, d) if mean else None
-        pairs = torch.zeros(k.heads, k.width // 2, dtype=torch.long) if paired else None
+        # on the device of the weights: if that is meta, zeros on a CPU would pass for loaded ones
+        shape, device = (k.heads, k.width // 2), self.k_proj.weight.device
+        pairs = torch.zeros(shape, dtype=torch.long, device=device) if paired else None
         self.register_buffer("k_pairs", pairs)
         self.v_up = parameter(v.heads, v.width, shared[1] * d) if v_up else None
 
