@@ -136,11 +136,13 @@ def decoded(low: Model, x, prompt: int, valid=None, bits: int = 16):
     return torch.cat([low(x[:, p], p, cache, valid) for p in parts], 1)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("scheme", ["anchored 3", "anchored 16", "rotated"])
-def test_prompts_of_different_lengths_are_answered_as_each_alone(scheme):
+@pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)
+def test_prompts_of_different_lengths_are_answered_as_each_alone(scheme, compiled, backend):
     low = held("llama", scheme)
     prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (1, 12, 20, 5)]
-    batch = Generator(low, 4, 50, compile=False).stream(prompts, 30)
+    batch = Generator(low, 4, 50, compile=compiled).stream(prompts, 30)
     alone = [torch.cat(list(Generator(low, 1, 50, compile=False).stream([p], 30))) for p in prompts]
     assert torch.equal(torch.stack(list(batch), 1), torch.stack(alone))
 
