@@ -72,7 +72,7 @@ def _own_refits() -> str:
 
 MORE = "repeat for more."
 KEYS_HELP = "What the cache holds of keys:"
-BLOCK_HELP = "With anchored keys: slots in a block."
+BLOCK_HELP = "With anchored keys: positions in a block."
 LATENT_HELP = "Whether keys and values share a latent:"
 BITS_HELP = "Bits of a number in the cache; 16 stands for the model's dtype."
 DTYPE_HELP = "Dtype of the model; auto is that of the checkpoint. float16 is slow on a CPU."
