@@ -21,6 +21,7 @@ from .files import read_json
 from .gguf import gguf_config, gguf_tensors
 from .gguf_file import first_part, model_name, open_gguf
 from .hub import FAILURES, card_license, failure_reason, parse_hub_id
+from .quantized import dequantizer, quantization, read_by_transformers, unquantized
 from .tokenizer import read_tokenizer
 from .weights import LayerFiles, build, read_folder
 
@@ -40,7 +41,7 @@ class Checkpoint(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     """Of transformers."""
     config: dict[str, Any]
-    """config.json as it was read."""
+    """config.json as it was read, without the quantization of its weights."""
     generation: GenerationConfig
     """Of transformers, with the tokens that end a text."""
     name: str
@@ -59,7 +60,8 @@ def load(
     """Load a dense or a compressed checkpoint for inference.
 
     - source: a folder, a GGUF file or a Hub id, org/name or org/name@revision.
-    - dtype: None keeps that of the checkpoint, float32 for a GGUF file.
+    - dtype: None keeps that of the checkpoint, float32 for a GGUF file; for quantized weights, that
+      of config.json or bfloat16.
     - device: where the weights go.
     - revision: branch, tag or commit of a Hub id.
     - trust_remote_code: let the tokenizer run code that comes with the checkpoint.
@@ -70,7 +72,13 @@ def load(
     path = locate(source, revision)
     raw = read_config(path)
     config = native_config(raw)  # raises for unsupported models before weights are read
-    tensors = gguf_tensors(open_gguf(path), raw) if path.suffix == ".gguf" else read_folder(path)
+    if path.suffix == ".gguf":
+        tensors = gguf_tensors(open_gguf(path), raw)
+    elif plain := dequantizer(quantization(raw)):
+        tensors = plain(read_folder(path))
+    else:
+        tensors = read_by_transformers(path, raw)
+    dtype = dtype or _dequantized_dtype(raw)
     model = build(config, tensors, dtype, device, native=raw["model_type"] == MODEL_TYPE)
     return _checkpoint(source, path, raw, model, trust_remote_code)
 
@@ -89,8 +97,16 @@ def open_layers(
     """
     path = locate(source, revision)
     raw = read_config(path)
-    files = LayerFiles(path, native_config(raw), dtype, device)
+    config, plain = native_config(raw), dequantizer(quantization(raw))
+    if plain is None:
+        raise ValueError(f"{source} is quantized so that it is read whole: omit --stream")
+    files = LayerFiles(path, config, dtype or _dequantized_dtype(raw), device, plain)
     return _checkpoint(source, path, raw, files.model(), trust_remote_code), files
+
+
+def _dequantized_dtype(raw: dict[str, Any]) -> torch.dtype | None:
+    """The dtype of weights that were quantized; None if they were not, and have their own."""
+    return (config_dtype(raw) or torch.bfloat16) if quantization(raw) else None
 
 
 def _checkpoint(
@@ -104,7 +120,8 @@ def _checkpoint(
     tokenizer = read_tokenizer(folder, trust_remote_code, **gguf, **like)
     local = model_name(path) if gguf else path.name  # cards show it, so not the user's whole path
     name = local if Path(source).expanduser().exists() else parse_hub_id(source)[0]
-    return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name, card_license(folder))
+    generation, license = _generation(folder, raw), card_license(folder)
+    return Checkpoint(model, tokenizer, unquantized(raw), generation, name, license)
 
 
 def stop_tokens(checkpoint: Checkpoint) -> list[int]:
@@ -215,11 +232,8 @@ def native_config(raw: dict[str, Any]) -> Config:
         if missing:
             raise ValueError(f"config.json lacks {', '.join(sorted(missing))}: export it again")
         return config(**{name: raw[name] for name in names & raw.keys()})
-    if raw.get("quantization_config"):
-        raise ValueError(
-            "config.json has a quantization_config: expected weights that are not quantized; "
-            "dequantize the checkpoint first"
-        )
+    quantization(raw)
+    raw = unquantized(raw)
     known = CONFIG_MAPPING[family]
     try:
         if config.foreign:

@@ -18,6 +18,7 @@ from .files import read_json, readable
 
 EMBED = "embed.weight"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Tensors = Iterator[tuple[str, Tensor]]
 STORED = dict(zip(("F32", "BF16", "F16", "F64"), FLOATS, strict=True))  # names in safetensors
 
 
@@ -208,14 +209,19 @@ class LayerFiles:
         config: Config,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        plain: Callable[[Tensors], Tensors] = iter,
     ):
-        """Read only names and shapes. folder: of the checkpoint; the rest as in `build`."""
+        """Read only names and shapes.
+
+        folder: of the checkpoint. plain: makes tensors as they are stored floating-point. The rest
+        as in `build`.
+        """
         if not list(folder.glob("*.safetensors*")):
             raise ValueError(
                 f"{folder} has no safetensors, which reading layer by layer needs: convert the "
                 "checkpoint, or omit --stream"
             )
-        self.config, self.device = config, device
+        self.config, self.device, self.plain = config, device, plain
         self.paths = _shards(folder, "model.safetensors")
         # names of tensors by layer ("" for those outside layers) and file
         self.keys: dict[str, dict[Path, list[str]]] = {}
@@ -263,7 +269,7 @@ class LayerFiles:
                         yield key, file.get_tensor(key)
 
         parts, expected = self.config.weights, self.expected[layer]
-        return _weights(expected, parts, tensors(), self.dtype, self.device)
+        return _weights(expected, parts, self.plain(tensors()), self.dtype, self.device)
 
 
 def _layer_of(name: str) -> str:
