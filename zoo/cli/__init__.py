@@ -20,6 +20,7 @@ from . import (
     report,
     sweep,
 )
+from .options import Command
 from .values import show_log
 
 app = typer.Typer(
@@ -41,7 +42,7 @@ for command in (
     pull.pull,
     demo.demo,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _version(asked: bool) -> None:

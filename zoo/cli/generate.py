@@ -139,6 +139,16 @@ def _summary(x: Mapping[str, Any]) -> str:
 
 
 def _stdin() -> str:
-    if sys.stdin.isatty():
+    """The prompt on standard input, in UTF-8, as it is: only a last line end is no part of it."""
+    if sys.stdin is None or sys.stdin.isatty():
         raise ValueError("no prompt: give --prompt TEXT, or text on standard input")
-    return sys.stdin.read()
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"standard input is not text in UTF-8: byte {error.start} is "
+            f"{error.object[error.start]:#04x}"
+        ) from None
+    if not text.strip():
+        raise ValueError("standard input is empty: expected a prompt")
+    return text.removesuffix("\n").removesuffix("\r")

@@ -17,6 +17,7 @@ from .options import (
     BLOCK_HELP,
     DECODING,
     FILE_HELP,
+    KEEP_HELP,
     REFIT,
     TEXT_HELP,
     TEXTS,
@@ -55,7 +56,7 @@ def sweep(
     ],
     keep: Annotated[
         list[float] | None,
-        _values("--keep", "Share of the KV bytes to keep, 0 to 1.", "0.8, 0.6", "float"),
+        _values("--keep", KEEP_HELP, "0.8, 0.6", "float"),
     ] = None,
     method: Annotated[
         list[str] | None, _names("--method", [*METHODS], "As in compress.", "fisher")
