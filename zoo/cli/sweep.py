@@ -173,6 +173,7 @@ def sweep(
     from ..measure.grid import distinct, grid
     from ..measure.sweep import Sweep
     from ..measure.sweep_table import line, sections
+    from ..utils.escape import printable
     from ..utils.jsonl import SWEEP, read_rows
 
     if out.exists() and not force:
@@ -214,7 +215,7 @@ def sweep(
     rows, total = [], 1 + len(settings) * len(calibrations)
     for number, row in enumerate(work.rows(settings), start=1):
         rows.append(row)
-        tqdm.write(f"[{number}/{total}] {line(row)}", file=sys.stderr)
+        tqdm.write(f"[{number}/{total}] {printable(line(row))}", file=sys.stderr)
     if as_json:
         print(json.dumps(rows))
         return
