@@ -4,11 +4,13 @@ A choice is made from the table that the library chooses from, by `choice`. Help
 under titles, such as `TEXTS`.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..compression.choices import LATENTS, REFITS, listed
 from ..compression.keys import BLOCK, KEYS
@@ -29,6 +31,20 @@ WEIGHTS = {
 TEXTS = "Texts"
 DECODING = "Decoding"
 MODEL = "Model"
+
+
+class Command(TyperCommand):
+    """A command whose numbers must be finite: Python reads nan, inf and 1e999 as numbers."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Raises BadParameter, which names the option."""
+        for param in self.params:
+            given = ctx.params.get(param.name)
+            for x in given if isinstance(given, (list, tuple)) else (given,):
+                if isinstance(x, float) and not math.isfinite(x):
+                    names = ", ".join(param.opts)
+                    raise typer.BadParameter(f"{x} is no finite number", param_hint=f"'{names}'")
+        return super().invoke(ctx)
 
 
 def option(
@@ -91,7 +107,8 @@ TEXT_HELP += FILE_HELP
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
 Method = Annotated[str, choice("--method", METHODS, "How to find bases and ranks:")]
-Keep = Annotated[float, option("--keep", help="Share of the KV bytes to keep, 0 to 1.")]
+KEEP_HELP = "Share of the KV bytes to keep, 0 to 1, of an uncompressed cache of 16 bits a number."
+Keep = Annotated[float, option("--keep", help=KEEP_HELP)]
 Keys = Annotated[str, choice("--keys", KEYS, KEYS_HELP)]
 AnchorBlock = Annotated[
     int | None,
@@ -148,6 +165,6 @@ Trust = Annotated[
     ),
 ]
 ShardSize = Annotated[str, option("--shard-size", help="Largest size of a weight file.")]
-Seed = Annotated[int, option("--seed", help="Seed of all random numbers.")]
+Seed = Annotated[int, option("--seed", help="Seed of all random numbers.", min=0, max=2**63 - 1)]
 AsJson = Annotated[bool, option("--json", help="Print one JSON object and nothing else.")]
 Force = Annotated[bool, option("--force", help="Replace the output if it exists.")]
