@@ -227,7 +227,7 @@ def test_an_output_that_would_replace_what_is_read_is_refused(tmp_path):
     cases = overlapping(tmp_path)
     before = names(tmp_path)
     for out, given in cases:
-        with pytest.raises(ValueError, match="would be written over .*, which is read, or into it"):
+        with pytest.raises(ValueError, match="would be written over"):
             output.check_folder(out, True, [None, "org/name", "n" * 5000, str(given)])
     assert names(tmp_path) == before
 
