@@ -19,7 +19,7 @@ from .jsonl import Format, read_rows
 from .lock import locked
 
 ROOM = 32  # names beside an output are at most so many bytes longer than its own
-FOLDERS = {"figures", "__pycache__"}  # what a checkpoint may hold beside files
+FOLDERS = {"figures", "additional_chat_templates", "__pycache__"}  # that a checkpoint may hold
 
 
 @contextmanager
