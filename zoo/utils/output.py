@@ -8,6 +8,7 @@ puts back or clears what a kill has left there.
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,10 +178,13 @@ def _place(out: Path) -> Path:
     place = Path(os.path.realpath(out))
     if not place.name:
         raise ValueError(f"{out} is the root of all files: choose a folder in it")
-    if not os.path.isdir(place.parent):
-        there = os.path.exists(place.parent)
-        what = "is no folder: choose one" if there else "does not exist: make it"
-        raise ValueError(f"{out.parent} {what}, or choose another output")
+    try:
+        if not stat.S_ISDIR(os.stat(place.parent).st_mode):
+            raise ValueError(f"{out.parent} is no folder: choose another output")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{out.parent} does not exist: make it, or choose another output"
+        ) from None
     most = os.pathconf(place.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     if len(os.fsencode(place.name)) > most - ROOM:
         raise ValueError(
