@@ -16,6 +16,7 @@ from ..compression.methods import METHODS
 from .options import (
     BLOCK_HELP,
     DECODING,
+    FILE_HELP,
     REFIT,
     TEXT_HELP,
     TEXTS,
@@ -107,7 +108,7 @@ def sweep(
         Path | None,
         option(
             "--text",
-            help="File to measure perplexity on.",
+            help=f"File to measure perplexity on: {FILE_HELP}",
             default="Python's own help",
             panel=TEXTS,
         ),
@@ -165,7 +166,7 @@ def sweep(
     """
     from tqdm import tqdm
 
-    from ..inference.data import read_text
+    from ..inference.texts import read_text
     from ..measure import tables
     from ..measure.calibrator import Calibration, check_kept
     from ..measure.evaluate import Evaluation
@@ -177,8 +178,7 @@ def sweep(
 
     check_kept(out)
     ctx.with_resource(claimed_rows(out, SWEEP, force))
-    if text is not None:
-        read_text(text)
+    read_text(text)
     original = load(source, dtype, device, revision, trust_remote_code)
     config = original.model.config
     length = config.max_position_embeddings

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..compression.calibrate import calibrate
 from ..compression.moments import Moments, Needs, Statistics
-from ..inference.data import calibration_tokens, read_text
+from ..inference.data import calibration_tokens
+from ..inference.texts import read_text
 from ..models.model import Model
 from ..utils.provenance import fingerprint
 from ..utils.records import CalibrationText, Seconds
-from ..utils.replace import replacing
+from ..utils.resume import check_same, read_state, write_state
 
 SUMS = ("count", "origin", "sum", "gram")
 
@@ -59,11 +59,15 @@ class Calibration(NamedTuple):
     seq_len: int = 1024
     seed: int = 0
 
-    def describe(self) -> CalibrationText:
-        """The same, a file by name and digest. Raises ValueError if the file cannot be read."""
+    def describe(self, tokenizer: PreTrainedTokenizerBase) -> CalibrationText:
+        """The same, a file by name and a digest of its text, chats as the template has them.
+
+        Raises ValueError if the file cannot be read.
+        """
         name, digest = self.source, None
         if self.source != "self" and not self.source.startswith("hub:"):
-            name, digest = Path(self.source).name, fingerprint(read_text(self.source))
+            text = read_text(self.source)
+            name, digest = text.name, fingerprint(text.words(tokenizer))
         return {
             "source": name,
             "samples": self.samples,
@@ -90,7 +94,7 @@ class Calibrator:
     ):
         """Read the file that the calibration names, if any. Nothing here takes long."""
         self.model, self.tokenizer, self.calibration = model, tokenizer, calibration
-        self.folder, self.about = folder, calibration.describe()
+        self.folder, self.about = folder, calibration.describe(tokenizer)
         self.key = {**(run or {}), **self.about}
         self.seconds: Seconds = {}  # of making the tokens, and the last statistics
 
@@ -135,17 +139,21 @@ def check_kept(rows: Path) -> None:
 def kept(
     folder: Path | None, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """What `make` returns, with the `seconds` it took; from `folder` if it was kept under `key`."""
+    """What `make` returns, with the `seconds` it took; from `folder` if it was kept under `key`.
+
+    Raises ValueError if what was kept is damaged.
+    """
     path = folder and folder / f"{fingerprint(json.dumps(key))}.safetensors"
     if path and path.exists():
-        return load_file(path)
+        tensors, facts = read_state(path)
+        check_same(path, json.loads(json.dumps(key)), facts)
+        return tensors
     start = time.perf_counter()
     made = make()
     made["seconds"] = torch.tensor(time.perf_counter() - start)
     if path:
         path.parent.mkdir(exist_ok=True)
-        with replacing(path) as part:
-            save_file(made, part)
+        write_state(path, made, key)
     return made
 
 

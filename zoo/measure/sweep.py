@@ -17,12 +17,13 @@ from ..compression.record import settings_record
 from ..compression.search import ErrorBudget
 from ..compression.settings import Settings, needs
 from ..inference.checkpoint import Checkpoint
-from ..inference.data import encode
+from ..inference.data import read_tokens
 from ..inference.generate import Generator
 from ..inference.perplexity import perplexity
+from ..models.config import kv_bytes
 from ..models.model import Model
 from ..utils.interrupt import interruptible
-from ..utils.provenance import device_name, fingerprint, versions
+from ..utils.provenance import code, device_name, fingerprint, tokenizer_fingerprint, versions, work
 from ..utils.records import (
     CompressedResult,
     DecodeRecord,
@@ -34,7 +35,7 @@ from ..utils.records import (
 )
 from .calibrator import Calibration, Calibrator, kind, narrow, union
 from .curves import curves
-from .evaluate import Evaluation, cache_size, decode_speed
+from .evaluate import Evaluation, decode_speed
 from .grid import why_invalid
 from .sweep_file import SweepFile
 
@@ -84,27 +85,39 @@ class Sweep:
                 f"decoding at {decode} slots: expected {DECODE_STEPS} to {longest}, which is what "
                 "the model can read"
             )
-        self.tokens = encode(original.tokenizer, evaluation.words()).to(self.model.device)
-        self.run: SweepRun = {
+        vocabulary = self.model.config.vocab_size
+        tokens = read_tokens(original.tokenizer, evaluation.read(), vocabulary)
+        device = self.model.device
+        self.tokens = tokens.to(device)
+        run: SweepRun = {
             "model": original.name,
-            "weights": fingerprint(repr(self.model.config), *self.model.parameters()),
+            "weights": fingerprint(repr(self.model.config), *self.model.state_dict().values()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "evaluation": evaluation.describe(),
+            "evaluation": evaluation.describe(original.tokenizer),
         }
+        tokenizer = tokenizer_fingerprint(original.tokenizer)
         self.origin = {
+            "versions": versions(),
+            **run,
+            "tokenizer": tokenizer,
+            "code": code(),
+            "place": device.type,
+        }
+        self.made = {
             "command": command,
-            "device": device_name(self.model.device),
+            "device": device_name(device),
             "date": date.today().isoformat(),
         }
-        same = {name: self.run[name] for name in ("model", "weights", "dtype")}
+        facts = work(device, **run, tokenizer=tokenizer)
+        on_text = {name: facts[name] for name in facts.keys() - {"evaluation"}}
         folder = path.with_suffix(".statistics")
         kept = folder if save_statistics else None
         self.sources = [
-            Calibrator(self.model, original.tokenizer, c, kept, same) for c in calibrations
+            Calibrator(self.model, original.tokenizer, c, kept, on_text) for c in calibrations
         ]
         if force:
             rmtree(folder, ignore_errors=True)
-        self.file = SweepFile(path, self.run, decode, force)
+        self.file = SweepFile(path, facts, decode, force)
 
     def rows(self, settings: Sequence[Settings]) -> Iterator[SweepRow]:
         """The rows of the dense model and of all settings on every calibration, as they are made.
@@ -151,7 +164,7 @@ class Sweep:
         if row := self.file.row(settings, calibration):
             return row
         cell = {"settings": settings, "calibration": calibration}
-        made = {"versions": versions(), **self.run, **cell, **self.origin, **job.run()}
+        made = {**self.origin, **cell, **self.made, **job.run()}
         return self.file.add(cast(SweepRow, made))
 
     def _compress(
@@ -196,7 +209,7 @@ class Sweep:
         return {
             "perplexity": quality.perplexity,
             "tokens": quality.tokens,
-            **cache_size(model.config, model.dtype),
+            **kv_bytes(model.config),
             "k_ranks": model.config.k_ranks,
             "v_ranks": model.config.v_ranks,
             "full_ranks": model.config.full_ranks,

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from .jsonl import Format, read_rows
 from .lock import locked
+from .replace import sync
 
 ROOM = 32  # names beside an output are at most so many bytes longer than its own
 FOLDERS = {"figures", "additional_chat_templates", "__pycache__"}  # that a checkpoint may hold
@@ -86,12 +87,12 @@ def put(fresh: Path, place: Path) -> None:
     All is on disk before. The end of `claimed` deletes the older one, or puts it back.
     """
     for path in (*fresh.rglob("*"), fresh, fresh.parent):
-        _flush(path)
+        sync(path)
     (old,) = _beside(place, "old")
     if place.exists():
         place.rename(old)
     fresh.rename(place)
-    _flush(place.parent)
+    sync(place.parent)
 
 
 def check_folder(out: Path, force: bool = False, inputs: Iterable[str | Path | None] = ()) -> None:
@@ -240,13 +241,3 @@ def _mend(place: Path) -> None:
         old.rename(place)
     for path in (new, old):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    if os.name == "posix" or path.is_file():  # elsewhere a folder cannot be opened
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
