@@ -44,6 +44,20 @@ def check_partial(out: Path, resume: bool, force: bool) -> None:
         )
 
 
+def check_resume(out: Path, force: bool) -> bool:
+    """Whether there is work to go on with. Raises ValueError if `out` is finished already."""
+    left = partial_folder(out)
+    if left.is_dir() and not _is_over(left):
+        return True
+    if out.is_dir() and any(out.iterdir()) and not force:
+        with claimed(out, force=True) as place:
+            discard_partial(place)  # what a kill at the very end has left
+        raise ValueError(
+            f"{out} is finished, so there is nothing to resume: pass --force to make it again"
+        )
+    return False
+
+
 def discard_partial(place: Path) -> None:
     """Delete unfinished work towards the folder `place`, which is claimed, if there is any."""
     if partial_folder(place).exists():

@@ -193,3 +193,17 @@ def test_after_an_upgrade_the_error_says_what_then_helps(work, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("eigenzoo.zoo.utils.provenance.code", lambda: "other")
     assert "given 'other'" in resumed(work)
+
+
+def test_where_nothing_is_unfinished_resuming_begins_or_says_that_it_is_done(given, tmp_path):
+    words = command("compress", given, tmp_path / "out")
+    begun = run(*words)
+    assert f"nothing to resume in {tmp_path / 'out.partial'}: beginning anew" in begun.output
+    assert begun.exit_code == 0
+    before = content(tmp_path / "out")
+    (tmp_path / "out.partial").mkdir()  # the rest of what was killed at the very end
+    (tmp_path / "out.partial" / "progress.json").write_text("{}")
+    done = run(*words)
+    assert "out is finished, so there is nothing to resume: pass --force" in str(done.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert content(tmp_path / "out") == before
