@@ -70,7 +70,7 @@ def compress_source(
     if stream and plain:
         raise ValueError("an ordinary checkpoint is made in memory: leave --stream or --plain out")
     original, files = open_layers(*source) if stream else (load(*source), None)
-    settings = settings.fit(original.model.config, original.model.device.type)
+    settings = settings.fit(original.model.config)
     if settings.keys_note is not None:
         say(settings.keys_note)
     if not stream and force:
@@ -124,7 +124,7 @@ def compress_checkpoint(
     """
     check_shard_size(shard_size)
     model, tokenizer = original.model, original.tokenizer
-    settings = settings.fit(model.config, model.device.type)  # before text is sampled or read
+    settings = settings.fit(model.config)  # before text is sampled or read
     if plain:
         check_plain(model.config, settings)
     check_disk(out, bytes_of(model))

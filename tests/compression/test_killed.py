@@ -169,6 +169,21 @@ def test_work_goes_on_only_from_what_it_began_with(work, change, named):
     assert "repeat its command to finish that, or delete it to start again" in reason
 
 
+def test_weights_that_are_replaced_while_they_are_read_are_noticed(work, monkeypatch):
+    measure = Stream._measure
+
+    def measured(stream):
+        other_weights(work)
+        return measure(stream)
+
+    monkeypatch.setattr(Stream, "_measure", measured)
+    result = run(*command("compress", work, work / "out"))
+    assert "model was changed while it was read" in str(result.exception)
+    assert not (work / "out").exists()
+    monkeypatch.undo()
+    assert "other work (weights" in resumed(work)
+
+
 @pytest.mark.parametrize(
     ("option", "named"),
     [
