@@ -79,7 +79,7 @@ TOKENIZERS = {
         added_tokens=[
             {
                 "id": 5000,
-                "content": "x",
+                "content": "cat",
                 "special": False,
                 "single_word": False,
                 "lstrip": False,
@@ -175,6 +175,7 @@ SHEET = {
     "missing": remove("sheet.json"),
     "folder": folder("sheet.json"),
 }
+NEW = ("missing", "empty")  # then a sweep begins
 READERS = {
     "evaluate --text": "evaluate dense --text a.txt",
     "compress --calibration": f"compress dense out {QUICK}".replace("--text a.txt", ""),
@@ -199,7 +200,7 @@ ROWS = [
     *rows({f"template {k}": x for k, x in TEMPLATES.items()}, ("generate",), WAITS),
     *rows({f"generation {k}": x for k, x in GENERATIONS.items()}, ("generate", "compress"), WAITS),
     *rows(TABLES | SPOILED, ("report",), WAITS),
-    *(Row(f"sweep: {k}", x, "sweep dense rows.jsonl") for k, x in TABLES.items() if k != "missing"),
+    *(Row(f"sweep: {k}", x, "sweep dense rows.jsonl") for k, x in TABLES.items() if k not in NEW),
     *rows(SHEET, ("card",), WAITS),
     Row("no prompt", nothing, "generate dense -p '' --no-chat --no-compile"),
     Row("a pipe as text", fifo("a.txt"), "inspect a.txt"),

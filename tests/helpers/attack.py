@@ -40,10 +40,10 @@ QUICK = "--samples 4 --seq-len 16 --calibration a.txt --text a.txt"
 COMMANDS = {
     "inspect": "inspect dense",
     "evaluate": "evaluate dense --windows 1 --text a.txt",
-    "generate": "generate dense -p x --no-compile --max-new-tokens 2 --ops reference",
+    "generate": "generate dense -p cat --no-compile --max-new-tokens 2 --ops reference",
     "inspect low": "inspect low",
     "evaluate low": "evaluate low --windows 1 --text a.txt",
-    "generate low": "generate low -p x --no-compile --max-new-tokens 2 --ops reference",
+    "generate low": "generate low -p cat --no-compile --max-new-tokens 2 --ops reference",
     "compress": f"compress dense out {QUICK}",
     "force": f"compress dense low --force {QUICK}",
     "stream": f"compress dense out --stream {QUICK}",
