@@ -14,10 +14,11 @@ from ..zoo.inference.data import read_text
 from ..zoo.inference.weights import stored_bytes
 from ..zoo.utils import memory
 from ..zoo.utils.interrupt import interruptible
+from ..zoo.utils.output import check_disk, check_folder, claimed, new_folder, writing
 from ..zoo.utils.records import CompressionRecord
-from .export import check_free, check_shard_size, export
-from .plain import check_plain, export_plain
-from .stream import check_partial, partial_folder, stream_checkpoint
+from .export import bytes_of, check_shard_size, export, rehearse, write_about
+from .plain import check_plain, export_plain, write_about_plain
+from .stream import check_partial, discard_partial, partial_folder, stream_checkpoint
 
 
 class Source(NamedTuple):
@@ -55,7 +56,8 @@ def compress_source(
     not be written.
     """
     settings.check()
-    check_free(out, force)
+    check_shard_size(shard_size)
+    check_folder(out, force, (source.name, text, None if calibration == "self" else calibration))
     check_partial(out, resume, force)
     if text is not None:
         read_text(text)  # fails before the long work
@@ -69,6 +71,9 @@ def compress_source(
     settings = settings.fit(original.model.config, original.model.device.type)
     if settings.keys_note is not None:
         say(settings.keys_note)
+    if not stream and force:
+        with claimed(out, force) as place:
+            discard_partial(place)
     how = settings, calibration, samples, seq_len, text, seed, force
     try:
         with interruptible():
@@ -120,14 +125,19 @@ def compress_checkpoint(
     settings = settings.fit(model.config, model.device.type)  # before text is sampled or read
     if plain:
         check_plain(model.config, settings)
-    tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
-    result = compress(model, tokens, settings)
-    models = {"dense": model, "compressed": result.model}
-    record: CompressionRecord = {
-        **about(original, result.settings, result.model.config, calibration, tokens, seed),
-        "evaluation": evaluation(models, tokenizer, text, held_out, calibration),
-        "layers": result.layers,
-    }
-    write = export_plain if plain else export
-    write(out, result.model, original, record, force, shard_size)
+    check_disk(out, bytes_of(model))
+    with new_folder(out, force) as folder:
+        with writing(out):
+            rehearse(folder, original, settings, write_about_plain if plain else write_about)
+        tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
+        result = compress(model, tokens, settings)
+        models = {"dense": model, "compressed": result.model}
+        record: CompressionRecord = {
+            **about(original, result.settings, result.model.config, calibration, tokens, seed),
+            "evaluation": evaluation(models, tokenizer, text, held_out, calibration),
+            "layers": result.layers,
+        }
+        write = export_plain if plain else export
+        with writing(out):
+            write(folder, result.model, original, record, shard_size)
     return record

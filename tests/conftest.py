@@ -28,6 +28,10 @@ LONGEST = (
 )  # fmt: skip
 
 
+def pytest_addoption(parser):
+    parser.addoption("--runslow", action="store_true", help="also run the slow tests")
+
+
 def pytest_collection_modifyitems(items):
     """Run the longest files first, so that parallel processes end at about one time."""
     place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}

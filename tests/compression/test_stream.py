@@ -291,11 +291,12 @@ def test_a_finished_folder_is_not_replaced_unless_forced(tmp_path, text):
 def test_a_disk_that_is_too_small_is_noticed_first(tmp_path, text, monkeypatch):
     tiny.save(tmp_path / "model")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: usage._replace(free=600_000))
     with pytest.raises(ValueError, match="fewer --samples, or --method attention"):
         stream_checkpoint(
             *open_layers(str(tmp_path / "model")), tmp_path / "out", Settings(), str(text), 5, 48
         )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
 
 
 def test_weights_that_do_not_fit_into_free_memory_are_streamed_unasked(tmp_path, text, monkeypatch):

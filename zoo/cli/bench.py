@@ -42,6 +42,7 @@ SHAPE = "Instead of checkpoints"
 
 
 def bench(
+    ctx: typer.Context,
     sources: Annotated[
         list[str] | None,
         typer.Argument(
@@ -140,6 +141,8 @@ def bench(
     from ..measure import tables
     from ..measure.bench_grid import BenchGrid, bench_cells, rows_left
     from ..measure.contestants import from_checkpoints, from_shape
+    from ..utils.jsonl import BENCH
+    from ..utils.output import claimed_rows
     from ..utils.provenance import device_name, versions
 
     grid = BenchGrid(context or [2048], batch or [1], buffer, steps, rounds)
@@ -181,6 +184,8 @@ def bench(
         "processor": device_name(place),
         "versions": versions(),
     }
+    if file is not None:
+        ctx.with_resource(claimed_rows(file, BENCH))
     rows = rows_left(file, origin["command"])
     if compile:
         say("compiling before each first step: a minute or two for many layers")

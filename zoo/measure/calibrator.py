@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -119,6 +120,16 @@ class Calibrator:
         tensors = kept(self.folder, key, lambda: pack(calibrate(self.model, tokens, *needs)))
         self.seconds["calibrate"] = float(tensors["seconds"])
         return unpack(tensors, len(self.model.layers), self.model.device)
+
+
+def check_kept(rows: Path) -> None:
+    """Raise ValueError unless the statistics of a sweep can be kept beside its file of rows."""
+    folder = rows.with_suffix(".statistics")
+    if folder == rows:
+        raise ValueError(f"{rows} has the name of its statistics: choose another ending")
+    others = [p for p in folder.glob("*") if p.suffix not in (".safetensors", ".part")]
+    if os.path.lexists(folder) and (others or not folder.is_dir()):
+        raise ValueError(f"{folder} holds no statistics of a sweep: choose another file")
 
 
 def kept(
