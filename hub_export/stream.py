@@ -2,24 +2,27 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..zoo.compression.record import about, measured, texts, windows
+from ..zoo.compression.record import about, calibrated_on, measured, texts, windows
 from ..zoo.compression.settings import Settings
 from ..zoo.compression.steps import PROGRESS
 from ..zoo.compression.stream import Stream, check_stream
 from ..zoo.inference.checkpoint import Checkpoint
 from ..zoo.inference.weights import LayerFiles
 from ..zoo.utils.output import check_disk, claimed, discard, put, scratch, writing
-from ..zoo.utils.provenance import fingerprint
+from ..zoo.utils.provenance import fingerprint, tokenizer_fingerprint, work
 from ..zoo.utils.records import CompressionRecord
+from ..zoo.utils.resume import KeptFiles
 from .export import bytes_of, rehearse, weights_of, write_about
 
 INDEX = "model.safetensors.index.json"
+NEW = "new"  # the folder in that of unfinished work that becomes the checkpoint
 
 
 def partial_folder(out: Path) -> Path:
@@ -33,12 +36,26 @@ def check_partial(out: Path, resume: bool, force: bool) -> None:
     left = partial_folder(out)
     if not os.path.lexists(left) or _is_over(left):
         return
-    if left.is_symlink() or not (left / "new").is_dir():
+    if left.is_symlink() or not (left / NEW).is_dir():
         raise ValueError(f"{left} is no unfinished work of eigenzoo: move it out of the way")
     if not (resume or force):
         raise ValueError(
             f"{left} holds unfinished work: pass --resume to go on, or --force to begin anew"
         )
+
+
+def check_resume(out: Path, force: bool) -> bool:
+    """Whether there is work to go on with. Raises ValueError if `out` is finished already."""
+    left = partial_folder(out)
+    if left.is_dir() and not _is_over(left):
+        return True
+    if out.is_dir() and any(out.iterdir()) and not force:
+        with claimed(out, force=True) as place:
+            discard_partial(place)  # what a kill at the very end has left
+        raise ValueError(
+            f"{out} is finished, so there is nothing to resume: pass --force to make it again"
+        )
+    return False
 
 
 def discard_partial(place: Path) -> None:
@@ -47,10 +64,10 @@ def discard_partial(place: Path) -> None:
         discard(partial_folder(place), place)
 
 
-def _is_over(work: Path) -> bool:
+def _is_over(left: Path) -> bool:
     """Whether the work was not begun, or what it made is in its place already."""
-    begun = (work / "new").exists()
-    return work.is_dir() and not begun and ((work / PROGRESS).exists() or not any(work.iterdir()))
+    begun = (left / NEW).exists()
+    return left.is_dir() and not begun and ((left / PROGRESS).exists() or not any(left.iterdir()))
 
 
 def stream_checkpoint(
@@ -72,7 +89,7 @@ def stream_checkpoint(
     resume: continue from there, with the same arguments, to the same bytes. Raises ValueError also
     if `calibration` is `self`, since a model on disk cannot sample text.
     """
-    settings = settings.fit(original.model.config, original.model.device.type)
+    settings = settings.fit(original.model.config)
     check_stream(settings)
     if calibration == "self":
         raise ValueError(
@@ -80,22 +97,23 @@ def stream_checkpoint(
             "--calibration FILE or hub:DATASET"
         )
     with claimed(out, force) as place:
-        work = partial_folder(place)
+        left = partial_folder(place)
         check_partial(place, resume, force)
-        if not resume or _is_over(work):
+        if not resume or _is_over(left):
             discard_partial(place)
-        written = sum(x.stat().st_size for x in work.rglob("*.safetensors"))
+        written = sum(x.stat().st_size for x in left.rglob("*.safetensors"))
         check_disk(out, bytes_of(original.model) - written)
         with writing(out), scratch(place) as folder:
             rehearse(folder, original, settings)
         tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
         longest = original.model.config.max_position_embeddings
         words, rows = windows(original.tokenizer, text, held_out, calibration, longest)
-        fresh = work / "new"
+        told = {**calibrated_on(calibration, tokens), "text": words, "seed": seed}
+        fresh = left / NEW
         try:
-            with writing(work, "; what is done is kept there, and --resume goes on from it"):
+            with writing(left, "; what is done is kept there, and --resume goes on from it"):
                 fresh.mkdir(parents=True, exist_ok=True)
-                stream = _stream(original, files, settings, tokens, rows, work)
+                stream = _stream(original, files, settings, tokens, rows, KeptFiles(left), told)
                 record: CompressionRecord = {
                     **about(original, settings, stream.low.config, calibration, tokens, seed),
                     "evaluation": measured(words, rows, stream.perplexities),
@@ -104,7 +122,7 @@ def stream_checkpoint(
                 write_about(fresh, stream.low, original, record)
                 put(fresh, place)
         except BaseException:
-            if not (work / PROGRESS).exists():
+            if not (left / PROGRESS).exists():
                 discard_partial(place)
             raise
         discard_partial(place)
@@ -117,34 +135,51 @@ def _stream(
     settings: Settings,
     tokens: Tensor,
     rows: Tensor,
-    work: Path,
+    kept: KeptFiles,
+    told: Mapping[str, Any],
 ) -> Stream:
-    """Compress, with all weights in `work / "new"` at the end. Arguments as of `Stream`."""
-    model, fresh = original.model, work / "new"
+    """Compress, with all weights in the folder `NEW` of `kept` at the end.
+
+    told: what the record says of the texts. Other arguments as of `Stream`.
+    """
+    model = original.model
     count = model.config.num_hidden_layers + 1
 
     def write(layer: int, weights: dict[str, Tensor]) -> None:
-        _save(fresh, layer, count, {f"model.layers.{layer}.{k}": x for k, x in weights.items()})
+        _save(kept, layer, count, {f"model.layers.{layer}.{k}": x for k, x in weights.items()})
 
-    stream = Stream(files, model, tokens, rows, settings, work, write)
-    stream.run(
-        {
-            "config": fingerprint(json.dumps(original.config)),
-            "weights": [[path.name, path.stat().st_size] for path in files.paths],
-            "dtype": str(model.dtype),
-            "text": fingerprint(tokens, rows),
-            "settings": json.loads(json.dumps(settings._asdict())),
-        }
+    read = _stamps(files)
+    facts = work(
+        model.device,
+        **settings._asdict(),
+        **told,
+        dtype=str(model.dtype).removeprefix("torch."),
+        weights=fingerprint(*files.paths),
+        config=fingerprint(json.dumps(original.config)),
+        tokenizer=tokenizer_fingerprint(original.tokenizer),
+        texts=fingerprint(tokens, rows),
     )
+    stream = Stream(files, model, tokens, rows, settings, kept, write)
+    stream.run(facts)
+    if _stamps(files) != read:
+        raise ValueError(
+            f"{files.paths[0].parent} was changed while it was read, so {kept.folder} mixes two "
+            "models: delete that to start again"
+        )
     names = weights_of(stream.low)
-    _save(fresh, count - 1, count, {k: x for k, x in names.items() if "model.layers." not in k})
-    _index(fresh)
+    _save(kept, count - 1, count, {k: x for k, x in names.items() if "model.layers." not in k})
+    _index(kept.folder / NEW)
     return stream
 
 
-def _save(folder: Path, number: int, count: int, weights: dict[str, Tensor]) -> None:
-    name = f"model-{number + 1:05}-of-{count:05}.safetensors"
-    save_file({k: x.contiguous() for k, x in weights.items()}, folder / name, {"format": "pt"})
+def _stamps(files: LayerFiles) -> list[tuple[int, int, int]]:
+    """By which a file that was written again is recognized without reading it."""
+    stats = [path.stat() for path in files.paths]
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+
+def _save(kept: KeptFiles, number: int, count: int, weights: dict[str, Tensor]) -> None:
+    kept.write(f"{NEW}/model-{number + 1:05}-of-{count:05}", weights, {"format": "pt"})
 
 
 def _index(folder: Path) -> None:

@@ -143,7 +143,7 @@ def bench(
     from ..measure.contestants import from_checkpoints, from_shape
     from ..utils.jsonl import BENCH
     from ..utils.output import claimed_rows
-    from ..utils.provenance import device_name, versions
+    from ..utils.provenance import code, device_name, versions
 
     grid = BenchGrid(context or [2048], batch or [1], buffer, steps, rounds)
     grid.check()
@@ -161,7 +161,7 @@ def bench(
         settings = Settings(
             heads_per_latent=shared, latent=latent, keys=keys, anchor_block=anchor_block
         )
-        contestants = from_shape(shape, layers, grid.slots, keep or [0.5], settings, place, prepare)
+        contestants = from_shape(shape, layers, grid.slots, keep or [0.5], settings, prepare)
     for settings in contestants.settings:
         say_keys(settings)
     contestants.check_length(grid.slots)
@@ -183,10 +183,12 @@ def bench(
         "command": command_line(),
         "processor": device_name(place),
         "versions": versions(),
+        "code": code(),
     }
     if file is not None:
         ctx.with_resource(claimed_rows(file, BENCH))
-    rows = rows_left(file, origin["command"])
+        origin["contestants"] = contestants.content()
+    rows = rows_left(file, origin, [contestant.name for contestant in contestants.all])
     if compile:
         say("compiling before each first step: a minute or two for many layers")
     cells = grid.cells(kind or contestants.dtype, place, compile)

@@ -208,6 +208,7 @@ def sweep(
     work = Sweep(
         *(original, out, evaluation, calibrations, command, save_statistics, force, decode),
         ready=partial(fuse, ops=ops, compile=True),
+        ops=ops,
     )
     settings = distinct(asked, config)
     if work.file:

@@ -27,8 +27,8 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_keys(config: Config, device: str, rebuilds: bool = False) -> Choice:
-    """What `auto` means for a model on a kind of device, such as cpu or cuda.
+def choose_keys(config: Config, rebuilds: bool = False) -> Choice:
+    """What `auto` means for a model.
 
     rebuilds: whether the method only knows rebuilt keys. Without a rotation nothing is rebuilt.
     """

@@ -126,18 +126,18 @@ class Settings(NamedTuple):
         if self.refit and not METHODS[self.method].data:
             raise ValueError(f"{self.method} reads no text, so there is nothing to refit to")
 
-    def fit(self, config: Config, device: str = "cpu") -> "Settings":
-        """The settings with every open choice made, for a dense model on a kind of device.
+    def fit(self, config: Config) -> "Settings":
+        """The settings with every open choice made, for a dense model.
 
         Raises ValueError for settings that do not fit the model, and for a compressed model.
         """
         if config.kv_width != config.dense_kv_width:
             raise ValueError("the model is compressed already: take the model it was made from")
         if self.keys == "auto":
-            choice = choose_keys(config, device, METHODS[self.method].rebuilds)
+            choice = choose_keys(config, METHODS[self.method].rebuilds)
             block = self.anchor_block or choice.block
             chosen = self._replace(keys=choice.keys, anchor_block=block, keys_reason=choice.reason)
-            return chosen.fit(config, device)
+            return chosen.fit(config)
         if self.keys in TURNED:
             if not config.rotary:
                 raise ValueError(

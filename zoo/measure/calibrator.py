@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +19,7 @@ from ..inference.data import calibration_tokens, read_text
 from ..models.model import Model
 from ..utils.provenance import fingerprint
 from ..utils.records import CalibrationText, Seconds
-from ..utils.replace import replacing
+from ..utils.resume import check_same, read_state, write_state
 
 SUMS = ("count", "origin", "sum", "gram")
 
@@ -135,17 +134,21 @@ def check_kept(rows: Path) -> None:
 def kept(
     folder: Path | None, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """What `make` returns, with the `seconds` it took; from `folder` if it was kept under `key`."""
+    """What `make` returns, with the `seconds` it took; from `folder` if it was kept under `key`.
+
+    Raises ValueError if what was kept is damaged.
+    """
     path = folder and folder / f"{fingerprint(json.dumps(key))}.safetensors"
     if path and path.exists():
-        return load_file(path)
+        tensors, facts = read_state(path)
+        check_same(path, json.loads(json.dumps(key)), facts)
+        return tensors
     start = time.perf_counter()
     made = make()
     made["seconds"] = torch.tensor(time.perf_counter() - start)
     if path:
         path.parent.mkdir(exist_ok=True)
-        with replacing(path) as part:
-            save_file(made, part)
+        write_state(path, made, key)
     return made
 
 
