@@ -27,7 +27,7 @@ from .config import Config
 from .linear import Linear
 from .mask import DecodeMask, Mask
 from .model import LatentAttention, Model, parameter
-from .rope import frequencies, rotate
+from .rope import check_rope, frequencies, rotate
 
 NAMES = {
     "embed_tokens": "embed",
@@ -64,7 +64,7 @@ class LlamaConfig(Config):
             raise ValueError(
                 f"joint_kv is not supported for {self.family}, which rotates keys: expected false"
             )
-        if self.anchor < 1:
+        if type(self.anchor) is not int or self.anchor < 1:
             raise ValueError(f"anchor is {self.anchor}: expected 1 or more slots per block")
         if (self.anchor > 1 or self.pairs) and not self.fixed_angles:
             raise ValueError(
@@ -77,6 +77,8 @@ class LlamaConfig(Config):
                 "even ranks, because latents of keys are pairs"
             )
         super().__post_init__()
+        check_rope(self.rope_parameters, self.head_dim)
+        frequencies(self.rope_parameters, self.head_dim, self.max_position_embeddings)
 
     @property
     def fixed_angles(self) -> bool:
