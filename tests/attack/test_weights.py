@@ -57,9 +57,7 @@ BROKEN = {
     "broken header": overwrite(FILE, 8 / 60_000, b"\xff\xff"),
     "header list": write(FILE, header("[1]")),
     "no tensors": write(FILE, header("{}")),
-    "offsets": write(
-        FILE, header('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}')
-    ),
+    "offsets": write(FILE, header('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}')),
     "unknown dtype": write(
         FILE, header('{"a": {"dtype": "F7", "shape": [0], "data_offsets": [0, 0]}}')
     ),

@@ -304,7 +304,9 @@ def make_place(place: Path) -> None:
         _good(COMMANDS["sweep"].replace("out.jsonl", "rows.jsonl"))
         with (place / "sheet.json").open("w") as sheet, redirect_stdout(sheet):
             _good("evaluate low --windows 1 --text a.txt --json")
-        with patch("eigenzoo.zoo.compression.stream.Stream._measure", side_effect=KeyboardInterrupt):
+        with patch(
+            "eigenzoo.zoo.compression.stream.Stream._measure", side_effect=KeyboardInterrupt
+        ):
             run(COMMANDS["resume"].split())
         with patch("eigenzoo.hub_export.refine.evaluation", side_effect=KeyboardInterrupt):
             run(COMMANDS["continue"].split())

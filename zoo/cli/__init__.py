@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 from ..utils.interrupt import interruptible
 from . import (
@@ -27,7 +27,6 @@ from .options import Command
 from .refusal import flush, reader_is_gone, reason, refuse
 from .values import show_log
 
-LARGEST = 2**63 - 1  # of torch's integers
 READER_IS_GONE = 1  # the code with which typer and rich leave
 
 
@@ -41,20 +40,6 @@ class Door(TyperGroup):
                 return super().invoke(ctx)
         except Exception as error:
             raise typer.Exit(_leave(error, ctx.params["debug"])) from None
-
-
-class Command(TyperCommand):
-    """A command whose numbers are numbers that torch can hold."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse and check what was typed."""
-        rest = super().parse_args(ctx, args)
-        for param in self.params:
-            given = ctx.params.get(param.name)
-            for value in given if isinstance(given, list) else [given]:
-                if isinstance(value, int) and abs(value) > LARGEST or value != value:
-                    raise typer.BadParameter(f"{value} is no usable number", ctx, param)
-        return rest
 
 
 def _leave(error: Exception, debug: bool) -> int:

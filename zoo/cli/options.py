@@ -4,7 +4,6 @@ A choice is made from the table that the library chooses from, by `choice`. Help
 under titles, such as `TEXTS`.
 """
 
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,19 +30,20 @@ WEIGHTS = {
 TEXTS = "Texts"
 DECODING = "Decoding"
 MODEL = "Model"
+LARGEST = 2**63 - 1  # of torch's integers; floats beyond it have no use here
 
 
 class Command(TyperCommand):
-    """A command whose numbers must be finite: Python reads nan, inf and 1e999 as numbers."""
+    """A command whose numbers are finite and fit torch's: Python reads nan, 1e999 and 10 ** 30."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Raises BadParameter, which names the option."""
         for param in self.params:
             given = ctx.params.get(param.name)
             for x in given if isinstance(given, (list, tuple)) else (given,):
-                if isinstance(x, float) and not math.isfinite(x):
+                if isinstance(x, int | float) and not -LARGEST <= x <= LARGEST:  # NaN is neither
                     names = ", ".join(param.opts)
-                    raise typer.BadParameter(f"{x} is no finite number", param_hint=f"'{names}'")
+                    raise typer.BadParameter(f"{x} is no usable number", param_hint=f"'{names}'")
         return super().invoke(ctx)
 
 
