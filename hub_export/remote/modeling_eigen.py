@@ -77,8 +77,12 @@ class EigenPreTrainedModel(PreTrainedModel):
         return self
 
     def _fuse(self) -> None:
-        """Install eigenzoo's fused ops for decoding, if it is there and `ops` allows them."""
-        if install is None or self.config.ops == "reference":
+        """Install eigenzoo's fused ops for decoding, if it is there and `ops` allows them.
+
+        A model that is wholly on disk keeps the reference ops: which device computes is not known.
+        """
+        on_disk = all(p.is_meta for p in self.parameters())
+        if install is None or self.config.ops == "reference" or on_disk:
             return
         try:
             install(self)

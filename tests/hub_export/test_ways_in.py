@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import exported
 import fresh
 import pytest
 import tiny
 import torch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoModelForCausalLM
 
@@ -72,6 +74,57 @@ def test_layers_that_do_not_fit_stay_on_disk(folder, logits, tmp_path):
     with torch.inference_mode():
         torch.testing.assert_close(placed(IDS).logits, logits)
         assert placed.generate(IDS, max_new_tokens=3, do_sample=False).shape == (2, 23)
+
+
+HELD = ("rebuilt keys", "pairs", "longrope", "ALiBi", "learned positions")
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_it_loads_from_disk_where_nothing_fits_memory(kind, tmp_path):
+    made = exported.of_kind(kind)
+    made.save_pretrained(tmp_path / "out")
+    placed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", device_map={"": "disk"}, offload_folder=tmp_path / "disk"
+    )
+    assert {p.device.type for p in placed.parameters()} == {"meta"}
+    torch.testing.assert_close(placed(IDS).logits, made(IDS).logits)
+    assert placed.generate(IDS, max_new_tokens=2, do_sample=False).shape == (2, 22)
+
+
+@pytest.mark.parametrize("kind", HELD)
+@pytest.mark.parametrize("way", ["cpu", "cpu and disk", "with buffers", "by hand"])
+def test_a_model_built_without_memory_is_filled_by_accelerate(kind, way, tmp_path):
+    made = exported.of_kind(kind)
+    made.save_pretrained(tmp_path)
+    with init_empty_weights(include_buffers=way == "with buffers"):
+        empty = AutoModelForCausalLM.from_config(made.config)
+    empty.tie_weights()
+    if way == "by hand":
+        empty.load_state_dict(made.state_dict(), assign=True)
+    else:
+        disk = "disk" if way == "cpu and disk" else "cpu"
+        parts = {name: "cpu" for name, _ in empty.model.named_children()} | {"layers": disk}
+        empty = load_checkpoint_and_dispatch(
+            empty,
+            tmp_path,
+            device_map={f"model.{name}": device for name, device in parts.items()},
+            offload_folder=tmp_path / "disk",
+            offload_buffers=True,
+        )
+    torch.testing.assert_close(empty.eval()(IDS).logits, made(IDS).logits)
+
+
+def test_buffers_that_accelerate_would_not_load_are_an_error(tmp_path):
+    made = exported.of_kind("pairs")
+    made.save_pretrained(tmp_path)
+    with init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(made.config)
+    parts = {"model.layers": "disk"}
+    parts |= {f"model.{name}": "cpu" for name in ("embed", "norm", "head")}
+    with pytest.raises(ValueError, match="k_pairs is on the meta device"):
+        load_checkpoint_and_dispatch(
+            empty, tmp_path, device_map=parts, offload_folder=tmp_path / "disk"
+        )
 
 
 def test_a_loaded_checkpoint_is_saved_again_unchanged(model, logits, tmp_path):

@@ -322,11 +322,12 @@ class Llama(Model):
         metadata = metadata._replace(block_angles=self.offset(new, anchor))
         if not isinstance(mask, DecodeMask):
             return metadata._replace(slot_angles=self.rope(center(position, anchor), new))
+        last = position.size(1) - 1  # fused ops read the angles of the block of each position
         first = torch.arange(0, position.size(1), anchor, device=pos.device)  # of every block
         cos, sin = self.rope(new - center(first, anchor), new)
         return metadata._replace(
             center_angles=(cos * self.rope_scale, sin * self.rope_scale),
-            slot_position=None if mask.bias is None else position.int(),
+            slot_position=None if mask.bias is None else position.clamp(max=last).int(),
         )
 
     def finish(self, x: Tensor) -> Tensor:
