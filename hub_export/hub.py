@@ -17,6 +17,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from ..zoo.inference.checkpoint import native_config, read_config
 from ..zoo.inference.hub import FAILURES, failure_reason, parse_hub_id
 from .export import check_free, put
+from .links import check_links
 
 STALE = [
     "*.safetensors",
@@ -41,7 +42,11 @@ class Pushed(NamedTuple):
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError unless a folder is a whole checkpoint of a kind that can be loaded."""
+    """Raise ValueError unless a folder is a whole checkpoint of a kind that can be loaded.
+
+    Links that lead out of it are refused too: what they lead to would be published.
+    """
+    check_links(folder)
     native_config(read_config(folder))
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}

@@ -233,6 +233,20 @@ def test_missing_repositories_and_revisions_are_reported_in_a_sentence(run, hub,
     assert code == 0, error
 
 
+def test_a_link_out_of_the_folder_is_not_followed(run, hub, folder, tmp_path):
+    (tmp_path / "secret").write_text("my token")
+    (tmp_path / "elsewhere").mkdir()
+    for target in ("secret", "elsewhere", "nowhere", "small/notes.txt"):
+        link = folder / "notes.txt"
+        link.symlink_to(tmp_path / target)
+        for words in (["push", folder, REPO], ["card", folder]):
+            assert "notes.txt is a link out of the folder" in refused(run, *words)
+        link.unlink()
+    assert not hub.repos
+    (folder / "same.md").symlink_to("README.md")  # within
+    assert states(run("push", folder, REPO, "--dry-run", "--json")[1])["same.md"] == "new"
+
+
 def test_an_incomplete_checkpoint_is_not_pushed(run, hub, folder):
     (folder / "model.safetensors").unlink()
     assert "lacks model.safetensors" in refused(run, "push", folder, REPO)
