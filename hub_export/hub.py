@@ -19,6 +19,7 @@ from ..zoo.inference.checkpoint import native_config, read_config
 from ..zoo.inference.hub import FAILURES, failure_reason, parse_hub_id
 from ..zoo.utils.output import claimed, put, writing
 from .card import FIGURES
+from .links import check_inside
 
 STALE = [
     "*.safetensors",
@@ -54,11 +55,7 @@ def published(folder: Path) -> list[Path]:
     kinds = (path for kind in KINDS for path in folder.glob(kind))
     files = sorted({path for path in kinds if path.is_file() and not path.name.startswith(".")})
     for path in files:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(
-                f"{path} is a link to a file outside of the folder, which is not published: "
-                "replace it by a copy, or remove it"
-            )
+        check_inside(path, folder)
     return files
 
 

@@ -10,6 +10,7 @@ from ..zoo.utils.jsonl import MEASURED, read_rows
 from ..zoo.utils.records import CompressionRecord, EvaluationRow, Measurements, TimedRow
 from ..zoo.utils.replace import replacing
 from .card import FIGURES, card
+from .links import check_links
 
 
 def add(folder: Path, files: Sequence[Path]) -> str:
@@ -17,14 +18,15 @@ def add(folder: Path, files: Sequence[Path]) -> str:
 
     files: what `eigenzoo evaluate --json` printed, of the checkpoint or of its original, and
     bench.jsonl as `eigenzoo bench --out` wrote it, whose plots are copied. Earlier measurements of
-    the same kind are replaced. Raises ValueError for a file of anything else, and for a folder
-    that is no compressed checkpoint.
+    the same kind are replaced. Raises ValueError for a file of anything else, for a folder that is
+    no compressed checkpoint, and for links that lead out of a folder.
     """
+    check_links(folder)
     raw = read_config(folder)
     if raw.get("model_type") != MODEL_TYPE or not raw.get("compression"):
         raise ValueError(f"{folder} was not written by eigenzoo compress: expected such a folder")
     compression: CompressionRecord = raw["compression"]
-    plots = [plot for f in files if f.suffix == ".jsonl" for plot in sorted(f.parent.glob("*.png"))]
+    plots = [plot for file in files if file.suffix == ".jsonl" for plot in _plots(file.parent)]
     compression["measured"] = {**compression.get("measured", {}), **_measured(files, plots)}
     text = card(native_config(raw), compression)
     for plot in plots:
@@ -36,6 +38,12 @@ def add(folder: Path, files: Sequence[Path]) -> str:
         with replacing(folder / name) as part:
             part.write_text(content)
     return text
+
+
+def _plots(folder: Path) -> list[Path]:
+    """The plots beside a file, to be copied. Raises ValueError for one that lies elsewhere."""
+    check_links(folder, "*.png")
+    return sorted(path for path in folder.glob("*.png") if path.is_file())
 
 
 def _measured(files: Sequence[Path], plots: Sequence[Path]) -> Measurements:

@@ -363,7 +363,7 @@ def test_bad_input_prints_one_line_and_exits_with_2(run, dense_folder, low, tmp_
             tmp_path / "short.txt",
         ): "expected at least one window",
         ("evaluate", dense_folder, "--length", "64"): "goes with --retrieval",
-        ("evaluate", dense_folder, "--limit", "3"): "goes with --retrieval",
+        ("evaluate", dense_folder, "--limit", "3"): "--gen-kwargs go with --tasks",
         ("evaluate", dense_folder, "--retrieval", "--length", "20"): "length is 20",
         ("evaluate", dense_folder, "--dtype", "int8"): "'--dtype': 'int8' is unknown",
         ("evaluate", dense_folder, "--windows", "-1"): "windows is -1",

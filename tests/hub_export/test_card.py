@@ -175,6 +175,22 @@ def test_speeds_from_before_rows_said_the_processor_go_into_the_card(run, low, t
     assert "| low | 20 | 1 | 20 | 2.00 |" in output
 
 
+def test_a_plot_that_is_a_link_is_not_copied(run, low, tmp_path):
+    (tmp_path / "secret").write_text("my token")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "bench.jsonl").write_text("")
+    (tmp_path / "b" / "speed.png").symlink_to(tmp_path / "secret")
+    before = text(low)
+    code, _, error = run("card", low, tmp_path / "b" / "bench.jsonl")
+    assert (code, "speed.png is a link out of the folder" in error) == (2, True)
+    (tmp_path / "b" / "speed.png").unlink()
+    (low / "figures").symlink_to(tmp_path / "b")  # plots would be written there
+    code, _, error = run("card", low, tmp_path / "b" / "bench.jsonl")
+    assert (code, "figures is a link out of the folder" in error) == (2, True)
+    assert text(low) == before
+    assert not (low / "figures" / "speed.png").exists()
+
+
 def test_a_file_without_measurements_is_refused(run, dense, low, tmp_path):
     (tmp_path / "x.json").write_text('{"perplexity": 3}')
     before = text(low)

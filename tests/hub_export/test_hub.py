@@ -136,7 +136,7 @@ def test_nothing_outside_of_the_folder_is_published(run, hub, folder, tmp_path, 
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).symlink_to(tmp_path / "secret")
     error = refused(run, "push", folder, REPO, *words)
-    assert f"{name} is a link to a file outside of the folder" in error
+    assert f"{name} is a link out of the folder" in error
     assert not hub.repos
 
 
@@ -290,6 +290,11 @@ def test_missing_repositories_and_revisions_are_reported_in_a_sentence(run, hub,
     assert "exists: choose another" in refused(run, "pull", REPO, folder)
     code, _, error = run("pull", REPO, folder, "--force")
     assert code == 0, error
+
+
+def test_a_link_within_the_folder_is_published(run, hub, folder):
+    (folder / "LICENSE.md").symlink_to("README.md")
+    assert states(run("push", folder, REPO, "--dry-run", "--json")[1])["LICENSE.md"] == "new"
 
 
 def test_an_incomplete_checkpoint_is_not_pushed(run, hub, folder):

@@ -211,6 +211,91 @@ def test_tasks_give_the_results_of_hflm(ours, theirs, place):
     )
 
 
+def test_chat_template_examples_and_settings_give_the_results_of_hflm(ours, theirs, place):
+    names, changes = ["pick", "say"], (place, False, 2, {"max_gen_toks": 4, "until": ["zzz"]})
+    rows = tasks.run_tasks(
+        *(ours.model, ours.tokenizer, tasks.load_tasks(names, *changes)), apply_chat_template=True
+    )
+    want = evaluate(
+        *(theirs, tasks.load_tasks(names, *changes)),
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+    )
+    assert [rows[name]["shots"] for name in names] == [2, 2]
+    for name, metric in (("pick", "acc"), ("pick", "acc_norm"), ("say", "exact_match")):
+        assert rows[name][f"{metric},none"] == want["results"][name][f"{metric},none"]
+    (said,) = (x for x in want["samples"]["say"] if x["doc_id"] == 0)
+    prompt, settings = said["arguments"][0]
+    assert settings["max_gen_toks"] == 4
+    assert prompt.count("<user>") == 3
+    assert ours.generate_until(asked("generate_until", (prompt, settings))) == said["resps"][0]
+
+
+def test_a_chat_is_as_hflm_has_it(ours, theirs):
+    chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "the cat"}]
+    plain, strict = ours.tokenizer.chat_template, "{{ raise_exception('no system') }}"
+    try:
+        for begins in (True, False):
+            for start in ("", "{% if messages[0].role == 'system' %}" + strict + "{% endif %}"):
+                for lm in (ours, theirs):
+                    lm.tokenizer.chat_template = start + tiny.CHAT
+                want = theirs.apply_chat_template([*chat], begins)
+                assert ours.apply_chat_template(chat, begins) == want
+    finally:
+        for lm in (ours, theirs):
+            lm.tokenizer.chat_template = plain
+
+
+def test_a_task_that_has_no_examples_by_its_own_settings_gets_none(place, caplog):
+    task = json.loads((place / "pick.yaml").read_text())
+    (place / "pick.yaml").write_text(json.dumps(task | {"num_fewshot": 0}))
+    with caplog.at_level("INFO", "eigenzoo"):
+        chosen = tasks.load_tasks(["pick", "say"], place, num_fewshot=3)
+    assert [x.get_config("num_fewshot") for x in chosen["tasks"].values()] == [0, 3]
+    assert "pick stays without examples" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [
+        ("temperature=0.8,max_gen_toks=64", {"temperature": 0.8, "max_gen_toks": 64}),
+        ("do_sample=true,until=['a','b']", {"do_sample": True, "until": ["a", "b"]}),
+        ('{"top_k": 3}', {"top_k": 3}),
+    ],
+)
+def test_gen_kwargs_are_read_as_lm_eval_reads_them(text, given):
+    assert tasks.parse_gen_kwargs(text) == given
+
+
+@pytest.mark.parametrize("text", ["", "fast", "{'top_k': 3}", "[3]", "3"])
+def test_gen_kwargs_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="gen kwargs is "):
+        tasks.parse_gen_kwargs(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"num_beams": 4}, "num_beams"),
+        ({"temperature": float("nan"), "do_sample": True}, "expected a finite temperature"),
+        ({"max_gen_toks": "many"}, "cannot generate with"),
+        ({"max_gen_toks": 0}, "1 or more"),
+        ({"until": [3]}, "expected strings"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_the_model_is_read(place, settings, named):
+    with pytest.raises(ValueError, match=named):
+        tasks.load_tasks(["say"], place, gen_kwargs=settings)
+
+
+def test_settings_without_a_use_are_refused(ours, place, monkeypatch):
+    with pytest.raises(ValueError, match="none of pick generates text"):
+        tasks.load_tasks(["pick"], place, gen_kwargs={"max_gen_toks": 4})
+    chosen = tasks.load_tasks(["pick"], place)
+    with pytest.raises(ValueError, match="no chat template: leave --apply-chat-template out"):
+        tasks.run_tasks(ours.model, tiny.tokenizer(), chosen, apply_chat_template=True)
+
+
 def test_a_limit_and_a_second_run_of_the_same_tasks(ours, place):
     chosen = tasks.load_tasks(["all"], place)
     short, once, twice = (
@@ -254,8 +339,17 @@ def test_the_command_prints_one_json_object_or_a_table(folder, place, capsys, mo
     monkeypatch.setattr(tasks, "NativeLM", lambda *args: bits.append(args[-1]) or NativeLM(*args))
     words = ["evaluate", str(folder), "--tasks", "pick,say", "--include-path", str(place)]
     words += ["--kv-bits", "8"]
-    app([*words, "--limit", "3", "--batch-size", "2", "--json"], standalone_mode=False)
+    more = ["--limit", "3", "--batch-size", "2", "--num-fewshot", "1", "--apply-chat-template"]
+    more += ["--gen-kwargs", "max_gen_toks=3"]
+    app([*words, *more, "--json"], standalone_mode=False)
     printed = json.loads(capsys.readouterr().out)
+    assert printed["task_settings"] == {
+        "num_fewshot": 1,
+        "apply_chat_template": True,
+        "gen_kwargs": {"max_gen_toks": 3},
+        "limit": 3,
+    }
+    assert printed["tasks"]["pick"]["shots"] == 1
     assert list(printed["tasks"]) == ["pick", "say"]
     assert printed["tasks"]["pick"]["sample_len"] == 3
     assert "perplexity" not in printed

@@ -87,6 +87,34 @@ def evaluate(
             panel=TASKS,
         ),
     ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        option(
+            "--apply-chat-template",
+            help="Put questions into the chat template of the tokenizer, and examples into turns.",
+            panel=TASKS,
+        ),
+    ] = False,
+    num_fewshot: Annotated[
+        int | None,
+        option(
+            "--num-fewshot",
+            help="Examples before a question.",
+            default="as the task says",
+            panel=TASKS,
+            min=0,
+        ),
+    ] = None,
+    gen_kwargs: Annotated[
+        str | None,
+        option(
+            "--gen-kwargs",
+            help="Settings of tasks that generate, as temperature=0.8,max_gen_toks=64 or a JSON "
+            "object.",
+            default="as the task says",
+            panel=TASKS,
+        ),
+    ] = None,
     batch_size: Annotated[
         int, option("--batch-size", help="Texts in one batch of a task.", panel=TASKS, min=1)
     ] = 1,
@@ -108,16 +136,23 @@ def evaluate(
     from ..measure.quality import Probes, measure
     from ..utils.provenance import device_name, versions
 
-    if (length and not retrieval) or ((limit or include_path) and not tasks):
-        raise ValueError("--length goes with --retrieval, --limit and --include-path with --tasks")
+    if length and not retrieval:
+        raise ValueError("--length goes with --retrieval")
+    of_tasks = limit, include_path, apply_chat_template or None, num_fewshot, gen_kwargs
+    if not tasks and any(x is not None for x in of_tasks):
+        raise ValueError(
+            "--limit, --include-path, --apply-chat-template, --num-fewshot and --gen-kwargs go "
+            "with --tasks"
+        )
     words = read_text(text)
     if tasks:  # fails before the model is read
         if find_spec("lm_eval") is None:
             raise ValueError("--tasks needs the package lm-eval: pip install 'eigenzoo[eval]'")
-        from ..measure.lm_eval_tasks import load_tasks, run_tasks
+        from ..measure.lm_eval_tasks import load_tasks, parse_gen_kwargs, run_tasks
 
         names = [name.strip() for name in tasks.split(",")]
-        chosen = load_tasks(names, include_path, trust_remote_code)
+        given = None if gen_kwargs is None else parse_gen_kwargs(gen_kwargs)
+        chosen = load_tasks(names, include_path, trust_remote_code, num_fewshot, given)
     checkpoint = load(source, dtype, device, revision, trust_remote_code)
     probes = Probes(
         *(not (retrieval or tasks), window, windows, by_position, retrieval, length or ()),
@@ -128,8 +163,14 @@ def evaluate(
     if tasks:
         result["tasks"] = run_tasks(
             *(model, checkpoint.tokenizer, chosen, limit, batch_size, stop_tokens(checkpoint)),
-            *(trust_remote_code, kv_bits),
+            *(trust_remote_code, kv_bits, apply_chat_template),
         )
+        result["task_settings"] = {
+            "num_fewshot": num_fewshot,
+            "apply_chat_template": apply_chat_template,
+            "gen_kwargs": given,
+            "limit": limit,
+        }
     if not as_json:
         tables.evaluation(result)
         return

@@ -8,19 +8,27 @@ from transformers import PreTrainedTokenizerBase
 Chat = Sequence[dict[str, Any]]  # messages, each with `role` and `content`
 
 
-def render(tokenizer: PreTrainedTokenizerBase, chat: Chat, begun: bool = False) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, begun: bool = False, continued: bool = False
+) -> str:
     """A chat as one text, special tokens included.
 
-    begun: end with the beginning of an answer. Templates take the content of a message as a string
-    or as a list of parts, {"type": "text", "text": ...}; the form is taken in which what the user
-    says is in the text. Raises ValueError if there is no template, or it fails in both forms.
+    begun: end with the beginning of an answer. continued: leave the last message open. Templates
+    take the content of a message as a string or as a list of parts, {"type": "text", "text": ...};
+    the form is taken in which what the user says is in the text. Raises ValueError if there is no
+    template, or it fails in both forms.
     """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template, so it cannot read chats")
     reasons = []
     for form in _forms(chat):
         try:
-            text = tokenizer.apply_chat_template(form, add_generation_prompt=begun, tokenize=False)
+            text = tokenizer.apply_chat_template(
+                form,
+                tokenize=False,
+                add_generation_prompt=begun,
+                continue_final_message=continued,
+            )
         except Exception as error:  # a template is foreign code: it may raise anything
             reasons.append(" ".join(str(error).split()) or type(error).__name__)
             continue

@@ -4,6 +4,7 @@ It scores and generates the same tokens as lm-eval's own HFLM, truncated in the 
 """
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,9 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..inference.chat import Chat, render
+from ..inference.data import check_ids
 from ..inference.generate import Generator, Sampling
 from ..inference.perplexity import rounding_cache
 from ..models.model import Model
+
+log = logging.getLogger(__name__)
 
 
 class NativeLM(TemplateLM):
@@ -63,7 +68,29 @@ class NativeLM(TemplateLM):
         """Token ids; special tokens as the tokenizer adds them, unless they are there already."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        check_ids(ids, self.tokenizer, self.model.config.vocab_size, "a text of a task")
+        return ids
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Of the tokenizer, by which lm-eval tells requests that it keeps."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: Chat, add_generation_prompt: bool = True) -> str:
+        """A chat as text, as HFLM has it: without its system message if the template takes none.
+
+        add_generation_prompt: whether an answer begins; if not, the last message goes on.
+        """
+        open_end = {"begun": add_generation_prompt, "continued": not add_generation_prompt}
+        try:
+            return render(self.tokenizer, chat_history, **open_end)
+        except ValueError as error:
+            without = [message for message in chat_history if message["role"] != "system"]
+            if without == chat_history:
+                raise
+            log.warning("%s: trying without the system message", error)
+            return render(self.tokenizer, without, **open_end)
 
     @torch.inference_mode()
     def _loglikelihood_tokens(
@@ -125,13 +152,13 @@ class NativeLM(TemplateLM):
             for settings, members in alike.items():
                 members.sort(key=lambda i: len(requests[i].args[0]), reverse=True)
                 for batch in chunks(members, self.batch_size):
-                    wanted = _wanted(json.loads(settings), seed=batch[0])
+                    wanted = wanted_of(json.loads(settings), seed=batch[0])
                     texts = self._generate([requests[i].args[0] for i in batch], wanted)
                     outputs.update(zip(batch, texts, strict=True))
                     bar.update(len(batch))
         return [outputs[i] for i in range(len(requests))]
 
-    def _generate(self, contexts: list[str], wanted: "_Wanted") -> list[str]:
+    def _generate(self, contexts: list[str], wanted: "Wanted") -> list[str]:
         until, new, sampling = wanted
         self._check_length(new + 1)
         prompts = [
@@ -160,15 +187,20 @@ class NativeLM(TemplateLM):
             )
 
 
-class _Wanted(NamedTuple):
+class Wanted(NamedTuple):
+    """How a task generates: up to one of `until`, at most `new_tokens`."""
+
     until: list[str]
     new_tokens: int
     sampling: Sampling
 
 
-def _wanted(settings: dict[str, Any], seed: int) -> _Wanted:
+def wanted_of(settings: dict[str, Any], seed: int = 0) -> Wanted:
     """A task's generation settings. Raises ValueError for those that are not supported."""
-    known: dict[str, Any] = dict(normalize_gen_kwargs(settings))
+    try:
+        known: dict[str, Any] = dict(normalize_gen_kwargs(settings))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a task cannot generate with {settings}: {error}") from None
     until, new = [x for x in known.pop("until") if x], known.pop("max_gen_toks")
     del known["do_sample"]  # the temperature is 0 where nothing is drawn
     drawn = {name: known.pop(name) for name in ("temperature", "top_k", "top_p") if name in known}
@@ -177,4 +209,12 @@ def _wanted(settings: dict[str, Any], seed: int) -> _Wanted:
             f"a task generates with {settings}: expected until, max_gen_toks, do_sample, "
             "temperature, top_k and top_p only; choose other tasks"
         )
-    return _Wanted(until, new, Sampling(**drawn, seed=seed))
+    numbers = all(isinstance(x, (int, float)) for x in drawn.values())
+    if not numbers or new < 1 or not all(isinstance(x, str) for x in until):
+        raise ValueError(
+            f"a task cannot generate with {settings}: expected strings in until, max_gen_toks of "
+            "1 or more, and numbers"
+        )
+    sampling = Sampling(**drawn, seed=seed)
+    sampling.check()
+    return Wanted(until, new, sampling)

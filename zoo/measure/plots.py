@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 try:
-    from matplotlib import colormaps
+    from matplotlib import colormaps, rc_context
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import TABLEAU_COLORS, Normalize
@@ -21,9 +21,11 @@ from ..compression.cuts import NOISE
 from ..utils.records import BenchRow, CompressedRow, TimedRow
 from .sweep_table import Section, increase
 
+AS_WRITTEN = rc_context({"text.parse_math": False})  # a $ in a name begins no formula
 COLORS, MARKS = list(TABLEAU_COLORS.values()), "osD^vPX"
 
 
+@AS_WRITTEN
 def figures(sections: Sequence[Section]) -> dict[str, Figure]:
     """All figures of a report by title."""
     drawn = {}
@@ -155,6 +157,7 @@ def save_decoding(rows: Sequence[BenchRow], title: str, folder: Path) -> None:
         figure.savefig(folder / f"{name}.png")
 
 
+@AS_WRITTEN
 def decoding(rows: Sequence[BenchRow], title: str) -> dict[str, Figure]:
     """What `bench.bench` measured, against the context: tokens per second, and peak memory."""
     timed = [row for row in rows if "failed" not in row]

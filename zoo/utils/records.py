@@ -144,6 +144,15 @@ class RetrievalRecord(TypedDict):
     loglikelihood: float
 
 
+class TaskSettings(TypedDict):
+    """How `eigenzoo evaluate --tasks` ran: what its options changed."""
+
+    num_fewshot: int | None
+    apply_chat_template: bool
+    gen_kwargs: dict[str, Any] | None
+    limit: int | None
+
+
 class EvaluationResult(KvBytes):
     """What `eigenzoo evaluate` measures: only what its options ask for."""
 
@@ -155,6 +164,7 @@ class EvaluationResult(KvBytes):
     by_position: NotRequired[list[PositionRecord]]
     retrieval: NotRequired[list[RetrievalRecord]]
     tasks: NotRequired[dict[str, TaskRow]]
+    task_settings: NotRequired[TaskSettings]
 
 
 @final
