@@ -118,7 +118,7 @@ def files(work: Path) -> list[Path]:
     return [left / "progress.json", *left.glob("basis-1.*"), *left.glob("new/*.safetensors")]
 
 
-def test_damage_of_any_file_of_unfinished_work_is_noticed(work, given):
+def test_damage_of_any_file_of_unfinished_work_is_noticed(work):
     for path in files(work):
         whole = path.read_bytes()
         middle = len(whole) // 2
@@ -133,10 +133,11 @@ def test_damage_of_any_file_of_unfinished_work_is_noticed(work, given):
         path.unlink()
         assert f"{path.name} is missing" in resumed(work)
         path.write_bytes(whole)
-    for name in ("model-00009-of-00009.safetensors", ".model-00001-of-00003.safetensors.part"):
+    strangers = "model-00009-of-00009.safetensors", ".model-00001-of-00003.safetensors.part"
+    for name in strangers:
         (work / "out.partial" / "new" / name).write_text("of something else")
     assert run(*command("compress", work, work / "out")).exit_code == 0
-    assert content(work / "out").keys() == content(given / "compress-want").keys()
+    assert not content(work / "out").keys() & {*strangers}
 
 
 def other_weights(work):
