@@ -27,8 +27,9 @@ from transformers.utils import is_optimum_quanto_available
 from eigenzoo.zoo.compression.compress import compress, gather
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import Checkpoint, load
-from eigenzoo.zoo.inference.data import calibration_tokens, encode, read_text
+from eigenzoo.zoo.inference.data import calibration_tokens, encode
 from eigenzoo.zoo.inference.perplexity import mean_perplexity, perplexity
+from eigenzoo.zoo.inference.texts import read_text
 from eigenzoo.zoo.models.config import kv_bytes
 
 WINDOW, PART, GROUP = 2048, 32, 64
@@ -52,7 +53,7 @@ def ours(original: Checkpoint, tokens: Tensor, text: Tensor, windows: int) -> It
             yield {
                 "cache": name,
                 "keep": keep,
-                "share": kv_bytes(config, torch.bfloat16)["kv_share"],
+                "share": kv_bytes(config)["kv_share"],
                 "perplexity": perplexity(low, text, WINDOW, windows).perplexity,
                 "mean_ranks": [sum(r) / len(r) for r in (config.k_ranks, config.v_ranks)],
                 "bits": {b: (config.k_bits + config.v_bits).count(b) for b in bits},

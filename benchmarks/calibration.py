@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from eigenzoo.zoo.compression.compress import gather
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
-from eigenzoo.zoo.inference.data import encode, python_docs
+from eigenzoo.zoo.inference.data import encode
+from eigenzoo.zoo.inference.texts import python_docs
 from eigenzoo.zoo.models.model import Model
 
 

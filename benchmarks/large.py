@@ -24,7 +24,7 @@ from eigenzoo.hub_export import stream as hub
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.compression.stream import Stream
 from eigenzoo.zoo.inference.checkpoint import open_layers
-from eigenzoo.zoo.inference.data import python_docs
+from eigenzoo.zoo.inference.texts import python_docs
 from eigenzoo.zoo.measure.shapes import SHAPES, shaped
 from eigenzoo.zoo.utils.memory import peak, reset_peak
 from eigenzoo.zoo.utils.provenance import device_name, versions

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..zoo.compression.methods import METHODS
@@ -14,11 +13,8 @@ CONTEXTS = (2048, 8192, 32768, 131072)
 FIGURES = "figures"  # folder of plots, in the checkpoint
 
 
-def card(config: Config, compression: CompressionRecord, dtype: torch.dtype) -> str:
-    """Markdown with the Hub's metadata. Every number comes from `compression` or `config`.
-
-    dtype: of the weights, and so of the cache.
-    """
+def card(config: Config, compression: CompressionRecord) -> str:
+    """Markdown with the Hub's metadata. Every number comes from `compression` or `config`."""
     c, base = compression, compression["base_model"]
     source = METHODS[c["method"]].source
     title = f"{base.split('/')[-1]}, KV cache compressed"
@@ -31,7 +27,7 @@ def card(config: Config, compression: CompressionRecord, dtype: torch.dtype) -> 
 Made by eigenzoo {c["versions"]["eigenzoo"]} from `{base}`{_license(c)}: {source}.
 The cache holds low-rank latents of keys and values, which take fewer bytes in memory.
 
-{_sizes(config, c, dtype)}
+{_sizes(config, c)}
 
 {_made(c)}
 {_measured(c.get("measured", {}))}
@@ -109,14 +105,14 @@ def _license(c: CompressionRecord) -> str:
     return f" (license: {c['base_license']})" if c.get("base_license") else ""
 
 
-def _sizes(config: Config, c: CompressionRecord, dtype: torch.dtype) -> str:
+def _sizes(config: Config, c: CompressionRecord) -> str:
     """The table of cache sizes and perplexity, before and after."""
-    size = kv_bytes(config, dtype)
+    size = kv_bytes(config)
     before, after = size["kv_bytes_per_token_dense"], size["kv_bytes_per_token"]
     rows = [
         ("KV numbers per token", f"{config.dense_kv_width}", f"{config.kv_width}"),
-        (f"KV bytes per token, {str(dtype).removeprefix('torch.')}", f"{before}", f"{after}"),
-        ("KV share", "1.000", f"{size['kv_share']:.3f}"),
+        ("KV bytes per token, 16 bits", f"{before}", f"{after}"),
+        ("share of the KV bytes", "1.000", f"{size['kv_share']:.3f}"),
     ]
     for context in CONTEXTS:
         if context <= config.max_position_embeddings:

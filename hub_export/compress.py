@@ -10,7 +10,7 @@ from ..zoo.compression.compress import compress
 from ..zoo.compression.record import about, evaluation, texts
 from ..zoo.compression.settings import Settings
 from ..zoo.inference.checkpoint import Checkpoint, load, locate, open_layers
-from ..zoo.inference.data import read_text
+from ..zoo.inference.texts import read_text
 from ..zoo.inference.weights import stored_bytes
 from ..zoo.utils import memory
 from ..zoo.utils.interrupt import interruptible
@@ -123,7 +123,7 @@ def compress_checkpoint(
     checkpoint, see `plain.py`; raises ValueError where there is none.
     """
     check_shard_size(shard_size)
-    model, tokenizer = original.model, original.tokenizer
+    model = original.model
     settings = settings.fit(model.config)  # before text is sampled or read
     if plain:
         check_plain(model.config, settings)
@@ -131,12 +131,12 @@ def compress_checkpoint(
     with new_folder(out, force) as folder:
         with writing(out):
             rehearse(folder, original, settings, write_about_plain if plain else write_about)
-        tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
+        tokens, test = texts(original, settings, calibration, samples, seq_len, text, seed)
         result = compress(model, tokens, settings)
         models = {"dense": model, "compressed": result.model}
         record: CompressionRecord = {
             **about(original, result.settings, result.model.config, calibration, tokens, seed),
-            "evaluation": evaluation(models, tokenizer, text, held_out, calibration),
+            "evaluation": evaluation(models, test),
             "layers": result.layers,
         }
         write = export_plain if plain else export

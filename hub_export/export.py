@@ -75,7 +75,7 @@ def write_about(
     for name, text in code.files().items():
         (folder / name).write_text(text)
     with naming("README.md"):
-        (folder / "README.md").write_text(card.card(low.config, compression, low.dtype))
+        (folder / "README.md").write_text(card.card(low.config, compression))
 
 
 def rehearse(

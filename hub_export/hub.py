@@ -6,6 +6,7 @@ huggingface_hub transfers, resumes, retries, shows progress and reads the token,
 
 import json
 import shutil
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +18,24 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from ..zoo.inference.checkpoint import native_config, read_config
 from ..zoo.inference.hub import FAILURES, failure_reason, parse_hub_id
 from ..zoo.utils.output import claimed, put, writing
+from .card import FIGURES
 
 STALE = [
     "*.safetensors",
     "*.safetensors.index.json",
     "*.py",
 ]  # removed when the folder has no such file
+KINDS = (  # of files that belong to a checkpoint; others stay where they are
+    *STALE,
+    *("config.json", "generation_config.json", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "*.tiktoken", "chat_template.*", "additional_chat_templates/*.jinja"),
+    f"{FIGURES}/*.png",
+)
 
 
 class Change(NamedTuple):
-    """A file, its bytes, and what a push does to it: new, changed, removed or same."""
+    """A file, its bytes, and what a push does to it: new, changed, removed, same or left out."""
 
     path: str
     size: int
@@ -40,8 +49,22 @@ class Pushed(NamedTuple):
     url: str | None
 
 
+def published(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that a push sends. Raises ValueError for one outside it."""
+    kinds = (path for kind in KINDS for path in folder.glob(kind))
+    files = sorted({path for path in kinds if path.is_file() and not path.name.startswith(".")})
+    for path in files:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{path} is a link to a file outside of the folder, which is not published: "
+                "replace it by a copy, or remove it"
+            )
+    return files
+
+
 def check_folder(folder: Path) -> None:
     """Raise ValueError unless a folder is a whole checkpoint of a kind that can be loaded."""
+    published(folder)
     native_config(read_config(folder))
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
@@ -69,14 +92,16 @@ def changes(folder: Path, repo_id: str, revision: str | None = None) -> list[Cha
         raise ValueError(
             f"the Hub does not tell what {repo_id} holds: {failure_reason(error)}"
         ) from error
-    local = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    local, sent = [], set(published(folder))
+    for path in sent:
         name = path.relative_to(folder).as_posix()
-        if not any(part.startswith(".") for part in Path(name).parts):
-            state = "new" if name not in remote else _compare(path, remote[name])
-            local.append(Change(name, path.stat().st_size, state))
+        state = "new" if name not in remote else _compare(path, remote[name])
+        local.append(Change(name, path.stat().st_size, state))
+    others = (p for p in folder.iterdir() if not p.name.startswith(".") and p not in sent)
+    kept = [p for p in others if not any(p in path.parents for path in sent)]
     names = {change.path for change in local}
     gone = [n for n in remote if n not in names and any(Path(n).match(p) for p in STALE)]
+    local += [Change(p.name, p.lstat().st_size, "left out") for p in kept]
     return sorted([*local, *(Change(n, remote[n].size, "removed") for n in gone)])
 
 
@@ -114,7 +139,7 @@ def push(
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
         planned = changes(folder, repo_id, revision)
-        new = [change for change in planned if change.state != "same"]
+        new = [change for change in planned if change.state not in ("same", "left out")]
         if new:
             names = ", ".join(change.path for change in new)
             size = sum(change.size for change in new if change.state != "removed") / 1e6
@@ -128,7 +153,7 @@ def push(
                 revision=revision,
                 commit_message=message or f"Upload {folder.resolve().name} with eigenzoo",
                 create_pr=create_pr,
-                ignore_patterns=[".*", "*/.*"],
+                allow_patterns=[escape(x.path) for x in planned if x.state != "left out"],
                 delete_patterns=STALE,
             )
             url = commit.pr_url or commit.commit_url

@@ -5,8 +5,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ..zoo.inference.checkpoint import MODEL_TYPE, native_config, read_config
 from ..zoo.utils.jsonl import MEASURED, read_rows
 from ..zoo.utils.records import CompressionRecord, EvaluationRow, Measurements, TimedRow
@@ -28,8 +26,7 @@ def add(folder: Path, files: Sequence[Path]) -> str:
     compression: CompressionRecord = raw["compression"]
     plots = [plot for f in files if f.suffix == ".jsonl" for plot in sorted(f.parent.glob("*.png"))]
     compression["measured"] = {**compression.get("measured", {}), **_measured(files, plots)}
-    dtype = getattr(torch, raw.get("dtype") or raw["torch_dtype"])
-    text = card(native_config(raw), compression, dtype)
+    text = card(native_config(raw), compression)
     for plot in plots:
         (folder / FIGURES).mkdir(exist_ok=True)
         with replacing(folder / FIGURES / plot.name) as part:

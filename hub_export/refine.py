@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import cast
 
-from ..zoo.compression.record import calibrated_on, evaluation
+from ..zoo.compression.record import calibrated_on, evaluation, windows
 from ..zoo.compression.refine import RefineSettings, check_pair, learned, refine
 from ..zoo.inference.checkpoint import MODEL_TYPE, Checkpoint
 from ..zoo.inference.data import calibration_tokens, hold_out
@@ -86,9 +86,10 @@ def _refine(
     seq_len = seq_len or min(512, dense.config.max_position_embeddings)
     tokens = calibration_tokens(calibration, dense, low.tokenizer, samples, seq_len, settings.seed)
     tokens, held_out = hold_out(tokens)
+    test = windows(low.tokenizer, dense.config, text, held_out, calibration)
     refined = refine(dense, low.model, tokens, settings, held_out, state_file(out))
     models = {"dense": dense, "before": low.model, "compressed": refined.model}
-    measured = evaluation(models, low.tokenizer, text, held_out, calibration)
+    measured = evaluation(models, test)
     before = measured.pop("before")
     run = {
         **settings._asdict(),

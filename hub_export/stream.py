@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..zoo.compression.record import about, calibrated_on, measured, texts, windows
+from ..zoo.compression.record import about, calibrated_on, measured, texts
 from ..zoo.compression.settings import Settings
 from ..zoo.compression.steps import PROGRESS
 from ..zoo.compression.stream import Stream, check_stream
@@ -106,18 +106,17 @@ def stream_checkpoint(
         check_disk(out, bytes_of(original.model) - written)
         with writing(out), scratch(place) as folder:
             rehearse(folder, original, settings)
-        tokens, held_out = texts(original, settings, calibration, samples, seq_len, text, seed)
-        longest = original.model.config.max_position_embeddings
-        words, rows = windows(original.tokenizer, text, held_out, calibration, longest)
-        told = {**calibrated_on(calibration, tokens), "text": words, "seed": seed}
+        tokens, test = texts(original, settings, calibration, samples, seq_len, text, seed)
+        told = {**calibrated_on(calibration, tokens), "text": test.name, "seed": seed}
         fresh = left / NEW
         try:
             with writing(left, "; what is done is kept there, and --resume goes on from it"):
                 fresh.mkdir(parents=True, exist_ok=True)
-                stream = _stream(original, files, settings, tokens, rows, KeptFiles(left), told)
+                kept = KeptFiles(left)
+                stream = _stream(original, files, settings, tokens, test.rows, kept, told)
                 record: CompressionRecord = {
                     **about(original, settings, stream.low.config, calibration, tokens, seed),
-                    "evaluation": measured(words, rows, stream.perplexities),
+                    "evaluation": measured(test, stream.perplexities),
                     "layers": stream.layers,
                 }
                 write_about(fresh, stream.low, original, record)

@@ -14,8 +14,9 @@ from eigenzoo.zoo.cli.demo import demo_model
 from eigenzoo.zoo.compression.compress import compress, gather
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
-from eigenzoo.zoo.inference.data import calibration_tokens, encode, python_docs
+from eigenzoo.zoo.inference.data import calibration_tokens, encode
 from eigenzoo.zoo.inference.perplexity import perplexity
+from eigenzoo.zoo.inference.texts import python_docs
 from eigenzoo.zoo.models.config import kv_bytes
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2-valid.txt"
@@ -68,7 +69,7 @@ def test_quality_targets_hold_with_a_twentieth_of_the_default_calibration(smol, 
     for keep, bits, most in ((0.55, 8, 1.002), (0.407, 8, 1.015), (0.155, 4, 1.12)):
         few = settings._replace(keep=keep, kv_bits=(bits,), refit=())
         low = compress(smol.model, tokens, few, seen).model
-        assert kv_bytes(low.config, torch.bfloat16)["kv_share"] <= keep
+        assert kv_bytes(low.config)["kv_share"] <= keep
         assert perplexity(low, rest, 2048, 1).perplexity < most * before, bits
 
 

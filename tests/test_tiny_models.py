@@ -13,7 +13,7 @@ from eigenzoo.zoo.compression.methods import METHODS
 from eigenzoo.zoo.compression.refine import RefineSettings, refine
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
-from eigenzoo.zoo.inference.data import encode, read_text
+from eigenzoo.zoo.inference.data import encode
 from eigenzoo.zoo.inference.perplexity import perplexity
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -30,7 +30,7 @@ def folder(request):
 
 @pytest.fixture(scope="module")
 def text(folder):
-    return encode(load(str(folder)).tokenizer, read_text(WORDS)[:200_000])
+    return encode(load(str(folder)).tokenizer, WORDS.read_text()[:200_000])
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,7 @@ def test_evaluate_takes_dense_and_compressed(run, dense_folder, low):
     assert dense["tokens"] == small["tokens"] == 126
     assert dense["kv_share"] == 1
     assert small["kv_share"] <= 0.5
-    assert dense["kv_bytes_per_token"] == small["kv_bytes_per_token_dense"] == 3 * 2 * 4 * 16 * 4
+    assert dense["kv_bytes_per_token"] == small["kv_bytes_per_token_dense"] == 3 * 2 * 4 * 16 * 2
 
 
 def test_evaluate_shows_perplexity_by_position(run, low, tmp_path):
@@ -268,6 +268,7 @@ def test_auto_keys_report_the_choice_and_its_reason(run, dense_folder, tmp_path)
 
 def test_generate_answers_a_batch(run, low):
     words = ["-p", "the cat", "-p", "a mat and saw", "--no-compile", "--max-new-tokens", "6"]
+    words += ["--dtype", "bfloat16"]
     code, text, _ = run("generate", low, *words, "--json")
     printed = json.loads(text)
     assert code == 0
@@ -277,7 +278,7 @@ def test_generate_answers_a_batch(run, low):
     assert printed["peak_memory"] > printed["cache_bytes"]
     code, text, error = run("generate", low, *words)
     assert text.startswith("--- 1\n")
-    assert "of the uncompressed" in error
+    assert "of an uncompressed cache" in error
     assert "the first after" in error
 
 
@@ -297,7 +298,7 @@ def test_decoding_uses_the_fastest_dtype_of_the_processor(run, low, monkeypatch)
     size = {}
     for has_it in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
-        size[has_it] = json.loads(run("generate", low, *words)[1])["kv_bytes_per_token"]
+        size[has_it] = json.loads(run("generate", low, *words)[1])["cache_bytes"]
     assert size[False] == 2 * size[True]
 
 

@@ -1,6 +1,7 @@
 """Every scheme of caching rotated keys decodes exactly what its definition computes."""
 
 import functools
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -93,26 +94,57 @@ def test_decoding_equals_recomputing_far_beyond_a_block(name, scheme, shared):
     close(torch.cat([low(x[:, p], p, cache) for p in parts], 1), low(x))
 
 
+PADDING = {  # the slots of padding in a prompt of 28 slots
+    "left by one": [*range(1)],
+    "left by more than a block": [*range(19)],
+    "left by a block": [*range(16)],
+    "left, and a hole": [*range(5), *range(9, 12)],
+    "right": [*range(20, 28)],  # new tokens take the slots after it
+}
+
+
+@pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(scheme, side):
-    low, x = held("biases", scheme), tiny.tokens(1, 33)
-    pad = torch.full((1, 8), 5)
-    # new tokens take the slots after right padding
-    whole = torch.cat((pad, x) if side == "left" else (x[:, :20], pad, x[:, 20:]), 1)
-    valid = torch.ones(1, 41, dtype=torch.bool)
-    valid[:, :8] = side != "left"
-    valid[:, 20:28] &= side != "right"
-    cache = low.new_cache(1, 41)
-    first = low(whole[:, :28], torch.arange(28), cache, valid)
-    steps = [low(whole[:, [t]], torch.tensor([t]), cache, valid) for t in range(28, 41)]
-    got = torch.cat([first, *steps], 1)[valid][None]
-    close(got, low(whole, valid=valid)[valid][None])
-    if low.config.anchor == 1:
-        close(got, low(x))
-    else:  # without the padding, blocks begin at other tokens, so only the error may differ
-        dense = MODELS["biases"]()(x)
-        assert (got - dense).std() < 1.5 * (low(x) - dense).std()
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_changes_nothing(name, scheme, padding):
+    low, x = held(name, scheme), tiny.tokens(1, 41)[:, len(PADDING[padding]) :]
+    whole, valid = torch.full((1, 41), 5), torch.ones(1, 41, dtype=torch.bool)
+    valid[:, PADDING[padding]] = False
+    whole[valid] = x[0]
+    close(low(whole, valid=valid)[valid], low(x)[0])
+    close(decoded(low, whole, 28, valid)[valid], low(x)[0])
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("scheme", ["anchored 3", "anchored 16", "rotated"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_padding_changes_nothing_of_a_packed_cache(scheme, padding, bits):
+    low = deepcopy(held("biases", scheme, (4, 4))).double()  # rounding would change codes
+    x = tiny.tokens(1, 41)[:, len(PADDING[padding]) :]
+    whole, valid = torch.full((1, 41), 5), torch.ones(1, 41, dtype=torch.bool)
+    valid[:, PADDING[padding]] = False
+    whole[valid] = x[0]
+    want = decoded(low, x, x.size(1) - 13, bits=bits)
+    close(decoded(low, whole, 28, valid, bits=bits)[valid], want[0])
+
+
+def decoded(low: Model, x, prompt: int, valid=None, bits: int = 16):
+    """Logits of x (1, T), of which `prompt` tokens enter a cache at once, the others one by one."""
+    length = x.size(1)
+    cache = low.new_cache(1, length, bits=bits)
+    parts = torch.arange(length).split([prompt, *[1] * (length - prompt)])
+    return torch.cat([low(x[:, p], p, cache, valid) for p in parts], 1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scheme", ["anchored 3", "anchored 16", "rotated"])
+@pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)
+def test_prompts_of_different_lengths_are_answered_as_each_alone(scheme, compiled, backend):
+    low = held("llama", scheme)
+    prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (1, 12, 20, 5)]
+    batch = Generator(low, 4, 50, compile=compiled).stream(prompts, 30)
+    alone = [torch.cat(list(Generator(low, 1, 50, compile=False).stream([p], 30))) for p in prompts]
+    assert torch.equal(torch.stack(list(batch), 1), torch.stack(alone))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -308,10 +340,17 @@ def test_the_checkpoint_runs_in_transformers_with_every_cache(tmp_path, scheme):
     theirs = EigenForCausalLM.from_pretrained(tmp_path / "low")
     x = tiny.tokens(1, 20)
     close(theirs(x).logits, native(x))
-    want = list(Generator(native, 1, 40, compile=False).stream(x.tolist(), 20))
-    for kind in ({}, {"cache_implementation": "static"}):
-        got = theirs.generate(x, max_new_tokens=20, do_sample=False, eos_token_id=None, **kind)
-        assert got[0, 20:].tolist() == torch.cat(want).tolist()
+    want = torch.cat(list(Generator(native, 1, 40, compile=False).stream(x.tolist(), 20))).tolist()
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    padded = torch.cat((torch.full((1, 5), 7), x), 1).repeat(2, 1)
+    padded[1] = tiny.tokens(1, 25, seed=3)
+    mask = torch.ones_like(padded)
+    mask[0, :5] = 0
+    for kind in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        assert theirs.generate(x, **options, **kind)[0, 20:].tolist() == want
+        assert (
+            theirs.generate(padded, attention_mask=mask, **options, **kind)[0, 25:].tolist() == want
+        )
 
 
 def test_frequencies_of_pairs_survive_every_way_of_casting_and_saving(tmp_path, dense):

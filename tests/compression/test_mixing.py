@@ -131,7 +131,7 @@ def test_a_model_compressed_for_few_bits_is_the_same_model_and_has_their_bytes(k
     y = tiny.tokens(2, 40)
     # without a cache the models differ only by fp32 rounding in projections of another scale
     assert_close(mixed(y), unmixed(y), atol=1e-3, rtol=1e-3)
-    size = kv_bytes(mixed.config, torch.float32)["kv_bytes_per_token"]
+    size = kv_bytes(mixed.config)["kv_bytes_per_token"]
     assert 0.1 * 2 < size / mixed.config.dense_kv_width <= 0.2 * 2
     assert mixed.new_cache(1, 7).nbytes == 7 * size
     assert perplexity(mixed, y.flatten(), 40) != perplexity(mixed, y.flatten(), 40, bits=16)
@@ -181,7 +181,7 @@ def test_ranks_and_bits_share_one_budget_of_bytes(kind):
     def expected(*bits):
         ranks = choose_ranks(dense.config, bases, settings._replace(kv_bits=bits))
         config = compressed_config(dense.config, bases, ranks)
-        assert kv_bytes(config, torch.bfloat16)["kv_share"] <= settings.keep
+        assert kv_bytes(config)["kv_share"] <= settings.keep
         assert {*ranks.k_bits, *ranks.v_bits} <= {*bits}
         units = zip(bases, zip(*ranks, strict=True), strict=True)
         sides = [((k, a, c), (v, b, d)) for (k, v), (a, b, c, d) in units]

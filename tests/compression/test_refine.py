@@ -351,7 +351,7 @@ def test_bad_input_prints_one_line_and_exits_with_2(capsys, dense_folder, low_fo
     cases = {
         ("refine", low_folder, new): "local model dense: give it as --original",
         ("refine", dense_folder, new): "was not written by eigenzoo compress",
-        ("refine", low_folder, low_folder): "--force",
+        ("refine", low_folder, low_folder): "which is read",
         ("refine", low_folder, new, "--steps", "0"): "steps is 0",
         ("refine", low_folder, new, "--original", low_folder): "compressed itself",
         ("refine", low_folder, new, "--text", tmp_path / "none"): "does not exist",

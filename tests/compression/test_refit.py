@@ -96,6 +96,6 @@ def test_checkpoints_with_refits_of_earlier_versions_load_and_show_them(dense, t
     raw["compression"]["refit"] = ["inputs", "heads", "output"]
     (folder / "config.json").write_text(json.dumps(raw))
     assert torch.equal(load(str(folder)).model(x), want)
-    text = card(native_config(raw), raw["compression"], torch.float32)
+    text = card(native_config(raw), raw["compression"])
     assert "Refitted to them after the solve: inputs, heads, output." in text
     assert inspect(str(folder))["compression"]["refit"] == ["inputs", "heads", "output"]

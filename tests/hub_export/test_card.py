@@ -49,8 +49,8 @@ def test_a_card_says_license_and_bytes(low):
     assert (data.license, data.library_name) == ("mit", "transformers")
     assert data.pipeline_tag == "text-generation"
     assert "base_model" not in data.to_dict()  # a folder here is no Hub id
-    before, after = 4 * config.dense_kv_width, 4 * config.kv_width
-    assert f"| KV bytes per token, float32 | {before} | {after} |" in text(low)
+    before, after = 2 * config.dense_kv_width, 2 * config.kv_width
+    assert f"| KV bytes per token, 16 bits | {before} | {after} |" in text(low)
     assert f"| cache of 2048 tokens | {2048 * before / 2**20:.1f} MiB |" in text(low)
     assert "cache of 8192" not in text(low)  # longer than the model can read
 
@@ -59,15 +59,50 @@ def test_a_card_and_inspect_say_bits_and_bytes_with_scales(run, dense, tmp_path)
     out, settings = tmp_path / "few", Settings(keep=0.3, rank_multiple=2, kv_bits=(8, 4))
     compress_checkpoint(load(str(dense)), out, settings, samples=4, seq_len=32)
     config = load(str(out)).model.config
-    size = kv_bytes(config, torch.float32)["kv_bytes_per_token"]
+    size = kv_bytes(config)["kv_bytes_per_token"]
     assert size == load(str(out)).model.new_cache(1, 1).nbytes
-    assert f"| KV bytes per token, float32 | {4 * config.dense_kv_width} | {size} |" in text(out)
-    assert f"| cache of 2048 tokens | 1.5 MiB | {2048 * size / 2**20:.1f} MiB |" in text(out)
+    assert f"| KV bytes per token, 16 bits | {2 * config.dense_kv_width} | {size} |" in text(out)
+    assert f"| cache of 2048 tokens | 0.8 MiB | {2048 * size / 2**20:.1f} MiB |" in text(out)
     last = (2, config.k_ranks[2], config.v_ranks[2], config.k_bits[2], config.v_bits[2])
     assert "| layer | key rank | value rank | key bits | value bits |" in text(out)
     assert "| " + " | ".join(map(str, last)) + " |" in text(out)
     code, shown, _ = run("inspect", out)
     assert (code, "k_bits" in shown, str(size) in shown) == (0, True, True)
+
+
+def test_every_table_states_the_share_beside_16_bits(run, dense, tmp_path):
+    out, rows = tmp_path / "few", tmp_path / "rows.jsonl"
+    asked = ["--keep", 0.3, "--kv-bits", "8", "--rank-multiple", 2, "--samples", 4, "--seq-len", 32]
+    done = json.loads(run("compress", dense, out, *asked, "--dtype", "float32", "--json")[1])
+    assert 0.25 < done["share"] <= 0.3
+    measured = ["--window", 64, "--windows", 1]
+    words = ["evaluate", out, *measured]
+    (tmp_path / "row.json").write_text(run(*words, "--json")[1])
+    assert f"{done['share']:.1%} of the {2 * 3 * 2 * 32}" in run(*words)[1]
+    assert run("sweep", dense, rows, *asked, *measured, "--dtype", "float32")[0] == 0
+    code, card, error = run("card", out, tmp_path / "row.json")
+    assert code == 0, error
+    assert f"| share of the KV bytes | 1.000 | {done['share']:.3f} |" in card
+    assert f"| {done['share']:.2f} of the KV bytes |" in card
+    words = [
+        "generate",
+        out,
+        "-p",
+        "a",
+        "--no-compile",
+        "--max-new-tokens",
+        2,
+        "--dtype",
+        "float32",
+    ]
+    assert f"; {done['share']:.1%} of an uncompressed cache of 16 bits" in run(*words)[2]
+    shares = {
+        json.loads(run("inspect", out, "--json")[1])["kv_share"],
+        json.loads((tmp_path / "row.json").read_text())["kv_share"],
+        json.loads(rows.read_text().splitlines()[-1])["kv_share"],
+        json.loads(run(*words, "--json")[1])["kv_share"],
+    }
+    assert shares == {done["share"]}
 
 
 def test_a_card_of_a_model_from_the_hub_names_it(low):

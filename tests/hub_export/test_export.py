@@ -313,7 +313,7 @@ def test_other_bits_may_be_asked_for_at_loading(few):
 
 def test_few_bits_take_their_bytes_in_every_cache(few):
     model = EigenForCausalLM.from_pretrained(few)
-    size = kv_bytes(model.model.config, torch.float32)["kv_bytes_per_token"]
+    size = kv_bytes(model.model.config)["kv_bytes_per_token"]
     odd = sum(  # latents are padded to an even number of bytes
         side.heads * (side.width * side.bits // 8 % 2)
         for i in range(model.config.num_hidden_layers)

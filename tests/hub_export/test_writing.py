@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo.utils.output import put
 
 SMALL = ["--samples", "5", "--seq-len", "32", "--rank-multiple", "2"]
 WORDS = "".join(chr(97 + i * i % 26) for i in range(1500))
@@ -119,6 +120,37 @@ def test_a_disk_without_room_for_the_weights_is_named_before_the_work(
     error = refused(run, *command(home, how))
     assert "out takes about 0.00029 GB, and 1e-06 GB are free there" in error
     assert sorted(os.listdir(home)) == before
+
+
+class KilledError(Exception):
+    """Ends the work as a signal would."""
+
+
+def test_work_that_dies_after_its_folder_took_its_place_is_not_gone_on_from(run, home, monkeypatch):
+    def dies(fresh, place):
+        put(fresh, place)
+        raise KilledError
+
+    monkeypatch.setattr("eigenzoo.hub_export.stream.put", dies)
+    with pytest.raises(KilledError):
+        run(*command(home, "--stream"))
+    want = {p.name: p.read_bytes() for p in (home / "out").iterdir()}
+    assert (home / "out.partial").exists()
+    monkeypatch.setattr("eigenzoo.hub_export.stream.put", put)
+    assert "out exists: choose another" in refused(run, *command(home, "--resume"))
+    code, _, error = run(*command(home, "--resume", "--force"))
+    assert code == 0, error
+    assert {p.name: p.read_bytes() for p in (home / "out").iterdir()} == want
+    assert sorted(os.listdir(home)) == ["model", "out", "text.txt"]
+
+
+@pytest.mark.parametrize("how", ["--stream", "--resume", "--no-stream"])
+def test_force_deletes_no_folder_that_only_has_the_name_of_unfinished_work(run, home, how):
+    (home / "out.partial").mkdir()
+    (home / "out.partial" / "thesis.txt").touch()
+    error = refused(run, *command(home, how, "--force"))
+    assert "out.partial is no unfinished work of eigenzoo" in error
+    assert (home / "out.partial" / "thesis.txt").exists()
 
 
 @pytest.fixture

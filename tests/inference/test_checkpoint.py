@@ -54,7 +54,7 @@ def test_dtype_is_the_checkpoint_s_own_unless_asked(tmp_path):
 def test_inspect_tells_bytes_without_reading_weights(folder):
     (folder / "model.safetensors").unlink()
     info = inspect(str(folder))
-    assert info["kv_bytes_per_token"] == info["kv_bytes_per_token_dense"] == 3 * 2 * 4 * 16 * 4
+    assert info["kv_bytes_per_token"] == info["kv_bytes_per_token_dense"] == 3 * 2 * 4 * 16 * 2
     assert info["kv_share"] == 1
     assert info["compression"] is None
 

@@ -4,19 +4,7 @@ import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.inference.data import (
-    calibration_tokens,
-    encode,
-    encode_prompt,
-    python_docs,
-    read_text,
-)
-
-
-def test_the_default_text_is_english_and_long():
-    text = python_docs()
-    assert len(text) > 300_000
-    assert " the " in text
+from eigenzoo.zoo.inference.data import calibration_tokens, encode, encode_prompt
 
 
 def test_windows_of_a_file_spread_over_its_length(tmp_path, dense):
@@ -62,18 +50,6 @@ def test_a_dataset_without_text_raises_an_error_that_names_it(tmp_path, dense):
     (tmp_path / "train.jsonl").write_text(json.dumps({"words": "none"}))
     with pytest.raises(ValueError, match="expected `text`"):
         calibration_tokens(f"hub:{tmp_path}", dense.model, dense.tokenizer, 4, 16)
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [(None, "does not exist"), (b" \n", "is empty"), (b"\xff\xfe\x00", "UTF-8")],
-)
-def test_a_file_that_is_not_text_raises_an_error_that_names_it(tmp_path, content, named):
-    path = tmp_path / "text.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=named):
-        read_text(path)
 
 
 def test_a_prompt_goes_through_the_chat_template_if_there_is_one(dense):

@@ -14,10 +14,12 @@ CASES = (
     "latent 64/96",
     "latent 512",
     "anchored 320/80 x4 16",
+    "padded anchored 320",
     "merge 128",
     "8-bit latent 96/96 x4",
     "4-bit latent 80/80 x1",
     "4-bit anchored",
+    "4-bit padded",
     "4-bit rotary 160/96",
 )
 WITHOUT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -13,7 +13,7 @@ def test_comparison_measures_what_is_allocated():
     rows = compare({"a": dense, "b": low}, tiny.tokens(1, 2048)[0], 1, 64, [3, 4], [1], False)
     share = low.config.kv_width / low.config.dense_kv_width
     assert share <= 0.5
-    assert rows["a"]["kv_bytes_per_token"] * 64 == rows["a"]["cache_bytes"]
+    assert rows["a"]["kv_bytes_per_token"] * 2 * 64 == rows["a"]["cache_bytes"]  # float32
     assert rows["b"]["cache_bytes"] == pytest.approx(share * rows["a"]["cache_bytes"])
     assert all(row["decode_tokens_per_second"] > 0 for row in rows.values())
     assert torch.isfinite(torch.tensor(rows["b"]["perplexity"]))

@@ -1,5 +1,6 @@
 import math
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -23,6 +24,7 @@ class Copier(Model):
         super().__init__()
         self.near = near  # how far back it sees; 0: everything
         self.embed = torch.nn.Embedding(320, 1)
+        self.config = SimpleNamespace(vocab_size=320)
 
     def new_cache(self, batch, slots, dtype=None, bits=None):
         return StaticCache([(Latent(1, 1), Latent(1, 1))], batch, slots)

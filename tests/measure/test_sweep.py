@@ -142,7 +142,7 @@ def test_rows_equal_compressing_and_evaluating_by_hand(sweep, dense, texts):
         assert row["perplexity"] == pytest.approx(perplexity(low, test, 64, 2).perplexity, rel=1e-4)
         assert row["tokens"] == 126
         assert row["dense_perplexity"] == rows[0]["perplexity"]
-        assert row["kv_bytes_per_token"] == low.config.kv_width * 4
+        assert row["kv_bytes_per_token"] == low.config.kv_width * 2
         assert row["kv_share"] == low.config.kv_width / low.config.dense_kv_width <= 0.5
     assert checked == 5  # eigen shares no latents
 

@@ -42,6 +42,7 @@ SHAPE = "Instead of checkpoints"
 
 
 def bench(
+    ctx: typer.Context,
     sources: Annotated[
         list[str] | None,
         typer.Argument(
@@ -140,6 +141,8 @@ def bench(
     from ..measure import tables
     from ..measure.bench_grid import BenchGrid, bench_cells, rows_left
     from ..measure.contestants import from_checkpoints, from_shape
+    from ..utils.jsonl import BENCH
+    from ..utils.output import claimed_rows
     from ..utils.provenance import code, device_name, versions
 
     grid = BenchGrid(context or [2048], batch or [1], buffer, steps, rounds)
@@ -182,7 +185,8 @@ def bench(
         "versions": versions(),
         "code": code(),
     }
-    if out is not None:
+    if file is not None:
+        ctx.with_resource(claimed_rows(file, BENCH))
         origin["contestants"] = contestants.content()
     rows = rows_left(file, origin, [contestant.name for contestant in contestants.all])
     if compile:

@@ -8,8 +8,20 @@ from typing import Annotated
 
 import typer
 
-from .options import TEXTS, AsJson, Compile, Force, Keep, Method, Ops, Samples, Seed, option
-from .values import fuse, load, name_of, say
+from .options import (
+    FILE_HELP,
+    TEXTS,
+    AsJson,
+    Compile,
+    Force,
+    Keep,
+    Method,
+    Ops,
+    Samples,
+    Seed,
+    option,
+)
+from .values import fuse, load, say
 
 
 def demo(
@@ -20,7 +32,7 @@ def demo(
         Path | None,
         option(
             "--text",
-            help="File to measure perplexity on.",
+            help=f"File to measure perplexity on: {FILE_HELP}",
             default="Python's own help",
             panel=TEXTS,
         ),
@@ -47,7 +59,8 @@ def demo(
     from ...hub_export.compress import compress_checkpoint
     from ..compression.settings import Settings
     from ..inference.checkpoint import stop_tokens
-    from ..inference.data import encode, encode_prompt, python_docs, read_text
+    from ..inference.data import encode_prompt, read_tokens
+    from ..inference.texts import read_text
     from ..measure import tables as report
     from ..measure.evaluate import compare
     from ..utils.output import check_folder
@@ -56,7 +69,7 @@ def demo(
     settings = Settings(method, keep)
     settings.check()
     check_folder(out, force, (text,))
-    words = python_docs() if text is None else read_text(text)
+    words = read_text(text)
     say("1/4 loading SmolLM2-135M-Instruct")
     original = load(str(demo_model()))
     tokenizer = original.tokenizer
@@ -67,8 +80,9 @@ def demo(
     for model in models.values():
         fuse(model, ops, compile)
     say("4/4 measuring both" + (": compiling takes a minute or two each" if compile else ""))
-    question = encode_prompt(tokenizer, "What is the capital of France?")
-    tokens, stop = encode(tokenizer, words), stop_tokens(original)
+    vocabulary = original.model.config.vocab_size
+    question = encode_prompt(tokenizer, "What is the capital of France?", None, vocabulary)
+    tokens, stop = read_tokens(tokenizer, words, vocabulary), stop_tokens(original)
     rows = compare(models, tokens, windows, context, question, stop, compile)
     for row in rows.values():
         row["answer"] = tokenizer.decode(row["answer"], skip_special_tokens=True)
@@ -76,7 +90,7 @@ def demo(
     if as_json:
         print(json.dumps({"out": str(out), "seconds": seconds, "context": context} | rows))
         return
-    report.comparison(rows, context, name_of(text))
+    report.comparison(rows, context, words.name)
     typer.echo(f"wrote {out}, {seconds:.0f} s; next: eigenzoo generate {out} --prompt '...'")
 
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ..utils.records import EvaluationRow
-from .options import AsJson, Device, Dtype, KvBits, Revision, Seed, Source, Trust, option
-from .values import command_line, load, name_of
+from .options import FILE_HELP, AsJson, Device, Dtype, KvBits, Revision, Seed, Source, Trust, option
+from .values import command_line, load
 
 RETRIEVAL = "Retrieval"
 TASKS = "Tasks"
@@ -19,7 +19,11 @@ def evaluate(
     source: Source,
     text: Annotated[
         Path | None,
-        typer.Option(help="File to measure perplexity on.", show_default="Python's own help"),
+        option(
+            "--text",
+            help=f"File to measure perplexity on: {FILE_HELP}",
+            default="Python's own help",
+        ),
     ] = None,
     window: Annotated[
         int | None,
@@ -99,14 +103,14 @@ def evaluate(
     SOURCE may be compressed or not.
     """
     from ..inference.checkpoint import stop_tokens
-    from ..inference.data import python_docs, read_text
+    from ..inference.texts import read_text
     from ..measure import tables
     from ..measure.quality import Probes, measure
     from ..utils.provenance import device_name, versions
 
     if (length and not retrieval) or ((limit or include_path) and not tasks):
         raise ValueError("--length goes with --retrieval, --limit and --include-path with --tasks")
-    words = python_docs() if text is None else read_text(text)
+    words = read_text(text)
     if tasks:  # fails before the model is read
         if find_spec("lm_eval") is None:
             raise ValueError("--tasks needs the package lm-eval: pip install 'eigenzoo[eval]'")
@@ -119,7 +123,7 @@ def evaluate(
         *(not (retrieval or tasks), window, windows, by_position, retrieval, length or ()),
         *(facts, seed, kv_bits),
     )
-    result = measure(source, checkpoint, words, name_of(text), probes)
+    result = measure(source, checkpoint, words, probes)
     model = checkpoint.model
     if tasks:
         result["tasks"] = run_tasks(

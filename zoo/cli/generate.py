@@ -91,7 +91,7 @@ def generate(
     prompts = prompt or [_stdin()]
     checkpoint = load(source, decoding_dtype(dtype, device), device, revision, trust_remote_code)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    ids = [encode_prompt(tokenizer, p, chat) for p in prompts]
+    ids = [encode_prompt(tokenizer, p, chat, model.config.vocab_size) for p in prompts]
     slots = max(len(i) for i in ids) + max_new_tokens
     prepare(model)
     generator = Generator(model, len(ids), slots, compile, compile_prefill, kv_bits)
@@ -106,7 +106,7 @@ def generate(
     )
     if streamer:
         streamer.end()
-    result = {
+    result: dict[str, Any] = {
         "outputs": [tokenizer.decode(row, skip_special_tokens=True) for row in rows],
         "new_tokens": [len(row) for row in rows],
         "decode_tokens_per_second": speed,
@@ -115,7 +115,8 @@ def generate(
         "peak_memory": peak(model.device),
         "cache_slots": slots,
         "cache_bytes": generator.cache.nbytes,
-    } | kv_bytes(model.config, model.dtype, kv_bits)
+        **kv_bytes(model.config, kv_bits),
+    }
     if as_json:
         print(json.dumps(result))
         return
@@ -133,7 +134,7 @@ def _summary(x: Mapping[str, Any]) -> str:
         + f", the first after {x['first_token_seconds']:.1f} s"
         + (f", {compiled:.1f} s of all in the compiler" if compiled else "")
         + f"; {x['peak_memory'] / 2**20:.0f} MiB at most, {x['cache_slots']} cache slots, "
-        f"{x['cache_bytes']} bytes, {x['kv_share']:.1%} of the uncompressed"
+        f"{x['cache_bytes']} bytes; {x['kv_share']:.1%} of an uncompressed cache of 16 bits"
     )
 
 

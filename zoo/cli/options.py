@@ -82,7 +82,12 @@ DECODING_HELP = (
 )
 REFIT = {"auto": f"{_own_refits()}, else none", "none": "nothing", **REFITS}
 SOURCE_HELP = "Checkpoint: a folder, a GGUF file or a Hub id, org/name or org/name@revision."
-TEXT_HELP = "hub:DATASET[:CONFIG], or self, which is text sampled from the model."
+FILE_HELP = (
+    "plain text; or rows with a column `text`, or with `messages` for the chat template, in "
+)
+FILE_HELP += ".jsonl, .json or .parquet."
+TEXT_HELP = "hub:DATASET[:CONFIG], or self, which is text sampled from the model. A file is "
+TEXT_HELP += FILE_HELP
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
 Method = Annotated[str, choice("--method", METHODS, "How to find bases and ranks:")]
@@ -112,7 +117,7 @@ MeasuredOn = Annotated[
     Path | None,
     option(
         "--text",
-        help="File to measure perplexity on.",
+        help=f"File to measure perplexity on: {FILE_HELP}",
         default="held-out calibration text",
         panel=TEXTS,
     ),

@@ -88,7 +88,7 @@ def refine(
     from ...hub_export.export import check_shard_size
     from ...hub_export.refine import original_of, refine_checkpoint, state_file
     from ..compression.refine import RefineSettings
-    from ..inference.data import read_text
+    from ..inference.texts import read_text
     from ..utils.output import check_folder
 
     settings = RefineSettings(

@@ -16,6 +16,7 @@ from ..compression.methods import METHODS
 from .options import (
     BLOCK_HELP,
     DECODING,
+    FILE_HELP,
     REFIT,
     TEXT_HELP,
     TEXTS,
@@ -48,6 +49,7 @@ def _names(flag: str, table: Collection[Any], help: str, default: str) -> Any:
 
 
 def sweep(
+    ctx: typer.Context,
     source: Source,
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="File to write, one JSON object a line.")
@@ -106,7 +108,7 @@ def sweep(
         Path | None,
         option(
             "--text",
-            help="File to measure perplexity on.",
+            help=f"File to measure perplexity on: {FILE_HELP}",
             default="Python's own help",
             panel=TEXTS,
         ),
@@ -164,19 +166,19 @@ def sweep(
     """
     from tqdm import tqdm
 
-    from ..inference.data import read_text
+    from ..inference.texts import read_text
     from ..measure import tables
-    from ..measure.calibrator import Calibration
+    from ..measure.calibrator import Calibration, check_kept
     from ..measure.evaluate import Evaluation
     from ..measure.grid import distinct, grid
     from ..measure.sweep import Sweep
     from ..measure.sweep_table import line, sections
-    from ..utils.jsonl import SWEEP, read_rows
+    from ..utils.jsonl import SWEEP
+    from ..utils.output import claimed_rows
 
-    if out.exists() and not force:
-        read_rows(out, SWEEP)  # fails for any other file before the model is loaded
-    if text is not None:
-        read_text(text)
+    check_kept(out)
+    ctx.with_resource(claimed_rows(out, SWEEP, force))
+    read_text(text)
     original = load(source, dtype, device, revision, trust_remote_code)
     config = original.model.config
     length = config.max_position_embeddings

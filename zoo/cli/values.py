@@ -1,5 +1,6 @@
 """What becomes of the options that commands share: models, devices, dtypes and numbers."""
 
+import logging
 import shlex
 import sys
 from collections.abc import Callable
@@ -136,9 +137,18 @@ def command_line() -> str:
     return shlex.join(["eigenzoo", *words])
 
 
-def name_of(path: Path | str | None) -> str:
-    """The name of a text in messages."""
-    return "Python's own help" if path is None else Path(path).name
+class _Said(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message of the log."""
+        say(record.getMessage())
+
+
+def show_log() -> None:
+    """Print what the library logs, such as which text was read, to standard error."""
+    log = logging.getLogger(__name__.partition(".")[0])
+    if not log.handlers:
+        log.addHandler(_Said())
+        log.setLevel(logging.INFO)
 
 
 def say(text: str) -> None:

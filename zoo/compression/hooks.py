@@ -82,8 +82,7 @@ def feeding(
 
     @cache  # the same for all layers and sequences
     def angles(length: int) -> Any:
-        pos = torch.arange(length, device=model.device)
-        return model.offset(pos[None], pos, anchor)[1]
+        return model.offset(torch.arange(length, device=model.device)[None], anchor)
 
     def turned(x: Tensor) -> Tensor:  # keys, and their gradients alike
         heads = x.detach().unflatten(-1, (-1, model.config.head_dim)).transpose(1, 2)

@@ -2,21 +2,29 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..inference.checkpoint import Checkpoint
-from ..inference.data import calibration_tokens, encode, hold_out, read_text
+from ..inference.data import calibration_tokens, hold_out, read_tokens
 from ..inference.perplexity import Perplexity, perplexity
+from ..inference.texts import read_text
 from ..models.config import Config, kv_bytes
 from ..models.model import Model
 from ..utils.provenance import versions
 from ..utils.records import CompressionOrigin, QualityRecord, SettingsRecord, TextRecord
 from .methods import METHODS
 from .settings import Settings
+
+
+class Windows(NamedTuple):
+    """What perplexity is measured on: the name of the text, and windows of its tokens (M, W)."""
+
+    name: str
+    rows: Tensor
 
 
 def texts(
@@ -27,8 +35,8 @@ def texts(
     seq_len: int | None,
     text: Path | None,
     seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Tokens (N, T) to calibrate on, and those held out to measure on if there is no `text`."""
+) -> tuple[Tensor, Windows]:
+    """Tokens (N, T) to calibrate on, and what to measure on: `text`, or else held-out sequences."""
     model = original.model
     seq_len = seq_len or min(1024, model.config.max_position_embeddings)
     needed = METHODS[settings.method].data
@@ -38,7 +46,7 @@ def texts(
         tokens = calibration_tokens(calibration, model, original.tokenizer, samples, seq_len, seed)
     if text is None:
         tokens, held_out = hold_out(tokens) if needed else (tokens[:0], tokens)
-    return tokens, held_out
+    return tokens, windows(original.tokenizer, model.config, text, held_out, calibration)
 
 
 def about(
@@ -54,7 +62,7 @@ def about(
         "base_model": original.name,
         "base_license": original.license,
         **settings_record(settings),
-        "share": kv_bytes(low, torch.bfloat16)["kv_share"],  # as keep counts, for any dtype
+        "share": kv_bytes(low)["kv_share"],
         "calibration": calibrated_on(calibration, tokens) if len(tokens) else None,
         "seed": seed,
         "versions": versions(),
@@ -73,45 +81,40 @@ def calibrated_on(calibration: str, tokens: Tensor) -> TextRecord:
     return {"source": source, "sequences": sequences, "seq_len": length, "tokens": tokens.numel()}
 
 
-def evaluation(
-    models: Mapping[str, Model],
+def windows(
     tokenizer: PreTrainedTokenizerBase,
+    config: Config,
     text: Path | None,
     held_out: Tensor,
     calibration: str,
-) -> QualityRecord:
-    """The part of a record about perplexity: on a file, or else on held-out sequences (N, T)."""
-    longest = next(iter(models.values())).config.max_position_embeddings
-    words, rows = windows(tokenizer, text, held_out, calibration, longest)
+) -> Windows:
+    """A file to measure on, or else held-out sequences (N, T) of the text to calibrate on.
+
+    Raises ValueError if the file cannot be read, or has no token that can be predicted.
+    """
+    if text is None:
+        return Windows(f"held-out {_name(calibration)} text", held_out)
+    tokens = read_tokens(tokenizer, read_text(text), config.vocab_size).to(held_out.device)
+    if len(tokens) < 2:
+        raise ValueError(f"{text} has {len(tokens)} tokens: expected at least 2")
+    window = min(2048, config.max_position_embeddings, len(tokens))
+    return Windows(text.name, tokens[: len(tokens) // window * window].view(-1, window))
+
+
+def evaluation(models: Mapping[str, Model], test: Windows) -> QualityRecord:
+    """The part of a record about perplexity."""
+    rows = test.rows
     perplexities = {
         name: perplexity(model, rows.flatten(), rows.size(1)) for name, model in models.items()
     }
-    return measured(words, rows, perplexities)
+    return measured(test, perplexities)
 
 
-def windows(
-    tokenizer: PreTrainedTokenizerBase,
-    text: Path | None,
-    held_out: Tensor,
-    calibration: str,
-    longest: int,
-) -> tuple[str, Tensor]:
-    """The text to measure on: its name, and windows of its tokens (M, W).
-
-    longest: tokens that the model can read. Other arguments as in `evaluation`.
-    """
-    if text is None:
-        return f"held-out {_name(calibration)} text", held_out
-    test = encode(tokenizer, read_text(text)).to(held_out.device)
-    window = min(2048, longest, len(test))
-    return text.name, test[: len(test) // window * window].view(-1, window)
-
-
-def measured(words: str, rows: Tensor, perplexities: Mapping[str, Perplexity]) -> QualityRecord:
-    """The part of a record about perplexities, by the name of the model, on windows."""
+def measured(test: Windows, perplexities: Mapping[str, Perplexity]) -> QualityRecord:
+    """The part of a record about perplexities, by the name of the model."""
     about = {
-        "text": words,
-        "window": rows.size(1),
+        "text": test.name,
+        "window": test.rows.size(1),
         "tokens": next(iter(perplexities.values())).tokens,
     }
     numbers = {name: x.perplexity for name, x in perplexities.items()}

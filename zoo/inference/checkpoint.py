@@ -1,20 +1,16 @@
 """Load checkpoints: Hugging Face folders, Hub ids, GGUF files and compressed checkpoints."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
@@ -23,6 +19,8 @@ from transformers import (
 from ..models.config import Config, kv_bytes
 from ..models.families import FAMILIES
 from ..models.model import Model
+from .gguf import gguf_config, gguf_tensors
+from .gguf_file import first_part, model_name, open_gguf
 from .hub import FAILURES, card_license, failure_reason, parse_hub_id
 from .weights import LayerFiles, build, read_folder
 
@@ -71,7 +69,7 @@ def load(
     path = locate(source, revision)
     raw = read_config(path)
     config = native_config(raw)  # raises for unsupported models before weights are read
-    tensors = _read_gguf(path, raw) if path.suffix == ".gguf" else read_folder(path)
+    tensors = gguf_tensors(open_gguf(path), raw) if path.suffix == ".gguf" else read_folder(path)
     model = build(config, tensors, dtype, device, native=raw["model_type"] == MODEL_TYPE)
     return _checkpoint(source, path, raw, model, trust_remote_code)
 
@@ -109,7 +107,7 @@ def _checkpoint(
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} has no tokenizer: add its files ({reason})") from error
-    local = path.stem if gguf else path.name  # cards show it, so not the user's whole path
+    local = model_name(path) if gguf else path.name  # cards show it, so not the user's whole path
     name = local if Path(source).expanduser().exists() else parse_hub_id(source)[0]
     return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name, card_license(folder))
 
@@ -134,7 +132,7 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
         "num_key_value_heads": c.num_key_value_heads,
         "head_dim": c.head_dim,
         "dtype": dtype,
-        **kv_bytes(c, getattr(torch, dtype)),
+        **kv_bytes(c),
         "joint_kv": c.joint_kv,
         "k_heads_per_latent": c.k_heads_per_latent,
         "v_heads_per_latent": c.v_heads_per_latent,
@@ -156,10 +154,9 @@ def locate(source: str, revision: str | None = None, files: Sequence[str] = FILE
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        lone = [] if (path / "config.json").exists() else list(path.glob("*.gguf"))
-        return lone[0] if len(lone) == 1 else path
+        return path if (path / "config.json").exists() else _lone_gguf(path) or path
     if path.is_file() and path.suffix == ".gguf":
-        return path
+        return first_part(path)
     if path.exists():
         raise ValueError(f"{source} is a file: expected a folder, a .gguf file or a Hub id")
     if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") != 1:
@@ -176,13 +173,19 @@ def locate(source: str, revision: str | None = None, files: Sequence[str] = FILE
         ) from error
 
 
+def _lone_gguf(folder: Path) -> Path | None:
+    """The only GGUF file of a folder, or the first part of the only split one; None without."""
+    files = sorted({first_part(path) for path in folder.glob("*.gguf")})
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise ValueError(f"{folder} holds several models, {names}: give the path of one of them")
+    return files[0] if files else None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a folder, or the same from a GGUF file. Raises ValueError without one."""
     if path.suffix == ".gguf":
-        if find_spec("gguf") is None:
-            raise ValueError(f"{path} needs the package gguf: pip install 'eigenzoo[gguf]'")
-        raw = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
-        return {k: v for k, v in raw.items() if k != "quantization_config"}
+        return gguf_config(path, open_gguf(path))
     try:
         return {**json.loads((path / "config.json").read_text())}
     except (FileNotFoundError, NotADirectoryError):
@@ -224,15 +227,6 @@ def native_config(raw: dict[str, Any]) -> Config:
         return config.from_hf(raw | known.from_dict(raw).to_dict())
     except StrictDataclassError as error:
         raise ValueError(f"config.json does not fit transformers' {family}: {error}") from error
-
-
-def _read_gguf(path: Path, raw: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a GGUF file, dequantized by transformers. raw: as `read_config` returns it."""
-    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    hf = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, config=config
-    )
-    return iter(hf.state_dict().items())
 
 
 def _generation(folder: Path, raw: dict[str, Any]) -> GenerationConfig:

@@ -1,7 +1,7 @@
 """Text for calibration, evaluation and prompts, as token ids."""
 
-import pydoc_data.topics
-from pathlib import Path
+import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,30 +9,53 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..models.model import Model
+from .chat import render
 from .generate import sample_text
+from .hub import FAILURES
+from .texts import Text, read_text, take
+
+log = logging.getLogger(__name__)
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file. Raises ValueError if it is missing, empty or not text."""
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: expected a text file") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"{path} is not a text file in UTF-8: {error}") from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty: expected text")
-    return text
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text | str,
+    vocabulary: int | None = None,
+    special: bool = True,
+) -> Tensor:
+    """Token ids (N,) of a text, with the special tokens that the tokenizer adds by default.
+
+    vocabulary: number of tokens that the model knows; None: not checked. special: False adds none,
+    and chats have those of their template. Raises ValueError for a token that the model does not
+    know.
+    """
+    if isinstance(text, str):
+        text = Text("the text", [text])
+    words, special = text.words(tokenizer), special and not text.chats
+    ids = tokenizer(words, add_special_tokens=special, verbose=False)["input_ids"]
+    check_ids(ids, tokenizer, vocabulary, text.name)
+    return torch.tensor(ids, dtype=torch.long)
 
 
-def python_docs() -> str:
-    """English text that is part of Python: the topics of its help."""
-    return "\n\n".join(pydoc_data.topics.topics.values())
+def read_tokens(tokenizer: PreTrainedTokenizerBase, text: Text, vocabulary: int) -> Tensor:
+    """As `encode`, and say what was read: the log shows rows and tokens."""
+    tokens = encode(tokenizer, text, vocabulary)
+    rows = f"{len(text.rows)} rows of `{text.column}`, " if text.column else ""
+    log.info("read %s: %s%d tokens", text.name, rows, len(tokens))
+    return tokens
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Token ids (N,) of a text, with the special tokens that the tokenizer adds by default."""
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+def check_ids(
+    ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocabulary: int | None, name: str
+) -> None:
+    """Raise ValueError for a token that the model has no embedding for. name: of the text."""
+    highest = max(ids, default=0)
+    if vocabulary is not None and highest >= vocabulary:
+        raise ValueError(
+            f"{name} has token {highest}, {tokenizer.convert_ids_to_tokens(highest)!r}, of the "
+            f"tokenizer's {len(tokenizer)}, but the model knows {vocabulary}: use the tokenizer "
+            "that belongs to the model"
+        )
 
 
 def calibration_tokens(
@@ -45,34 +68,27 @@ def calibration_tokens(
 ) -> Tensor:
     """Token ids to calibrate on, (samples, length), on the model's device.
 
-    - source: a text file in UTF-8, `hub:DATASET[:CONFIG]`, or `self`. From a text, windows that do
-      not overlap are taken evenly over its whole length, fewer than `samples` if it is short. Of a
-      dataset the column `text` of its train split is read. `self` stands for text sampled from the
-      model, which needs no data.
+    - source: a file as `texts.read_text` reads it, plain text or rows; `hub:DATASET[:CONFIG]`; or
+      `self`. From a text, windows that do not overlap are taken evenly over its whole length, fewer
+      than `samples` if it is short. Of a dataset the train split is read, its column `text` or
+      `messages`. `self` stands for text sampled from the model, which needs no data.
     - samples, length: number of sequences and tokens in each, at least 2.
     - seed: of the sampling with `self`.
 
-    Raises ValueError if the text cannot be read, or has fewer than two windows.
+    Raises ValueError if the text cannot be read, has fewer than two windows, or has tokens that the
+    model does not know.
     """
     if samples < 2 or length < 2:
         raise ValueError(
             f"given {samples} samples of {length} tokens: expected at least 2 samples of 2 tokens"
         )
     if source == "self":
-        start = tokenizer.bos_token_id
-        if start is None:
-            start = tokenizer.eos_token_id
-        if start is None:
-            raise ValueError(
-                "the tokenizer has no begin or end token, from which text could be sampled: give "
-                "--calibration FILE"
-            )
-        return sample_text(model, start, samples, length, seed)
+        return sample_text(model, _start(tokenizer, model), samples, length, seed)
     if source.startswith("hub:"):
         text = hub_text(source.removeprefix("hub:"), 8 * samples * length)
     else:
         text = read_text(source)
-    tokens = encode(tokenizer, text)
+    tokens = read_tokens(tokenizer, text, model.config.vocab_size)
     rows = tokens[: len(tokens) // length * length].view(-1, length)
     if len(rows) < 2:
         raise ValueError(
@@ -83,6 +99,18 @@ def calibration_tokens(
     return rows[spread].to(model.device)
 
 
+def _start(tokenizer: PreTrainedTokenizerBase, model: Model) -> int:
+    """The token from which text is sampled."""
+    for start in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if start is not None:
+            check_ids([start], tokenizer, model.config.vocab_size, "text sampled from the model")
+            return start
+    raise ValueError(
+        "the tokenizer has no begin or end token, from which text could be sampled: give "
+        "--calibration FILE"
+    )
+
+
 def hold_out(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Split tokens (N, T): all rows but the last eighth (at least one), and that eighth."""
     if len(tokens) < 2:
@@ -91,11 +119,11 @@ def hold_out(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return kept, held_out
 
 
-def hub_text(name: str, characters: int) -> str:
-    """Text of a dataset `DATASET[:CONFIG]`, streamed: column `text` of its train split.
+def hub_text(name: str, characters: int) -> Text:
+    """Rows of a dataset `DATASET[:CONFIG]`, streamed: `text` or `messages` of its train split.
 
-    It has `characters` characters or a little more, or the whole split. Raises ValueError if the
-    dataset cannot be read or has no such column.
+    They have `characters` characters or a little more, or are the whole split. Raises ValueError if
+    the dataset cannot be read or has no such column.
     """
     try:
         import datasets
@@ -104,41 +132,48 @@ def hub_text(name: str, characters: int) -> str:
             f"hub:{name} needs the package datasets: pip install 'eigenzoo[data]'"
         ) from None
     dataset, _, config = name.partition(":")
+    failures = (*FAILURES, datasets.exceptions.DatasetsError)
     try:
         stream = datasets.load_dataset(dataset, config or None, split="train", streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"the dataset {dataset} could not be read: {reason}") from error
-    pieces: list[str] = []
-    size = 0
-    bar = tqdm(desc="reading", total=characters, unit="char", disable=None, leave=False)
-    for row in stream:
-        if "text" not in row:
-            raise ValueError(f"the dataset {dataset} has columns {list(row)}: expected `text`")
-        pieces.append(row["text"])
-        size += len(row["text"])
-        bar.update(len(row["text"]))
-        if size >= characters:
-            break
-    bar.close()
-    return "\n\n".join(pieces)
+    except (*failures, ValueError) as error:
+        raise _unreadable(dataset, error) from error
+    with tqdm(stream, desc="reading", unit="row", disable=None, leave=False) as rows:
+        try:
+            return take(f"hub:{name}", enumerate(rows, start=1), characters)
+        except failures as error:  # the network may fail at any row
+            raise _unreadable(dataset, error) from error
+
+
+def _unreadable(dataset: str, error: Exception) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"the dataset {dataset} could not be read: {reason}")
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    chat: bool | None = None,
+    vocabulary: int | None = None,
 ) -> list[int]:
     """Token ids of a prompt, as a user's message if the tokenizer has a chat template.
 
-    chat: False does not use the template, True requires it. Raises ValueError if it is required
-    but missing, or if the prompt has no tokens.
+    chat: False does not use the template, True requires it. vocabulary: number of tokens that the
+    model knows; None: not checked. Raises ValueError if the template is required but missing, or
+    fails, and if the prompt has no tokens, or one that the model does not know.
     """
     if chat and not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: omit --chat")
     if tokenizer.chat_template and chat is not False:
-        message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(prompt)["input_ids"]
+        if not prompt.strip():
+            raise ValueError("the prompt is empty: expected text")
+        try:
+            text = render(tokenizer, [{"role": "user", "content": prompt}], begun=True)
+        except ValueError as error:
+            raise ValueError(f"{error}; --no-chat does not use it") from error
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise ValueError("the prompt is empty: expected text")
+    check_ids(ids, tokenizer, vocabulary, "the prompt")
     return ids

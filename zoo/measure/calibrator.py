@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -14,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..compression.calibrate import calibrate
 from ..compression.moments import Moments, Needs, Statistics
-from ..inference.data import calibration_tokens, read_text
+from ..inference.data import calibration_tokens
+from ..inference.texts import read_text
 from ..models.model import Model
 from ..utils.provenance import fingerprint
 from ..utils.records import CalibrationText, Seconds
@@ -57,11 +59,15 @@ class Calibration(NamedTuple):
     seq_len: int = 1024
     seed: int = 0
 
-    def describe(self) -> CalibrationText:
-        """The same, a file by name and digest. Raises ValueError if the file cannot be read."""
+    def describe(self, tokenizer: PreTrainedTokenizerBase) -> CalibrationText:
+        """The same, a file by name and a digest of its text, chats as the template has them.
+
+        Raises ValueError if the file cannot be read.
+        """
         name, digest = self.source, None
         if self.source != "self" and not self.source.startswith("hub:"):
-            name, digest = Path(self.source).name, fingerprint(read_text(self.source))
+            text = read_text(self.source)
+            name, digest = text.name, fingerprint(text.words(tokenizer))
         return {
             "source": name,
             "samples": self.samples,
@@ -88,7 +94,7 @@ class Calibrator:
     ):
         """Read the file that the calibration names, if any. Nothing here takes long."""
         self.model, self.tokenizer, self.calibration = model, tokenizer, calibration
-        self.folder, self.about = folder, calibration.describe()
+        self.folder, self.about = folder, calibration.describe(tokenizer)
         self.key = {**(run or {}), **self.about}
         self.seconds: Seconds = {}  # of making the tokens, and the last statistics
 
@@ -118,6 +124,16 @@ class Calibrator:
         tensors = kept(self.folder, key, lambda: pack(calibrate(self.model, tokens, *needs)))
         self.seconds["calibrate"] = float(tensors["seconds"])
         return unpack(tensors, len(self.model.layers), self.model.device)
+
+
+def check_kept(rows: Path) -> None:
+    """Raise ValueError unless the statistics of a sweep can be kept beside its file of rows."""
+    folder = rows.with_suffix(".statistics")
+    if folder == rows:
+        raise ValueError(f"{rows} has the name of its statistics: choose another ending")
+    others = [p for p in folder.glob("*") if p.suffix not in (".safetensors", ".part")]
+    if os.path.lexists(folder) and (others or not folder.is_dir()):
+        raise ValueError(f"{folder} holds no statistics of a sweep: choose another file")
 
 
 def kept(

@@ -4,15 +4,16 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from ..inference.data import python_docs, read_text
 from ..inference.generate import Generator, answer
 from ..inference.perplexity import perplexity
-from ..models.config import Config, kv_bytes
+from ..inference.texts import Text, read_text
+from ..models.config import kv_bytes
 from ..models.model import Model
 from ..utils.provenance import fingerprint
 from ..utils.records import EvaluationText, KvBytes, PerplexityRecord
@@ -33,23 +34,19 @@ class Evaluation(NamedTuple):
     window: int = 2048
     windows: int = 0
 
-    def words(self) -> str:
+    def read(self) -> Text:
         """The text. Raises ValueError if it cannot be read."""
-        return python_docs() if self.text is None else read_text(self.text)
+        return read_text(self.text)
 
-    def describe(self) -> EvaluationText:
-        """The same, a file by its last name, with a digest of the text."""
+    def describe(self, tokenizer: PreTrainedTokenizerBase) -> EvaluationText:
+        """The same, a file by its last name, with a digest of the text, chats as a template's."""
+        text = self.read()
         return {
-            "text": "Python's own help" if self.text is None else self.text.name,
+            "text": text.name,
             "window": self.window,
             "windows": self.windows,
-            "digest": fingerprint(self.words()),
+            "digest": fingerprint(text.words(tokenizer)),
         }
-
-
-def cache_size(config: Config, dtype: torch.dtype, bits: int | None = None) -> KvBytes:
-    """`kv_bytes`, which says what the arguments are, as rows have it."""
-    return cast(KvBytes, kv_bytes(config, dtype, bits))
 
 
 def decode_speed(generators: Sequence[Generator], steps: int = 32, rounds: int = 3) -> list[float]:
@@ -91,7 +88,7 @@ def compare(
         name: {
             "perplexity": quality.perplexity,
             "tokens": quality.tokens,
-            **cache_size(model.config, model.dtype),
+            **kv_bytes(model.config),
             "answer": said,
             "cache_bytes": generator.cache.nbytes,
             "decode_tokens_per_second": speed,

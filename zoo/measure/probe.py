@@ -14,7 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..inference.data import encode
 from ..inference.generate import Generator
+from ..inference.texts import Text
 from ..models.model import Model
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -118,7 +120,7 @@ class Retrieval(NamedTuple):
 def retrieval(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    text: Text | str,
     lengths: Sequence[int],
     depths: Sequence[float] = DEPTHS,
     facts: int = 5,
@@ -130,7 +132,7 @@ def retrieval(
     Every length and depth has the same facts. bits: as in `Generator`. Raises ValueError for
     lengths that do not fit.
     """
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = encode(tokenizer, text, model.config.vocab_size, special=False).tolist()
 
     def planted(length: int, depth: float) -> list[Planted]:
         random = Random(seed)

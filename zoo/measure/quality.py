@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 from ..inference.checkpoint import Checkpoint
-from ..inference.data import encode
+from ..inference.data import read_tokens
 from ..inference.perplexity import mean_perplexity, token_losses
+from ..inference.texts import Text
+from ..models.config import kv_bytes
 from ..utils.records import EvaluationResult, PositionRecord, RetrievalRecord
 from . import probe
-from .evaluate import cache_size
 
 LENGTHS = (256, 512, 1024, 2048)  # tokens of a text with a fact in it, unless told
 
@@ -34,32 +35,29 @@ class Probes(NamedTuple):
     bits: int | None = None
 
 
-def measure(
-    source: str, checkpoint: Checkpoint, words: str, text: str, probes: Probes
-) -> EvaluationResult:
+def measure(source: str, checkpoint: Checkpoint, text: Text, probes: Probes) -> EvaluationResult:
     """Measure a checkpoint on a text, and the bytes of its cache.
 
-    source: its name in the result. words: the text; text: its name in the result. Raises
-    ValueError for windows and lengths that do not fit the model or the text.
+    source: its name in the result. Raises ValueError for windows and lengths that do not fit the
+    model or the text.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     longest = model.config.max_position_embeddings
-    size = cache_size(model.config, model.dtype, probes.bits)
-    result: EvaluationResult = {"model": source, **size}
+    result: EvaluationResult = {"model": source, **kv_bytes(model.config, probes.bits)}
     if probes.perplexity or probes.by_position:
         window = probes.window or min(2048, longest)
-        tokens = encode(tokenizer, words).to(model.device)
+        tokens = read_tokens(tokenizer, text, model.config.vocab_size).to(model.device)
         losses = token_losses(model, tokens, window, probes.windows, probes.bits)
         quality = mean_perplexity(losses)
         result["perplexity"], result["tokens"] = quality.perplexity, quality.tokens
-        result["text"], result["window"] = text, window
+        result["text"], result["window"] = text.name, window
         if probes.by_position:
             buckets = [x._asdict() for x in probe.by_position(losses)]
             result["by_position"] = cast(list[PositionRecord], buckets)
     if probes.retrieval:
         lengths = probes.lengths or [n for n in LENGTHS if n <= longest] or [longest]
         how = probe.DEPTHS, probes.facts, probes.seed, probes.bits
-        rows = probe.retrieval(model, tokenizer, words, lengths, *how)
-        result["text"] = text
+        rows = probe.retrieval(model, tokenizer, text, lengths, *how)
+        result["text"] = text.name
         result["retrieval"] = cast(list[RetrievalRecord], [x._asdict() for x in rows])
     return result

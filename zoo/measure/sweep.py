@@ -17,9 +17,10 @@ from ..compression.record import settings_record
 from ..compression.search import ErrorBudget
 from ..compression.settings import Settings, needs
 from ..inference.checkpoint import Checkpoint
-from ..inference.data import encode
+from ..inference.data import read_tokens
 from ..inference.generate import Generator
 from ..inference.perplexity import perplexity
+from ..models.config import kv_bytes
 from ..models.model import Model
 from ..utils.interrupt import interruptible
 from ..utils.provenance import code, device_name, fingerprint, tokenizer_fingerprint, versions, work
@@ -34,7 +35,7 @@ from ..utils.records import (
 )
 from .calibrator import Calibration, Calibrator, kind, narrow, union
 from .curves import curves
-from .evaluate import Evaluation, cache_size, decode_speed
+from .evaluate import Evaluation, decode_speed
 from .grid import why_invalid
 from .sweep_file import SweepFile
 
@@ -86,13 +87,15 @@ class Sweep:
                 f"decoding at {decode} slots: expected {DECODE_STEPS} to {longest}, which is what "
                 "the model can read"
             )
-        self.tokens = encode(original.tokenizer, evaluation.words()).to(self.model.device)
+        vocabulary = self.model.config.vocab_size
+        tokens = read_tokens(original.tokenizer, evaluation.read(), vocabulary)
         device = self.model.device
+        self.tokens = tokens.to(device)
         run: SweepRun = {
             "model": original.name,
             "weights": fingerprint(repr(self.model.config), *self.model.state_dict().values()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "evaluation": evaluation.describe(),
+            "evaluation": evaluation.describe(original.tokenizer),
         }
         tokenizer = tokenizer_fingerprint(original.tokenizer)
         self.origin = {
@@ -209,7 +212,7 @@ class Sweep:
         return {
             "perplexity": quality.perplexity,
             "tokens": quality.tokens,
-            **cache_size(model.config, model.dtype),
+            **kv_bytes(model.config),
             "k_ranks": model.config.k_ranks,
             "v_ranks": model.config.v_ranks,
             "full_ranks": model.config.full_ranks,

@@ -172,7 +172,7 @@ def caption(section: Section) -> str:
         f"{dense['model']}, {dense['dtype']}: perplexity on {dense['tokens']} tokens of "
         f"{tested['text']} in windows of {tested['window']}, its increase over the uncompressed "
         f"model's {dense['perplexity']:.2f}, and the share of its "
-        f"{dense['kv_bytes_per_token']} KV bytes per token that is kept. "
+        f"{dense['kv_bytes_per_token']} KV bytes per token, at 16 bits a number, that is kept. "
         + (speed if section.slots else "")
         + f"Calibrated on {' and on '.join(sorted(texts)) or 'nothing yet'}."
         + (f" All with {', '.join(listed(section.constant))}." if section.constant else "")

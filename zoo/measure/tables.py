@@ -40,7 +40,7 @@ def comparison(rows: Mapping[str, Comparison], context: int, text: str) -> None:
     """Print what was measured of several models side by side."""
     names = {
         "perplexity": f"perplexity on {text}",
-        "kv_bytes_per_token": "KV bytes per token",
+        "kv_bytes_per_token": "KV bytes per token, 16 bits",
         "cache_bytes": f"cache bytes allocated, {context} slots",
         "decode_tokens_per_second": f"decode tokens/s, {context} slots",
         "answer": "answer",
@@ -101,7 +101,7 @@ def evaluation(result: EvaluationResult) -> None:
         )
     print(
         f"{result['kv_bytes_per_token']} KV bytes per token, {result['kv_share']:.1%} of the "
-        f"uncompressed {result['kv_bytes_per_token_dense']}"
+        f"{result['kv_bytes_per_token_dense']} of an uncompressed cache of 16 bits"
     )
     if "by_position" in result:
         positions(result["by_position"])

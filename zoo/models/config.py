@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypedDict
 
 import torch
 from torch import Tensor
 
 from .bits import check_bits
 from .cache import Latent
+
+MOST_LAYERS = 1000  # several times as many as any published model has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,10 @@ class Config:
         for f in fields(self):  # JSON has lists, not tuples
             if isinstance(value := getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(value))
+        if self.num_hidden_layers > MOST_LAYERS:  # building them would take minutes, or never end
+            raise ValueError(
+                f"num_hidden_layers is {self.num_hidden_layers}: expected {MOST_LAYERS} at most"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}: expected a multiple of "
@@ -174,16 +180,28 @@ class Config:
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 
 
-def kv_bytes(config: Config, dtype: torch.dtype, bits: int | None = None) -> dict[str, Any]:
-    """Bytes of cache per token, scales included, of this and of the uncompressed model.
+class KvBytes(TypedDict):
+    """Bytes of cache per token, of a model and uncompressed, and the share of the one in the other.
 
-    dtype: of 16-bit numbers and of the uncompressed cache; relative to float32, 8 bits are a
-    quarter. bits: for all numbers, by default as the config says.
+    They are those beside 16 bits: numbers that are not packed count as 2 bytes in any dtype.
+    """
+
+    kv_bytes_per_token: int
+    kv_bytes_per_token_dense: int
+    kv_share: float
+
+
+def kv_bytes(config: Config, bits: int | None = None) -> KvBytes:
+    """Size of the cache, scales included, beside an uncompressed one of 16 bits a number.
+
+    All that says a share or bytes per token counts them here, as `keep` does. A cache in float32
+    takes more memory: twice the bytes for what is not packed. bits: for all numbers, by default as
+    the config says.
     """
     pairs = (config.latents(layer) for layer in range(config.num_hidden_layers))
     latents = [x if bits is None else x._replace(bits=bits) for pair in pairs for x in pair]
-    kept = sum(latent.nbytes(dtype) for latent in latents)
-    dense = config.dense_kv_width * dtype.itemsize
+    kept = sum(latent.nbytes(torch.bfloat16) for latent in latents)
+    dense = config.dense_kv_width * torch.bfloat16.itemsize
     return {
         "kv_bytes_per_token": kept,
         "kv_bytes_per_token_dense": dense,

@@ -5,7 +5,8 @@ Differences from transformers' `modeling_llama.py`:
   serve several kv heads. A dense model is the same class at full rank, without encoders.
 - Full-rank keys are cached rotated, as usual. Compressed keys are cached before the rotation, and
   are lifted and rotated when they are read.
-- With `anchor` > 1, keys are rotated relative to the center of their block of slots, then encoded.
+- With `anchor` > 1, keys are rotated relative to the center of their block of positions, then
+  encoded.
   Decoding then needs one rotated query per block instead of one lifted key per token.
 - With `pairs`, a basis mixes heads but not rotation frequencies, so it commutes with the rotation:
   latents are cached rotated, and queries read them directly.
@@ -42,9 +43,9 @@ NAMES = {
 class LlamaConfig(Config):
     """Sizes of a Llama, named as in transformers' LlamaConfig, and what its cache keeps.
 
-    anchor: slots of a block; above 1, compressed keys are rotated relative to the center of their
-    block when they are cached. key_mean: lifted keys get the part of their mean that the basis
-    drops. pairs: the numbers of a key latent are complex, each with one rotation frequency.
+    anchor: positions in a block; above 1, compressed keys are rotated relative to the center of
+    their block when they are cached. key_mean: lifted keys get the part of their mean that the
+    basis drops. pairs: the numbers of a key latent are complex, each with one rotation frequency.
     """
 
     family: ClassVar[str] = "llama"
@@ -65,7 +66,7 @@ class LlamaConfig(Config):
                 f"joint_kv is not supported for {self.family}, which rotates keys: expected false"
             )
         if self.anchor < 1:
-            raise ValueError(f"anchor is {self.anchor}: expected 1 or more slots per block")
+            raise ValueError(f"anchor is {self.anchor}: expected 1 or more positions per block")
         if (self.anchor > 1 or self.pairs) and not self.fixed_angles:
             raise ValueError(
                 "with longrope, the angles of a position change when the text becomes long, so "
@@ -110,7 +111,8 @@ class AttentionMetadata(NamedTuple):
     slot_angles: of every slot; for a prompt with anchored keys, of the center of the slot's block.
     new_angles: of the T new tokens. mask: which slots each new token sees. block_angles: of the
     new tokens, measured from the centers of their blocks. center_angles: of the one new token,
-    measured from the center of every block. The last two are for anchored keys, else None.
+    measured from the center of every block. slot_position: (B or 1, S) in int32, the position of
+    every slot; None if it is the slot. The last three are for anchored keys, else None.
     """
 
     slot_angles: Angles
@@ -118,6 +120,12 @@ class AttentionMetadata(NamedTuple):
     mask: Mask
     block_angles: Angles | None = None
     center_angles: Angles | None = None
+    slot_position: Tensor | None = None
+
+
+def center(position: Tensor, anchor: int) -> Tensor:
+    """The center of the block of each position; blocks follow positions, so padding has no part."""
+    return position // anchor * anchor + anchor // 2
 
 
 class Attention(LatentAttention):
@@ -188,7 +196,8 @@ class Attention(LatentAttention):
         angles = metadata.center_angles
         if self.k_down is not None and angles is not None and isinstance(mask, DecodeMask):
             return self.anchored_decode(
-                *(q, k, v, mask.span, self.scale, *angles, up, mean, self.anchor, mask.bias)
+                *(q, k, v, mask.span, self.scale, *angles, up, mean, self.anchor, mask.bias),
+                metadata.slot_position,
             )
         q = rotate(q, *metadata.new_angles)
         if self.k_pairs is not None and up is not None:
@@ -280,20 +289,18 @@ class Llama(Model):
         angle = position[:, None, :, None].float() * inv_freq
         return angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
 
-    def offset(self, position: Tensor, pos: Tensor, anchor: int) -> tuple[Tensor, Angles]:
-        """The block center of every slot, (B or 1, S), and the new tokens' angles relative to it.
+    def offset(self, position: Tensor, anchor: int) -> Angles:
+        """Angles of positions (B or 1, T), measured from the centers of their blocks.
 
-        A block begins at the position of its first slot. These cosines and sines are without
-        RoPE's factor (YaRN, longrope), which is applied with the angles of the center.
+        These cosines and sines are without RoPE's factor (YaRN, longrope), which is applied with
+        the angles of the center.
         """
-        first = torch.arange(position.size(1), device=pos.device) // anchor * anchor
-        center = position[:, first] + anchor // 2
-        cos, sin = self.rope((position - center)[:, pos], position)
-        return center, (cos / self.rope_scale, sin / self.rope_scale)
+        cos, sin = self.rope(position - center(position, anchor), position)
+        return cos / self.rope_scale, sin / self.rope_scale
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Embed tokens (B, T): (B, T, width). Positions enter in attention only."""
-        return self.embed(tokens)
+        return self.embeddings(tokens)
 
     def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> AttentionMetadata:
         """Rotation angles and the mask, for all layers."""
@@ -303,13 +310,15 @@ class Llama(Model):
         anchor = self.config.anchor
         if anchor == 1:
             return metadata
-        center, offset = self.offset(position, pos, anchor)
-        metadata = metadata._replace(block_angles=offset)
-        if len(pos) > 1:
-            return metadata._replace(slot_angles=self.rope(center, new))
-        cos, sin = self.rope(new - center[:, ::anchor], new)
-        angles = cos * self.rope_scale, sin * self.rope_scale
-        return metadata._replace(center_angles=angles)
+        metadata = metadata._replace(block_angles=self.offset(new, anchor))
+        if not isinstance(mask, DecodeMask):
+            return metadata._replace(slot_angles=self.rope(center(position, anchor), new))
+        first = torch.arange(0, position.size(1), anchor, device=pos.device)  # of every block
+        cos, sin = self.rope(new - center(first, anchor), new)
+        return metadata._replace(
+            center_angles=(cos * self.rope_scale, sin * self.rope_scale),
+            slot_position=None if mask.bias is None else position.int(),
+        )
 
     def finish(self, x: Tensor) -> Tensor:
         """The final norm."""

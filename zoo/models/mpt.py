@@ -282,7 +282,7 @@ class MPT(Model):
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Embed tokens (B, T) at positions (B or 1, T): (B, T, width)."""
-        x = self.embed(tokens)
+        x = self.embeddings(tokens)
         return x if self.positions is None else x + self.positions(position)
 
     def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> Mask:
@@ -298,7 +298,7 @@ class MPT(Model):
             return mask._replace(position=position, slopes=slopes)
         ahead = position[:, None] - position[:, pos, None]  # (B or 1, T, S), <= 0 up to the token
         bias = slopes[:, None, None] * ahead[:, None]
-        return bias.masked_fill(~mask, -torch.inf)
+        return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
     def finish(self, x: Tensor) -> Tensor:
         """The final norm, times the scale of the logits."""

@@ -205,7 +205,7 @@ class OPT(Model):
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Embed tokens (B, T) at positions (B or 1, T): (B, T, width)."""
-        return self.project_in(self.embed(tokens)) + self.positions(position + OFFSET)
+        return self.project_in(self.embeddings(tokens)) + self.positions(position + OFFSET)
 
     def finish(self, x: Tensor) -> Tensor:
         """The final norm, and the projection to the width of the embeddings."""

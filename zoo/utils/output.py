@@ -8,6 +8,7 @@ puts back or clears what a kill has left there.
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,10 @@ from safetensors import SafetensorError
 
 from .jsonl import Format, read_rows
 from .lock import locked
+from .replace import sync
 
 ROOM = 32  # names beside an output are at most so many bytes longer than its own
-FOLDERS = {"figures", "__pycache__"}  # what a checkpoint may hold beside files
+FOLDERS = {"figures", "additional_chat_templates", "__pycache__"}  # that a checkpoint may hold
 
 
 @contextmanager
@@ -85,12 +87,12 @@ def put(fresh: Path, place: Path) -> None:
     All is on disk before. The end of `claimed` deletes the older one, or puts it back.
     """
     for path in (*fresh.rglob("*"), fresh, fresh.parent):
-        _flush(path)
+        sync(path)
     (old,) = _beside(place, "old")
     if place.exists():
         place.rename(old)
     fresh.rename(place)
-    _flush(place.parent)
+    sync(place.parent)
 
 
 def check_folder(out: Path, force: bool = False, inputs: Iterable[str | Path | None] = ()) -> None:
@@ -177,10 +179,13 @@ def _place(out: Path) -> Path:
     place = Path(os.path.realpath(out))
     if not place.name:
         raise ValueError(f"{out} is the root of all files: choose a folder in it")
-    if not os.path.isdir(place.parent):
-        there = os.path.exists(place.parent)
-        what = "is no folder: choose one" if there else "does not exist: make it"
-        raise ValueError(f"{out.parent} {what}, or choose another output")
+    try:
+        if not stat.S_ISDIR(os.stat(place.parent).st_mode):
+            raise ValueError(f"{out.parent} is no folder: choose another output")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{out.parent} does not exist: make it, or choose another output"
+        ) from None
     most = os.pathconf(place.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     if len(os.fsencode(place.name)) > most - ROOM:
         raise ValueError(
@@ -236,13 +241,3 @@ def _mend(place: Path) -> None:
         old.rename(place)
     for path in (new, old):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    if os.name == "posix" or path.is_file():  # elsewhere a folder cannot be opened
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)

@@ -12,7 +12,7 @@ TaskRow = dict[str, Any]  # lm-evaluation-harness names the metrics: METRIC,FILT
 
 
 class KvBytes(TypedDict):
-    """Size of the cache, as `models.config.kv_bytes` counts it."""
+    """Size of the cache beside 16 bits, as `models.config.kv_bytes` counts it."""
 
     kv_bytes_per_token: int
     kv_bytes_per_token_dense: int
