@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def _stream(
         )
     names = weights_of(stream.low)
     _save(kept, count - 1, count, {k: x for k, x in names.items() if "model.layers." not in k})
-    _index(kept.folder / NEW)
+    _index(kept)
     return stream
 
 
@@ -181,10 +182,12 @@ def _save(kept: KeptFiles, number: int, count: int, weights: dict[str, Tensor]) 
     kept.write(f"{NEW}/model-{number + 1:05}-of-{count:05}", weights, {"format": "pt"})
 
 
-def _index(folder: Path) -> None:
-    """Write the index: the file of every weight."""
-    names: dict[str, str] = {}
-    paths = sorted(folder.glob("model-*.safetensors"))
+def _index(kept: KeptFiles) -> None:
+    """Write the index: the file of every weight. Whatever else lies there is removed."""
+    folder, names = kept.folder / NEW, dict[str, str]()
+    paths = [kept.path(name) for name in sorted(kept.sums) if name.startswith(f"{NEW}/")]
+    for path in {*folder.iterdir()} - {*paths}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in paths:
         with safe_open(path, "pt") as file:
             names |= dict.fromkeys(file.keys(), path.name)

@@ -21,6 +21,7 @@ from eigenzoo.zoo.compression.methods import METHODS
 from eigenzoo.zoo.compression.refine import RefineSettings, _Run, learned, refine
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo.utils.resume import write_state
 
 JOINT = Settings(keep=0.2, latent="joint-kv", heads_per_latent=(4, 4), rank_multiple=1)
 WAYS = {
@@ -168,6 +169,9 @@ def test_a_state_of_another_run_is_refused(monkeypatch, tmp_path):
     other = compress(dense, text, Settings(keep=0.3)).model
     with pytest.raises(ValueError, match=r"left by other work .model "):
         refine(dense, other, text, settings, state=state)
+    write_state(tmp_path / "statistics", {}, {"source": "self"})
+    with pytest.raises(ValueError, match="left by "):
+        refine(dense, low, text, settings, state=tmp_path / "statistics")
     another = pair()[0]  # equal to the original but for what compression replaced
     another.layers[1].attn.v_proj.weight.data += 0.01
     with pytest.raises(ValueError, match=r"left by other work .original "):

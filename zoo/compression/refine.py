@@ -236,7 +236,7 @@ class _Run:
     def resume(self, path: Path) -> None:
         """Go on from what `save` wrote. Raises ValueError if that was another run."""
         tensors, facts = read_state(path)
-        check_same(path, self.about, facts["about"])
+        check_same(path, self.about, facts.get("about", {}))
         self.step, self.history = facts["step"], facts["history"]
         self.began -= facts["seconds"]
         states = {}

@@ -69,7 +69,7 @@ def _done(kept: KeptFiles, facts: Mapping[str, Any]) -> int:
         raise ValueError(
             f"{state} is damaged ({error}): delete {kept.folder} to start again"
         ) from error
-    check_same(kept.folder, facts, left["facts"])
+    check_same(kept.folder, facts, left.get("facts", {}))
     kept.sums = left["files"]
     kept.check()
     return left["done"]
