@@ -88,9 +88,9 @@ def put(fresh: Path, place: Path, force: bool) -> None:
     All is on disk before. The end of `claimed` deletes the older one, or puts it back. Raises
     ValueError as `claimed` if something has come there meanwhile.
     """
-    _check_taken(place, place, force)
     for path in (*fresh.rglob("*"), fresh, fresh.parent):
         sync(path)
+    _check_taken(place, place, force)
     (old,) = _beside(place, "old")
     if place.exists():
         place.rename(old)
@@ -107,9 +107,9 @@ def check_folder(out: Path, force: bool = False, inputs: Iterable[str | Path | N
         place = _place(out)
         ours = [place, place.with_name(f"{place.name}.partial"), *_beside(place, "new", "old")]
         for given in inputs:
-            path = None if given is None else Path(given).expanduser()
-            if path and os.path.exists(path):  # Path.exists raises an error for a long name
-                real = path.resolve()
+            path = os.path.expanduser(given or "")
+            if path and os.path.exists(path):  # those of Path raise errors
+                real = Path(path).resolve()
                 if any(_inside(real, x) or _inside(x, real) for x in ours):
                     raise ValueError(
                         f"{out} would be written over {given}, which is read, or into it: choose "
