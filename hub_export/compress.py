@@ -18,7 +18,7 @@ from ..zoo.utils.output import check_disk, check_folder, claimed, new_folder, wr
 from ..zoo.utils.records import CompressionRecord
 from .export import bytes_of, check_shard_size, export, rehearse, write_about
 from .plain import check_plain, export_plain, write_about_plain
-from .stream import check_partial, discard_partial, partial_folder, stream_checkpoint
+from .stream import check_partial, check_resume, discard_partial, partial_folder, stream_checkpoint
 
 
 class Source(NamedTuple):
@@ -57,6 +57,8 @@ def compress_source(
     """
     settings.check()
     check_shard_size(shard_size)
+    if resume and not check_resume(out, force):
+        say(f"there is nothing to resume in {partial_folder(out)}: beginning anew")
     check_folder(out, force, (source.name, text, None if calibration == "self" else calibration))
     check_partial(out, resume, force)
     if text is not None:
@@ -68,7 +70,7 @@ def compress_source(
     if stream and plain:
         raise ValueError("an ordinary checkpoint is made in memory: leave --stream or --plain out")
     original, files = open_layers(*source) if stream else (load(*source), None)
-    settings = settings.fit(original.model.config, original.model.device.type)
+    settings = settings.fit(original.model.config)
     if settings.keys_note is not None:
         say(settings.keys_note)
     if not stream and force:
@@ -122,7 +124,7 @@ def compress_checkpoint(
     """
     check_shard_size(shard_size)
     model = original.model
-    settings = settings.fit(model.config, model.device.type)  # before text is sampled or read
+    settings = settings.fit(model.config)  # before text is sampled or read
     if plain:
         check_plain(model.config, settings)
     check_disk(out, bytes_of(model))

@@ -44,6 +44,20 @@ def check_partial(out: Path, resume: bool, force: bool) -> None:
         )
 
 
+def check_resume(out: Path, force: bool) -> bool:
+    """Whether there is work to go on with. Raises ValueError if `out` is finished already."""
+    left = partial_folder(out)
+    if left.is_dir() and not _is_over(left):
+        return True
+    if out.is_dir() and any(out.iterdir()) and not force:
+        with claimed(out, force=True) as place:
+            discard_partial(place)  # what a kill at the very end has left
+        raise ValueError(
+            f"{out} is finished, so there is nothing to resume: pass --force to make it again"
+        )
+    return False
+
+
 def discard_partial(place: Path) -> None:
     """Delete unfinished work towards the folder `place`, which is claimed, if there is any."""
     if partial_folder(place).exists():
@@ -75,7 +89,7 @@ def stream_checkpoint(
     resume: continue from there, with the same arguments, to the same bytes. Raises ValueError also
     if `calibration` is `self`, since a model on disk cannot sample text.
     """
-    settings = settings.fit(original.model.config, original.model.device.type)
+    settings = settings.fit(original.model.config)
     check_stream(settings)
     if calibration == "self":
         raise ValueError(
@@ -133,6 +147,7 @@ def _stream(
     def write(layer: int, weights: dict[str, Tensor]) -> None:
         _save(kept, layer, count, {f"model.layers.{layer}.{k}": x for k, x in weights.items()})
 
+    read = _stamps(files)
     facts = work(
         model.device,
         **settings._asdict(),
@@ -145,10 +160,21 @@ def _stream(
     )
     stream = Stream(files, model, tokens, rows, settings, kept, write)
     stream.run(facts)
+    if _stamps(files) != read:
+        raise ValueError(
+            f"{files.paths[0].parent} was changed while it was read, so {kept.folder} mixes two "
+            "models: delete that to start again"
+        )
     names = weights_of(stream.low)
     _save(kept, count - 1, count, {k: x for k, x in names.items() if "model.layers." not in k})
     _index(kept.folder / NEW)
     return stream
+
+
+def _stamps(files: LayerFiles) -> list[tuple[int, int, int]]:
+    """By which a file that was written again is recognized without reading it."""
+    stats = [path.stat() for path in files.paths]
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def _save(kept: KeptFiles, number: int, count: int, weights: dict[str, Tensor]) -> None:

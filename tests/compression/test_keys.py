@@ -415,7 +415,7 @@ def test_auto_says_what_it_chose_and_why():
         assert fitted.keys == "rebuild"
         assert named in fitted.keys_reason
     assert Settings(keys="pairs").fit(tiny.native().config).keys_reason is None
-    assert choose_keys(tiny.native().config, "cuda").keys in KEYS
+    assert choose_keys(tiny.native().config).keys in KEYS
 
 
 def longrope() -> Model:

@@ -170,7 +170,7 @@ def test_a_contestant_ends_without_a_word_if_nobody_listens():
 
 def test_contestants_of_a_shape_are_dense_and_compressed_with_variants_of_both():
     settings = Settings(heads_per_latent=(1, 1))
-    made = from_shape("opt-125m", 2, 64, [0.5, 0.25], settings, CPU, same)
+    made = from_shape("opt-125m", 2, 64, [0.5, 0.25], settings, same)
     assert made.title == "opt-125m, 2 layers"
     assert [s.keep for s in made.settings] == [0.5, 0.25]
     assert made.dtype == torch.float32

@@ -225,7 +225,8 @@ def test_decoding_is_timed_beside_the_dense_model(sweep, dense, monkeypatch):
     config = dense.model.config
     full = config.dense_kv_width
     assert given == [[(full, 48), (low["kv_share"] * full, 48)]]
-    assert low["decode"] == {"slots": 48, "seconds_per_step": 0.2, "speedup": 1.25}
+    timed = {"slots": 48, "ops": "plain", "seconds_per_step": 0.2, "speedup": 1.25}
+    assert low["decode"] == timed
     assert low["seconds"]["decode"] > 0
     assert "decode" not in first
     assert "decode" not in refused
@@ -244,8 +245,10 @@ def test_rows_without_the_requested_decoding_are_computed_again(sweep, calls, tm
     assert sweep(axes, decode=48) == sweep(axes) == timed
     assert calls == {"calibrate": [], "compress": []}
     text = out(tmp_path)
-    with pytest.raises(ValueError, match=r"decode at 48 slots, this run at 32.*--force"):
+    with pytest.raises(ValueError, match=r"slots 48, given 32.*--force"):
         sweep(axes, decode=32)
+    with pytest.raises(ValueError, match=r"ops 'plain', given 'fused'.*--force"):
+        sweep(axes, decode=48, ops="fused")
     for slots in (8, 257):
         with pytest.raises(ValueError, match="expected 16 to 256"):
             sweep(axes, decode=slots, force=True)

@@ -161,7 +161,7 @@ def bench(
         settings = Settings(
             heads_per_latent=shared, latent=latent, keys=keys, anchor_block=anchor_block
         )
-        contestants = from_shape(shape, layers, grid.slots, keep or [0.5], settings, place, prepare)
+        contestants = from_shape(shape, layers, grid.slots, keep or [0.5], settings, prepare)
     for settings in contestants.settings:
         say_keys(settings)
     contestants.check_length(grid.slots)

@@ -152,6 +152,8 @@ class _Run:
             low.device,
             **settings._asdict(),
             **{name: _content(model) for name, model in (("model", low), ("original", dense))},
+            sequences=len(tokens),
+            seq_len=tokens.size(1),
             texts=fingerprint(tokens, held_out),
         )
 

@@ -118,7 +118,6 @@ def from_shape(
     context: int,
     keeps: Sequence[float],
     settings: Settings,
-    device: torch.device,
     prepare: Prepare,
 ) -> Contestants:
     """Random weights in a published shape: dense, and compressed to every share in `keeps`.
@@ -133,7 +132,7 @@ def from_shape(
     for keep in keeps:
         asked = settings._replace(keep=keep)
         asked.check()
-        fitted.append(asked.fit(dense, device.type))
+        fitted.append(asked.fit(dense))
     configs = {"dense": dense} | {f"keep {s.keep:g}": uniform(dense, s) for s in fitted}
     natives = [Native(name, config, prepare) for name, config in configs.items()]
     title = shape + (f", {layers} layers" if layers else "")

@@ -19,15 +19,16 @@ class SweepFile:
         self,
         path: Path,
         facts: Mapping[str, Any],
-        decode: int | None = None,
+        decode: Mapping[str, Any] | None = None,
         force: bool = False,
     ):
         """Read the rows that are in the file already, if there is one.
 
-        facts: what all rows depend on, see `provenance.work`. decode: the slots at which decoding
-        is timed; rows without that timing count as missing, and if it is None no row does. force:
-        start the file again. Raises ValueError, and leaves the file alone, where its rows are
-        damaged, depend on other facts, or decode at other slots.
+        facts: what all rows depend on, see `provenance.work`. decode: how decoding is
+        timed, the `slots` and `ops` of a row's `decode`; rows without that timing count as
+        missing, and if it is None no row does. force: start the file again. Raises ValueError, and
+        leaves the file alone, where its rows are damaged, depend on other facts, or decode
+        otherwise.
         """
         if not path.parent.is_dir():
             raise ValueError(f"{path.parent} does not exist: make it, or choose another file")
@@ -37,7 +38,7 @@ class SweepFile:
         self._rows: dict[str, SweepRow] = {}
         for row in read_rows(path, SWEEP) if path.exists() else []:
             check_same(path, facts, _facts(row), ELSE)
-            self._has_decoding(row)  # raises for other slots
+            self._has_decoding(row)  # raises for another
             self._place(row)
         resume(path, SWEEP)
 
@@ -72,13 +73,11 @@ class SweepFile:
         """Whether the row has the decoding asked for. Raises ValueError if it has another."""
         if self.decode is None or row["settings"] is None or "refused" in row:
             return True
-        slots = row["decode"]["slots"] if "decode" in row else self.decode
-        if slots != self.decode:
-            raise ValueError(
-                f"{self.path} holds rows that decode at {slots} slots, this run at {self.decode}: "
-                f"{ELSE}"
-            )
-        return "decode" in row
+        if "decode" not in row:
+            return False
+        timed: Mapping[str, Any] = row["decode"]
+        check_same(self.path, self.decode, {name: timed.get(name) for name in self.decode}, ELSE)
+        return True
 
 
 def _facts(row: Mapping[str, Any]) -> dict[str, Any]:

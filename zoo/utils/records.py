@@ -311,6 +311,7 @@ class DecodeRecord(TypedDict):
     """Decoding one sequence at the end of a cache of `slots`; speedup: over the dense model."""
 
     slots: int
+    ops: NotRequired[str]
     seconds_per_step: float
     speedup: float
 
