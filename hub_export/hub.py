@@ -17,7 +17,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..zoo.inference.checkpoint import native_config, read_config
 from ..zoo.inference.hub import FAILURES, failure_reason, parse_hub_id
-from ..zoo.utils.output import claimed, put, writing
+from ..zoo.utils.output import check_disk, claimed, put, writing
 from .card import FIGURES
 from .links import check_inside
 
@@ -173,6 +173,7 @@ def pull(source: str, out: Path, revision: str | None = None, force: bool = Fals
             commit: Any = HfApi().model_info(repo_id, revision=revision).sha
             for other in {*work.glob("*")} - {work / commit}:  # of a revision before
                 shutil.rmtree(other)
+            check_disk(out, _bytes(repo_id, commit) - _here(work))
             doing = f"{source} has not come whole, and the same command goes on from there"
             snapshot_download(repo_id, revision=commit, local_dir=work / commit)
         except FAILURES as error:
@@ -180,6 +181,15 @@ def pull(source: str, out: Path, revision: str | None = None, force: bool = Fals
         with writing(out):
             shutil.rmtree(work / commit / ".cache", ignore_errors=True)
             (work / commit / ".gitattributes").unlink(missing_ok=True)
-            put(work / commit, place)
+            put(work / commit, place, force)
             shutil.rmtree(work)
     return commit
+
+
+def _bytes(repo_id: str, commit: str) -> int:
+    entries = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)
+    return sum(entry.size for entry in entries if isinstance(entry, RepoFile))
+
+
+def _here(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

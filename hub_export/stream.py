@@ -120,7 +120,7 @@ def stream_checkpoint(
                     "layers": stream.layers,
                 }
                 write_about(fresh, stream.low, original, record)
-                put(fresh, place)
+                put(fresh, place, force)
         except BaseException:
             if not (left / PROGRESS).exists():
                 discard_partial(place)

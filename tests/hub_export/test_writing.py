@@ -127,8 +127,8 @@ class KilledError(Exception):
 
 
 def test_work_that_dies_after_its_folder_took_its_place_is_not_gone_on_from(run, home, monkeypatch):
-    def dies(fresh, place):
-        put(fresh, place)
+    def dies(*args):
+        put(*args)
         raise KilledError
 
     monkeypatch.setattr("eigenzoo.hub_export.stream.put", dies)

@@ -102,10 +102,24 @@ def test_a_finished_folder_that_cannot_take_its_place_is_kept(tmp_path, monkeypa
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(output, "put", refuse)
-    with pytest.raises(ValueError, match=r"Operation not permitted; the new folder is whole in"):
-        write(tmp_path / "out", force=True)
-    assert sorted(os.listdir(tmp_path)) == ["out", "out.new"]
-    assert names(tmp_path / "out.new") == NEW
+    for count in (1, 2):
+        with pytest.raises(ValueError, match="Operation not permitted; what was to be "):
+            write(tmp_path / "out", force=True)
+        kept = sorted(tmp_path.glob("out.new-*"))
+        assert [names(folder) for folder in kept] == [NEW] * count
+    assert names(tmp_path / "out") == ["config.json"]
+
+
+def test_a_folder_that_others_made_meanwhile_is_not_replaced(tmp_path):
+    def work():
+        with output.new_folder(tmp_path / "out") as folder:
+            (folder / "config.json").write_text(CONFIG)
+            checkpoint(tmp_path / "out", "precious")
+
+    with pytest.raises(ValueError, match=r"out exists: .* what was to be .* is whole in"):
+        work()
+    assert names(tmp_path / "out") == ["config.json", "precious"]
+    assert [names(folder) for folder in tmp_path.glob("out.new-*")] == [["config.json"]]
 
 
 def test_an_empty_folder_is_written_without_force(tmp_path):

@@ -23,6 +23,10 @@ def locked(path: Path) -> Iterator[None]:
     beside `path` and is removed. Raises ValueError if the lock is held, or nothing can be written
     there. Where a file system has no locks, a warning says so.
     """
+    if fcntl is None:
+        warnings.warn(f"{path} is not locked: this system has no flock", stacklevel=3)
+        yield
+        return
     file = path.with_name(f".{path.name}.lock")
     try:
         lock = _take(file, path)
@@ -38,7 +42,7 @@ def locked(path: Path) -> Iterator[None]:
 def _take(file: Path, path: Path) -> int:
     """A descriptor of the lock file, locked."""
     while True:
-        lock = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             _lock(lock, path)
             if file.exists() and os.path.samestat(os.fstat(lock), file.stat()):
@@ -53,9 +57,6 @@ def _take(file: Path, path: Path) -> int:
 
 
 def _lock(lock: int, path: Path) -> None:
-    if fcntl is None:
-        warnings.warn(f"{path} is not locked: this system has no flock", stacklevel=4)
-        return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

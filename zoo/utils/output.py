@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from safetensors import SafetensorError
@@ -33,12 +34,12 @@ def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
     with claimed(out, force) as place, scratch(place) as fresh:
         yield fresh
         try:
-            put(fresh, place)
-        except OSError as error:
-            kept = place.with_name(f"{place.name}.new")
+            put(fresh, place, force)
+        except (OSError, ValueError) as error:
+            kept = mkdtemp(prefix=f"{place.name}.new-", dir=place.parent)
             fresh.rename(kept)
             raise ValueError(
-                f"{out} cannot be replaced: {_reason(error)}; the new folder is whole in {kept}"
+                f"{_reason(error)}; what was to be {out} is whole in {kept}"
             ) from error
 
 
@@ -81,13 +82,15 @@ def discard(folder: Path, place: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def put(fresh: Path, place: Path) -> None:
+def put(fresh: Path, place: Path, force: bool) -> None:
     """Rename the folder `fresh` to `place`, which is claimed, and an older one away before.
 
-    All is on disk before. The end of `claimed` deletes the older one, or puts it back.
+    All is on disk before. The end of `claimed` deletes the older one, or puts it back. Raises
+    ValueError as `claimed` if something has come there meanwhile.
     """
     for path in (*fresh.rglob("*"), fresh, fresh.parent):
         sync(path)
+    _check_taken(place, place, force)
     (old,) = _beside(place, "old")
     if place.exists():
         place.rename(old)
@@ -104,9 +107,9 @@ def check_folder(out: Path, force: bool = False, inputs: Iterable[str | Path | N
         place = _place(out)
         ours = [place, place.with_name(f"{place.name}.partial"), *_beside(place, "new", "old")]
         for given in inputs:
-            path = None if given is None else Path(given).expanduser()
-            if path and os.path.exists(path):  # Path.exists raises an error for a long name
-                real = path.resolve()
+            path = os.path.expanduser(given or "")
+            if path and os.path.exists(path):  # those of Path raise errors
+                real = Path(path).resolve()
                 if any(_inside(real, x) or _inside(x, real) for x in ours):
                     raise ValueError(
                         f"{out} would be written over {given}, which is read, or into it: choose "
