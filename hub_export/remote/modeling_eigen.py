@@ -19,14 +19,8 @@ from ...zoo.models.families import FAMILIES
 from ...zoo.models.model import Model
 from .cache_eigen import LatentCache, check_not_quantized
 from .configuration_eigen import EigenConfig
-from .inputs_eigen import (
-    Call,
-    check_options,
-    mask_of_call,
-    packed_matrix,
-    read_mask,
-    slot_positions,
-)
+from .inputs_eigen import call_of, check_options, one_cache, one_input, slot_positions
+from .masks_eigen import mask_of_call, packed_matrix, read_mask
 from .parallel_eigen import TP_PLAN
 
 try:
@@ -119,7 +113,7 @@ class EigenPreTrainedModel(PreTrainedModel):
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         keep = self._keeps_states(output_hidden_states)
         cache = self._cache(cache, use_cache, again)
-        call = _call(tokens, cache)
+        call = call_of(tokens, cache)
         attn, config = self.model.layers[0].attn, self.model.config
         valid, mask = read_mask(attention_mask, call, attn.heads)
         if attention_mask is None and cache is None:
@@ -141,7 +135,7 @@ class EigenPreTrainedModel(PreTrainedModel):
 
     def _keeps_states(self, asked: bool | None) -> bool:
         """Whether to return hidden states, by the argument or else by the config."""
-        keep = self.config.output_hidden_states if asked is None else asked
+        keep = (self.config.output_hidden_states or False) if asked is None else asked
         if not isinstance(keep, bool):
             raise ValueError(f"output_hidden_states is {keep!r}: expected True for all, or False")
         return keep
@@ -151,6 +145,8 @@ class EigenPreTrainedModel(PreTrainedModel):
         if again:
             if cache is not None:
                 raise ValueError("gradient checkpointing works without a cache: omit it")
+            if use_cache:
+                logger.warning_once("gradient checkpointing works without a cache: none is made")
             return None
         quantized = self.model.config.least_bits < 16
         if use_cache is None:  # quantized keys and values have no gradient
@@ -162,35 +158,6 @@ class EigenPreTrainedModel(PreTrainedModel):
         if quantized and cache is not None:
             check_not_quantized(cache)
         return cache
-
-
-def _call(tokens: Tensor, cache: Cache | None) -> Call:
-    """The slots of a call."""
-    batch, new = tokens.shape[:2]
-    past = 0 if cache is None else cache.get_seq_length()
-    pos = torch.arange(new, device=tokens.device) + past
-    if cache is not None and cache.is_compileable:
-        return Call(batch, new, past, cache.get_max_length(), True, pos)
-    return Call(batch, new, past, past + new, False, pos)
-
-
-def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache under either name: transformers 5.24 renamed past_key_values, in outputs too."""
-    if cache is not None and past_key_values is not None:
-        raise ValueError("cache and past_key_values are two names of one input: pass only one")
-    return past_key_values if cache is None else cache
-
-
-def _one_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """Ids (B, T), or embeddings (B, T, width). Raises ValueError for both or none."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("expected either input_ids or inputs_embeds, given both or none")
-    tokens, ndim = (inputs_embeds, 3) if input_ids is None else (input_ids, 2)
-    assert tokens is not None
-    if tokens.dim() != ndim:
-        name = "inputs_embeds (batch, tokens, width)" if ndim == 3 else "input_ids (batch, tokens)"
-        raise ValueError(f"given a tensor of shape {tuple(tokens.shape)}: expected {name}")
-    return tokens
 
 
 class EigenModel(EigenPreTrainedModel):
@@ -211,9 +178,9 @@ class EigenModel(EigenPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids (B, T) -> last_hidden_state (B, T, hidden_size). Others as with a head."""
         check_options(kwargs, self.config)
-        cache, tokens = _one_cache(cache, past_key_values), _one_input(input_ids, inputs_embeds)
+        cache, tokens = one_cache(cache, past_key_values), one_input(input_ids, inputs_embeds)
         how = (attention_mask, position_ids, cache, use_cache, output_hidden_states)
-        return BaseModelOutputWithPast(*self._run(tokens, *how))  # by position: see _one_cache
+        return BaseModelOutputWithPast(*self._run(tokens, *how))  # by position: see one_cache
 
 
 class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
@@ -265,7 +232,7 @@ class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
         """
         of_loss: dict[str, Any] = {name: kwargs.pop(name) for name in LOSS if name in kwargs}
         check_options(kwargs, self.config)
-        cache, tokens = _one_cache(cache, past_key_values), _one_input(input_ids, inputs_embeds)
+        cache, tokens = one_cache(cache, past_key_values), one_input(input_ids, inputs_embeds)
         how = (attention_mask, position_ids, cache, use_cache, output_hidden_states)
         x, cache, states = self._run(tokens, *how)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -275,4 +242,4 @@ class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss
             )
-        return CausalLMOutputWithPast(loss, logits, cache, states)  # by position: see _one_cache
+        return CausalLMOutputWithPast(loss, logits, cache, states)  # by position: see one_cache

@@ -131,7 +131,7 @@ class Model(nn.Module):
         if position is None:
             self.config.check_length(slots)
             position = slot if valid is None else counted(valid)
-        elif valid is None:  # with ALiBi, no mask would mean that slots are positions
+        elif valid is None and tokens.size(1) == 1:  # else ALiBi takes slots for positions
             valid = torch.ones_like(position, dtype=torch.bool)
         if mask is None and tokens.size(1) == 1:
             mask = decode_mask(pos, None if valid is None else valid | (slot == pos))
