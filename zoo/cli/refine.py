@@ -88,6 +88,7 @@ def refine(
     from ...hub_export.export import check_free
     from ...hub_export.refine import original_of, refine_checkpoint, state_file
     from ..compression.refine import RefineSettings
+    from ..inference.data import check_source
     from ..inference.texts import read_text
 
     settings = RefineSettings(
@@ -98,6 +99,7 @@ def refine(
     check_free(out, force)
     if text is not None:
         read_text(text)  # fails before the long work
+    check_source(calibration)
     low = load(source, "auto", device, revision, trust_remote_code)
     kind = str(low.model.dtype).removeprefix("torch.")
     dense = load(original or original_of(low), kind, device, None, trust_remote_code).model

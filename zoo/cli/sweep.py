@@ -166,6 +166,7 @@ def sweep(
     """
     from tqdm import tqdm
 
+    from ..inference.data import check_source
     from ..inference.texts import read_text
     from ..measure import tables
     from ..measure.calibrator import Calibration
@@ -179,6 +180,8 @@ def sweep(
     if out.exists() and not force:
         read_rows(out, SWEEP)  # fails for any other file before the model is loaded
     read_text(text)
+    for source_of_text in calibration or ():
+        check_source(source_of_text)
     original = load(source, dtype, device, revision, trust_remote_code)
     config = original.model.config
     length = config.max_position_embeddings
