@@ -10,6 +10,7 @@ from ..zoo.compression.compress import compress
 from ..zoo.compression.record import about, evaluation, texts
 from ..zoo.compression.settings import Settings
 from ..zoo.inference.checkpoint import Checkpoint, load, locate, open_layers
+from ..zoo.inference.data import check_source
 from ..zoo.inference.texts import read_text
 from ..zoo.inference.weights import stored_bytes
 from ..zoo.utils import memory
@@ -63,6 +64,7 @@ def compress_source(
     check_partial(out, resume, force)
     if text is not None:
         read_text(text)  # fails before the long work
+    check_source(calibration)
     if stream is None:
         stream = resume or (not plain and _exceeds_memory(source, say))
     if resume and not stream:

@@ -10,6 +10,7 @@ import zipfile
 import pytest
 import tiny
 
+from eigenzoo.zoo.compression.record import calibrated_on
 from eigenzoo.zoo.inference.data import calibration_tokens, encode
 from eigenzoo.zoo.inference.texts import python_docs, read_text
 
@@ -204,6 +205,25 @@ def test_commands_read_rows_and_say_what_they_read(run, dense_folder, tmp_path):
     assert "read chats.jsonl: 120 rows of `messages`, " in said
     assert "read rows.json: 20 rows of `text`, " in said
     assert json.loads(text)["calibration"]["source"] == "chats.jsonl"
+
+
+def test_texts_are_read_before_the_model_is(run, tmp_path):
+    file, model = written(tmp_path, "table.csv", b"text\na"), tmp_path / "no-model"
+    for words in (["compress", model, tmp_path / "o"], ["refine", model, tmp_path / "o"]):
+        for option in ("--text", "--calibration"):
+            assert "table.csv is a table" in run(*words, option, file)[2]
+    for option in ("--text", "--calibration"):
+        assert "table.csv is a table" in run("sweep", model, tmp_path / "o.jsonl", option, file)[2]
+    assert "table.csv is a table" in run("evaluate", model, "--text", file)[2]
+
+
+def test_a_file_is_named_without_its_folder(tmp_path, monkeypatch, dense):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "text.txt", tiny.WORDS.encode())
+    (tmp_path / "selfish").mkdir()
+    os.rename("text.txt", "selfish/text.txt")
+    tokens = calibration_tokens("selfish/text.txt", dense.model, dense.tokenizer, 2, 8)
+    assert calibrated_on("selfish/text.txt", tokens)["source"] == "text.txt"
 
 
 def test_a_file_with_one_token_is_refused_before_the_long_work(run, dense_folder, tmp_path):

@@ -88,6 +88,7 @@ def refine(
     from ...hub_export.export import check_shard_size
     from ...hub_export.refine import original_of, refine_checkpoint, state_file
     from ..compression.refine import RefineSettings
+    from ..inference.data import check_source
     from ..inference.texts import read_text
     from ..utils.output import check_folder
 
@@ -101,6 +102,7 @@ def refine(
     check_folder(out, force, (source, original, data, text))
     if text is not None:
         read_text(text)  # fails before the long work
+    check_source(calibration)
     low = load(source, "auto", device, revision, trust_remote_code)
     kind = str(low.model.dtype).removeprefix("torch.")
     dense = load(original or original_of(low), kind, device, None, trust_remote_code).model

@@ -167,6 +167,7 @@ def sweep(
     """
     from tqdm import tqdm
 
+    from ..inference.data import check_source
     from ..inference.texts import read_text
     from ..measure import tables
     from ..measure.calibrator import Calibration, check_kept
@@ -181,6 +182,8 @@ def sweep(
     check_kept(out)
     ctx.with_resource(claimed_rows(out, SWEEP, force))
     read_text(text)
+    for source_of_text in calibration or ():
+        check_source(source_of_text)
     original = load(source, dtype, device, revision, trust_remote_code)
     config = original.model.config
     length = config.max_position_embeddings

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..inference.checkpoint import Checkpoint
-from ..inference.data import calibration_tokens, hold_out, read_tokens
+from ..inference.data import calibration_tokens, hold_out, is_file, read_tokens
 from ..inference.perplexity import Perplexity, perplexity
 from ..inference.texts import read_text
 from ..models.config import Config, kv_bytes
@@ -123,4 +123,4 @@ def measured(test: Windows, perplexities: Mapping[str, Perplexity]) -> QualityRe
 
 def _name(calibration: str) -> str:
     """The name of a source of calibration text, without its folder."""
-    return calibration if calibration.startswith(("self", "hub:")) else Path(calibration).name
+    return Path(calibration).name if is_file(calibration) else calibration

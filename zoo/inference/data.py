@@ -58,6 +58,17 @@ def check_ids(
         )
 
 
+def is_file(source: str) -> bool:
+    """Whether a source of calibration text is a file: neither `self` nor `hub:DATASET`."""
+    return source != "self" and not source.startswith("hub:")
+
+
+def check_source(source: str) -> None:
+    """Raise ValueError for a file of calibration text that cannot be read."""
+    if is_file(source):
+        read_text(source)
+
+
 def calibration_tokens(
     source: str,
     model: Model,
@@ -84,10 +95,8 @@ def calibration_tokens(
         )
     if source == "self":
         return sample_text(model, _start(tokenizer, model), samples, length, seed)
-    if source.startswith("hub:"):
-        text = hub_text(source.removeprefix("hub:"), 8 * samples * length)
-    else:
-        text = read_text(source)
+    hub = source.removeprefix("hub:")
+    text = read_text(source) if is_file(source) else hub_text(hub, 8 * samples * length)
     tokens = read_tokens(tokenizer, text, model.config.vocab_size)
     rows = tokens[: len(tokens) // length * length].view(-1, length)
     if len(rows) < 2:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..compression.calibrate import calibrate
 from ..compression.moments import Moments, Needs, Statistics
-from ..inference.data import calibration_tokens
+from ..inference.data import calibration_tokens, is_file
 from ..inference.texts import read_text
 from ..models.model import Model
 from ..utils.provenance import fingerprint
@@ -65,7 +65,7 @@ class Calibration(NamedTuple):
         Raises ValueError if the file cannot be read.
         """
         name, digest = self.source, None
-        if self.source != "self" and not self.source.startswith("hub:"):
+        if is_file(self.source):
             text = read_text(self.source)
             name, digest = text.name, fingerprint(text.words(tokenizer))
         return {
