@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..zoo.compression.methods import METHODS
 from ..zoo.models.config import Config, kv_bytes
+from ..zoo.utils.escape import code_block, code_span, markdown, printable
 from ..zoo.utils.records import CompressionRecord, EvaluationRow, Measurements, TimedRow
 
 CONTEXTS = (2048, 8192, 32768, 131072)
@@ -17,14 +19,15 @@ def card(config: Config, compression: CompressionRecord) -> str:
     """Markdown with the Hub's metadata. Every number comes from `compression` or `config`."""
     c, base = compression, compression["base_model"]
     source = METHODS[c["method"]].source
-    title = f"{base.split('/')[-1]}, KV cache compressed"
+    title = printable(f"{base.split('/')[-1]}, KV cache compressed")
     return f"""---
 {_metadata(c, title)}
 ---
 
-# {title}
+# {markdown(title)}
 
-Made by eigenzoo {c["versions"]["eigenzoo"]} from `{base}`{_license(c)}: {source}.
+Made by eigenzoo {markdown(c["versions"]["eigenzoo"])} from {code_span(base)}{_license(c)}:
+{source}.
 The cache holds low-rank latents of keys and values, which take fewer bytes in memory.
 
 {_sizes(config, c)}
@@ -71,8 +74,8 @@ def _metadata(c: CompressionRecord, title: str) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        license=c.get("base_license"),
-        base_model=base if known else None,
+        license=printable(c["base_license"]) if c.get("base_license") else None,
+        base_model=printable(base) if known else None,
         base_model_relation="finetune" if known else None,
         tags=["eigenzoo", "kv-cache", "low-rank"],
         model_name=title if results else None,
@@ -85,8 +88,8 @@ def _result(text: str, metric: str, value: float) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
         dataset_type="text",
-        dataset_name=text,
-        metric_type=metric,
+        dataset_name=printable(text),
+        metric_type=printable(metric),
         metric_value=round(value, 4),
     )
 
@@ -102,7 +105,7 @@ def _task_cells(row: EvaluationRow) -> list[tuple[str, str, float]]:
 
 
 def _license(c: CompressionRecord) -> str:
-    return f" (license: {c['base_license']})" if c.get("base_license") else ""
+    return f" (license: {markdown(c['base_license'])})" if c.get("base_license") else ""
 
 
 def _sizes(config: Config, c: CompressionRecord) -> str:
@@ -125,7 +128,8 @@ def _sizes(config: Config, c: CompressionRecord) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+    cells = [[markdown(cell) for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
 def _made(c: CompressionRecord) -> str:
@@ -135,12 +139,13 @@ def _made(c: CompressionRecord) -> str:
         if parts := c.get("refit"):  # old checkpoints do not say
             made += f" Refitted to them after the solve: {', '.join(parts)}."
     versions = ", ".join(f"{name} {number}" for name, number in c["versions"].items())
-    made += f" With {versions}.\n"
-    return made + "".join(
+    lines = [f"{made} With {versions}."]
+    lines += [
         f"Refined for {run['best_step']} steps on {run['calibration']['source']} text: KL to the "
-        f"original {run['kl_before']:.4g} -> {run['kl_after']:.4g} nats per token, held out.\n"
+        f"original {run['kl_before']:.4g} -> {run['kl_after']:.4g} nats per token, held out."
         for run in c.get("refined", [])
-    )
+    ]
+    return "".join(f"{markdown(line)}\n" for line in lines)
 
 
 def _measured(measured: Measurements) -> str:
@@ -158,10 +163,13 @@ def _measured(measured: Measurements) -> str:
         parts.append(_table(("", "measured on", "metric", "value"), rows))
     if timed:
         parts.append(_speed(timed))
-    parts += [f"![{Path(name).stem}]({FIGURES}/{name})" for name in measured.get("figures", [])]
+    parts += [
+        f"![{markdown(Path(name).stem)}]({FIGURES}/{quote(name)})"
+        for name in measured.get("figures", [])
+    ]
     commands = dict.fromkeys(row["command"] for row in (*evaluations, *timed))
     if commands:
-        parts.append("```bash\n" + "\n".join(commands) + "\n```")
+        parts.append(code_block(commands))
     return "".join(f"\n{part}\n" for part in ["## Measured", *parts]) if parts else ""
 
 
@@ -179,7 +187,8 @@ def _speed(timed: Sequence[TimedRow]) -> str:
     ]
     first = timed[0]
     processor = f", {first['processor']}" if "processor" in first else ""  # older rows have none
-    return f"Decoding in {first['dtype']}{processor}:\n\n{_table(head, rows)}"
+    heading = markdown(f"Decoding in {first['dtype']}{processor}:")
+    return f"{heading}\n\n{_table(head, rows)}"
 
 
 def _latents(config: Config) -> str:

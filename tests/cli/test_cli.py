@@ -430,7 +430,7 @@ def test_bad_input_prints_one_line_and_exits_with_2(run, dense_folder, low, tmp_
         ("bench", "--shape", "opt-1"): "shape 'opt-1' is unknown",
         ("bench", "--shape", "opt-125m", "--layers", "13"): "layers is 13",
         ("bench", "--shape", "opt-125m", "--heads-per-latent", "0"): "greater than or equal to 1",
-        ("generate", low, "-p", "x", "--temperature", "-1"): "expected temperature",
+        ("generate", low, "-p", "x", "--temperature", "-1"): "expected a finite temperature",
         ("generate", low, "-p", "x", "--max-new-tokens", "0", "--no-compile"): "do not fit",
         (
             "generate",

@@ -7,7 +7,9 @@ import torch
 from ropes import rope_parameters
 
 from eigenzoo.hub_export.remote.configuration_eigen import EigenConfig
-from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM, EigenModel
+from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
+from eigenzoo.zoo.inference.checkpoint import native_config
+from eigenzoo.zoo.inference.weights import build
 from eigenzoo.zoo.models.families import FAMILIES
 from eigenzoo.zoo.models.model import Model
 
@@ -29,7 +31,7 @@ KINDS = {  # family, changes of the dense config, changes of the compressed one
 def of_kind(kind: str, **changes) -> EigenForCausalLM:
     """A random model that holds its keys in one of the ways of `KINDS`."""
     family, dense, low = KINDS[kind]
-    config = replace(tiny.native(family, **dense).config, **low, **changes)
+    config = replace(tiny.native(family, **dense).config, **low | changes)
     model = FAMILIES[family].model(config)
     tiny.stir(model)
     for layer in model.layers:
@@ -46,4 +48,8 @@ def exported(native: Model, kind: type = EigenForCausalLM, **options):
     return model.eval().requires_grad_(False)
 
 
-__all__ = ["KINDS", "EigenModel", "exported", "of_kind"]
+def dense_and_exported(family: str, **changes):
+    """transformers' model and the exported one with the same weights."""
+    theirs = tiny.hf(family, **changes)
+    native = build(native_config(theirs.config.to_dict()), theirs.state_dict().items())
+    return theirs, exported(native)

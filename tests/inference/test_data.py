@@ -66,3 +66,22 @@ def test_a_prompt_that_cannot_be_encoded_is_refused():
         encode_prompt(tokenizer, "x", chat=True)
     with pytest.raises(ValueError, match="prompt is empty"):
         encode_prompt(tokenizer, "")
+    with pytest.raises(ValueError, match="prompt is not text in UTF-8"):
+        encode_prompt(tokenizer, "caf\udce9")  # as Python gives the byte 0xe9 of a command line
+    tokenizer.chat_template = tiny.CHAT
+    with pytest.raises(ValueError, match="prompt is empty"):
+        encode_prompt(tokenizer, " \n")
+
+
+def test_a_token_that_the_model_does_not_know_is_named(dense):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([f"extra{i}" for i in range(320 - len(tokenizer))])
+    tokenizer.add_tokens(["zebra"])
+    said = r"has token 320, 'zebra', of the tokenizer's 321, but the model knows 320"
+    with pytest.raises(ValueError, match=f"the prompt {said}"):
+        encode_prompt(tokenizer, "the zebra", vocabulary=320)
+    with pytest.raises(ValueError, match=f"the text {said}"):
+        encode(tokenizer, "the zebra", 320)
+    tokenizer.bos_token = "zebra"
+    with pytest.raises(ValueError, match=f"text sampled from the model {said}"):
+        calibration_tokens("self", dense.model, tokenizer, 2, 8)

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -233,8 +234,19 @@ def test_sampling_follows_the_distribution():
 
 
 @pytest.mark.parametrize(
-    "bad", [Sampling(-1), Sampling(1, -2), Sampling(1, 0, 0), Sampling(1, 0, 2)]
+    "bad",
+    [
+        *(Sampling(x) for x in (-1, math.nan, math.inf)),
+        *(Sampling(1, 0, x) for x in (0, 2, math.nan)),
+        Sampling(1, -2),
+    ],
 )
 def test_invalid_sampling_settings_are_refused(bad):
-    with pytest.raises(ValueError, match="expected temperature"):
+    with pytest.raises(ValueError, match="expected a finite temperature"):
         bad.check()
+
+
+def test_a_prompt_with_a_token_that_the_model_does_not_know_is_refused():
+    for token in (-1, 320):
+        with pytest.raises(ValueError, match="it knows 320"):
+            next(Generator(tiny.native(), 1, 8, compile=False).stream([[3, token]], 2))

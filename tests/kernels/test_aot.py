@@ -43,6 +43,8 @@ def test_kernels_compile_to_what_a_gpu_runs_well(target):
             continue
         assert r["blocks"] >= (2 if rotary else 3)
         loads = {k for k in r["loop"] if k.startswith(("LDG.", "LDGSTS."))}
+        if "padded" in r["case"]:  # a position and a bias of 4 bytes for each slot
+            loads -= {"LDG.32", "LDGSTS.32"}
         if packed:  # 16 or 8 bytes a thread, and scales
             assert loads <= {"LDGSTS.128", "LDGSTS.64", "LDG.U16"}
             continue

@@ -23,6 +23,7 @@ from . import (
     report,
     sweep,
 )
+from .options import Command
 from .refusal import flush, reader_is_gone, reason, refuse
 from .values import show_log
 
@@ -76,7 +77,7 @@ for command in (
     pull.pull,
     demo.demo,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _version(asked: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .options import AsJson
+from .values import show
 
 
 def card(
@@ -36,4 +37,4 @@ def card(
     if as_json:
         print(json.dumps({"metadata": ModelCard(text).data.to_dict(), "card": text}))
     else:
-        print(text)
+        show(text)

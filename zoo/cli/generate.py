@@ -22,7 +22,7 @@ from .options import (
     Weights,
     option,
 )
-from .values import decoding_dtype, load, preparation, say
+from .values import decoding_dtype, load, preparation, say, show
 
 
 def generate(
@@ -77,8 +77,6 @@ def generate(
 
     SOURCE may be compressed or not. The cache is static: it is allocated once.
     """
-    from transformers import TextStreamer
-
     from ..inference.checkpoint import stop_tokens
     from ..inference.data import encode_prompt
     from ..inference.generate import Generator, Sampling, answer
@@ -98,11 +96,11 @@ def generate(
     if compile or compile_prefill:
         say("compiling at the first tokens: a minute or two, the first time")
     live = len(ids) == 1 and not as_json
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if live else None
-    show = (lambda tokens: streamer.put(tokens.cpu())) if streamer else None
+    streamer = _streamer(tokenizer) if live else None
+    put = (lambda tokens: streamer.put(tokens.cpu())) if streamer else None
     reset_peak(model.device)  # loading may have held more
     rows, speed, first, compiled = answer(
-        generator, ids, max_new_tokens, sampling, stop_tokens(checkpoint), show
+        generator, ids, max_new_tokens, sampling, stop_tokens(checkpoint), put
     )
     if streamer:
         streamer.end()
@@ -121,8 +119,19 @@ def generate(
         print(json.dumps(result))
         return
     for number, output in enumerate(result["outputs"] if not live else [], start=1):
-        typer.echo(f"--- {number}\n{output}")
+        show(f"--- {number}\n{output}")
     say(_summary(result))
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Shows an answer word by word."""
+    from transformers import TextStreamer
+
+    class Shown(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            show(text, end="\n" if stream_end else "")
+
+    return Shown(tokenizer, skip_special_tokens=True)
 
 
 def _summary(x: Mapping[str, Any]) -> str:
@@ -139,6 +148,16 @@ def _summary(x: Mapping[str, Any]) -> str:
 
 
 def _stdin() -> str:
-    if sys.stdin.isatty():
+    """The prompt on standard input, in UTF-8, as it is: only a last line end is no part of it."""
+    if sys.stdin is None or sys.stdin.isatty():
         raise ValueError("no prompt: give --prompt TEXT, or text on standard input")
-    return sys.stdin.read()
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"standard input is not text in UTF-8: byte {error.start} is "
+            f"{error.object[error.start]:#04x}"
+        ) from None
+    if not text.strip():
+        raise ValueError("standard input is empty: expected a prompt")
+    return text.removesuffix("\n").removesuffix("\r")

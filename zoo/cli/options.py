@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..compression.choices import LATENTS, REFITS, listed
 from ..compression.keys import BLOCK, KEYS
@@ -29,6 +30,21 @@ WEIGHTS = {
 TEXTS = "Texts"
 DECODING = "Decoding"
 MODEL = "Model"
+LARGEST = 2**63 - 1  # of torch's integers; floats beyond it have no use here
+
+
+class Command(TyperCommand):
+    """A command whose numbers are finite and fit torch's: Python reads nan, 1e999 and 10 ** 30."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Raises BadParameter, which names the option."""
+        for param in self.params:
+            given = ctx.params.get(param.name)
+            for x in given if isinstance(given, (list, tuple)) else (given,):
+                if isinstance(x, int | float) and not -LARGEST <= x <= LARGEST:  # NaN is neither
+                    names = ", ".join(param.opts)
+                    raise typer.BadParameter(f"{x} is no usable number", param_hint=f"'{names}'")
+        return super().invoke(ctx)
 
 
 def option(
@@ -72,7 +88,7 @@ def _own_refits() -> str:
 
 MORE = "repeat for more."
 KEYS_HELP = "What the cache holds of keys:"
-BLOCK_HELP = "With anchored keys: slots in a block."
+BLOCK_HELP = "With anchored keys: positions in a block."
 LATENT_HELP = "Whether keys and values share a latent:"
 BITS_HELP = "Bits of a number in the cache; 16 stands for the model's dtype."
 DTYPE_HELP = "Dtype of the model; auto is that of the checkpoint. float16 is slow on a CPU."
@@ -91,7 +107,8 @@ TEXT_HELP += FILE_HELP
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
 Method = Annotated[str, choice("--method", METHODS, "How to find bases and ranks:")]
-Keep = Annotated[float, option("--keep", help="Share of the KV bytes to keep, 0 to 1.")]
+KEEP_HELP = "Share of the KV bytes to keep, 0 to 1, of an uncompressed cache of 16 bits a number."
+Keep = Annotated[float, option("--keep", help=KEEP_HELP)]
 Keys = Annotated[str, choice("--keys", KEYS, KEYS_HELP)]
 AnchorBlock = Annotated[
     int | None,
@@ -148,6 +165,6 @@ Trust = Annotated[
     ),
 ]
 ShardSize = Annotated[str, option("--shard-size", help="Largest size of a weight file.")]
-Seed = Annotated[int, option("--seed", help="Seed of all random numbers.")]
+Seed = Annotated[int, option("--seed", help="Seed of all random numbers.", min=0, max=2**63 - 1)]
 AsJson = Annotated[bool, option("--json", help="Print one JSON object and nothing else.")]
 Force = Annotated[bool, option("--force", help="Replace the output if it exists.")]

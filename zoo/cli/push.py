@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .options import AsJson
-from .values import say
+from .values import say, show
 
 
 def push(
@@ -64,7 +64,7 @@ def push(
         return
     report.changes(changes)
     if dry_run:
-        print(f"\nREADME.md:\n\n{(folder / 'README.md').read_text()}")
+        show(f"\nREADME.md:\n\n{(folder / 'README.md').read_text()}")
         say("nothing was sent")
     elif done.url is None:
         say("nothing has changed: no commit was made")

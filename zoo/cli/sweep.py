@@ -17,6 +17,7 @@ from .options import (
     BLOCK_HELP,
     DECODING,
     FILE_HELP,
+    KEEP_HELP,
     REFIT,
     TEXT_HELP,
     TEXTS,
@@ -56,7 +57,7 @@ def sweep(
     ],
     keep: Annotated[
         list[float] | None,
-        _values("--keep", "Share of the KV bytes to keep, 0 to 1.", "0.8, 0.6", "float"),
+        _values("--keep", KEEP_HELP, "0.8, 0.6", "float"),
     ] = None,
     method: Annotated[
         list[str] | None, _names("--method", [*METHODS], "As in compress.", "fisher")
@@ -173,6 +174,7 @@ def sweep(
     from ..measure.grid import distinct, grid
     from ..measure.sweep import Sweep
     from ..measure.sweep_table import line, sections
+    from ..utils.escape import printable
     from ..utils.jsonl import SWEEP
     from ..utils.output import claimed_rows
 
@@ -216,7 +218,7 @@ def sweep(
     rows, total = [], 1 + len(settings) * len(calibrations)
     for number, row in enumerate(work.rows(settings), start=1):
         rows.append(row)
-        tqdm.write(f"[{number}/{total}] {line(row)}", file=sys.stderr)
+        tqdm.write(f"[{number}/{total}] {printable(line(row))}", file=sys.stderr)
     if as_json:
         print(json.dumps(rows))
         return

@@ -12,6 +12,7 @@ import typer
 
 from ..compression.choices import listed
 from ..models.bits import BITS
+from ..utils.escape import prose
 
 
 def load(
@@ -153,4 +154,9 @@ def show_log() -> None:
 
 def say(text: str) -> None:
     """Print a line to standard error: standard output is for results."""
-    typer.echo(text, err=True)
+    typer.echo(prose(text), err=True)
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Print a text that eigenzoo did not write; a terminal shows control characters as words."""
+    print(prose(text) if sys.stdout.isatty() else text, end=end, flush=True)

@@ -16,11 +16,11 @@ KEYS = {
     "auto": "anchored or rebuild, by the model and the method",
 }
 TURNED = ("anchored", "pairs", "rotated")  # cached at angles that may not change later
-BLOCK = 16  # slots of a block of anchored keys, unless told
+BLOCK = 16  # positions in a block of anchored keys, unless told
 
 
 class Choice(NamedTuple):
-    """How keys are held: a name in `KEYS`, the slots of an anchored block, and why."""
+    """How keys are held: a name in `KEYS`, the positions in an anchored block, and why."""
 
     keys: str
     block: int

@@ -69,7 +69,7 @@ class Settings(NamedTuple):
         if self.rank_pairs is not None and self.rank_pairs < 1:
             raise ValueError(f"rank pairs is {self.rank_pairs}: expected at least 1")
         if self.anchor_block is not None and self.anchor_block < 2:
-            raise ValueError(f"anchor block is {self.anchor_block}: expected at least 2 slots")
+            raise ValueError(f"anchor block is {self.anchor_block}: expected at least 2 positions")
         if self.error_budget is not None and not self.error_budget >= 0:
             raise ValueError(f"the error budget is {self.error_budget}: expected 0 or more")
         if self.damping is not None:

@@ -163,6 +163,10 @@ def encode_prompt(
     """
     if chat and not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: omit --chat")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # Python passes on bytes of a command line that are no UTF-8
+        raise ValueError("the prompt is not text in UTF-8") from None
     if tokenizer.chat_template and chat is not False:
         if not prompt.strip():
             raise ValueError("the prompt is empty: expected text")

@@ -1,5 +1,6 @@
 """Generation with a static cache: one compiled graph for prefill, one for decoding."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +30,11 @@ class Sampling(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError for settings out of range."""
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        warm = 0 <= self.temperature < math.inf  # nan is neither
+        if not warm or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"given {self}: expected temperature >= 0, top_k >= 0 and top_p above 0 up to 1"
+                f"given {self}: expected a finite temperature >= 0, top_k >= 0 and top_p above 0 "
+                "up to 1"
             )
 
 
@@ -161,6 +164,9 @@ class Generator:
                 f"given {len(prompts)} prompts of {[len(p) for p in prompts]} tokens: expected "
                 f"{self.batch} prompts, each with one token or more"
             )
+        known = self.model.config.vocab_size
+        if not all(0 <= token < known for p in prompts for token in p):
+            raise ValueError(f"a prompt has tokens that the model does not know: it knows {known}")
         longest = max(len(p) for p in prompts)
         if longest + max_new_tokens - 1 > self.slots or max_new_tokens < 1:
             raise ValueError(

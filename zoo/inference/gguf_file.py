@@ -144,15 +144,18 @@ class _Cursor:
         self.data, self.at = data, 0
 
     def take(self, form: str) -> tuple[Any, ...]:
+        """The next values, of the forms of the module struct."""
         values = struct.unpack_from(f"<{form}", self.data, self.at)
         self.at += struct.calcsize(f"<{form}")
         return values
 
     def string(self) -> str:
+        """The next string."""
         (length,) = self.take("Q")
         return self.take(f"{length}s")[0].decode()
 
     def value(self, kind: int) -> Any:
+        """The next value of metadata, of GGUF's type `kind`."""
         if kind == STRING:
             return self.string()
         if kind != ARRAY:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..utils.escape import code_block
+from ..utils.escape import markdown as escaped
 from ..utils.records import CompressedRow, DenseRow
 from .plots import figures
 from .sweep_table import Section, caption, cells
@@ -27,18 +29,18 @@ def markdown(sections: Sequence[Section], figures: Mapping[str, str]) -> str:
     """The report: tables, figures (file by title), what was refused, and how it was made."""
     parts = ["# KV caches compressed: quality at equal bytes"]
     for section in sections:
-        rows = cells(section)
+        rows = [[escaped(cell) for cell in row] for row in cells(section)]
         for keep, column in zip(section.keeps, range(1, len(rows[0])), strict=True):
             best = list(section.table).index(section.best(keep)[0]) + 1
             rows[best][column] = f"**{rows[best][column]}**"
         rows.insert(1, ["---"] * len(rows[0]))
-        parts += [caption(section), "\n".join(f"| {' | '.join(row)} |" for row in rows)]
-        parts += [f"Refused: {name}: {reason}" for name, reason in section.refused.items()]
-    parts += [f"![{title}]({file})" for title, file in figures.items()]
+        parts += [escaped(caption(section)), "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+        parts += [escaped(f"Refused: {name}: {why}") for name, why in section.refused.items()]
+    parts += [f"![{escaped(title)}]({file})" for title, file in figures.items()]
     measured = [row for section in sections for row in section.rows]
     commands = dict.fromkeys(row["command"] for row in measured)
-    parts.append("\n".join(["```bash", *commands, "```"]))
-    parts.append(f"({'; '.join(_origin(measured))})")
+    parts.append(code_block(commands))
+    parts.append(f"({escaped('; '.join(_origin(measured)))})")
     return "\n\n".join(parts) + "\n"
 
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.table import Table
 
+from ..utils.escape import printable
 from ..utils.records import (
     BenchResult,
     EvaluationResult,
@@ -18,13 +19,23 @@ from .evaluate import Comparison
 from .sweep_table import Section, caption, cells
 
 
+def _add(table: Table, *cells: object) -> None:
+    """Add a row, whose cells may come from files."""
+    table.add_row(*map(printable, cells))
+
+
+def _show(table: Table) -> None:
+    """Print a table; names in brackets or colons are no markup."""
+    Console(markup=False, emoji=False).print(table)
+
+
 def layers(rows: Sequence[LayerRecord]) -> None:
     """Print the ranks of every layer as bars, with errors and thresholds where there are any."""
     both = any(x["v_rank"] for x in rows)
     heads = ["keys", "", "values", ""] if both else ["keys and values", ""]
     widest = max(max(x["k_rank"], x["v_rank"]) for x in rows)
     extra = [name for name in rows[0] if name not in ("k_rank", "v_rank")]
-    table = Table("layer", *heads, *extra)
+    table = Table("layer", *heads, *map(printable, extra))
     for i, x in enumerate(rows):
         cells = []
         for rank in (x["k_rank"], x["v_rank"]) if both else (x["k_rank"],):
@@ -32,8 +43,8 @@ def layers(rows: Sequence[LayerRecord]) -> None:
         by_name: Mapping[str, Any] = x
         more = (by_name[name] for name in extra)
         cells += [f"{n:.4f}" if isinstance(n, float) else str(n) for n in more]
-        table.add_row(str(i), *cells)
-    Console().print(table)
+        _add(table, str(i), *cells)
+    _show(table)
 
 
 def comparison(rows: Mapping[str, Comparison], context: int, text: str) -> None:
@@ -45,20 +56,20 @@ def comparison(rows: Mapping[str, Comparison], context: int, text: str) -> None:
         "decode_tokens_per_second": f"decode tokens/s, {context} slots",
         "answer": "answer",
     }
-    table = Table("", *rows)
+    table = Table("", *map(printable, rows))
     columns: list[Mapping[str, Any]] = [*rows.values()]
     for key, title in names.items():
         cells = [column[key] for column in columns]
-        table.add_row(title, *(f"{x:.2f}" if isinstance(x, float) else str(x) for x in cells))
-    Console().print(table)
+        _add(table, title, *(f"{x:.2f}" if isinstance(x, float) else x for x in cells))
+    _show(table)
 
 
 def changes(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print what a push does to each file."""
     table = Table("file", "MB", "")
     for x in rows:
-        table.add_row(x["path"], f"{x['size'] / 1e6:.2f}", x["state"])
-    Console().print(table)
+        _add(table, x["path"], f"{x['size'] / 1e6:.2f}", x["state"])
+    _show(table)
 
 
 def bench(rows: Sequence[BenchResult]) -> None:
@@ -69,10 +80,11 @@ def bench(rows: Sequence[BenchResult]) -> None:
         table, reasons = Table(*heads, title=f"context {context}, batch {batch}, {slots} slots"), []
         for x in (x for x in rows if (x["context"], x["batch"]) == (context, batch)):
             if "failed" in x:
-                table.add_row(x["model"], "failed")
+                _add(table, x["model"], "failed")
                 reasons.append(f"{x['model']} failed: {x['failed'].splitlines()[0]}")
                 continue
-            table.add_row(
+            _add(
+                table,
                 x["model"],
                 f"{x['tokens_per_second']:.2f}",
                 f"{1e3 * x['seconds_per_step']:.2f}",
@@ -82,9 +94,9 @@ def bench(rows: Sequence[BenchResult]) -> None:
                 f"{x['bound']:.2f}x" if "bound" in x else "",
                 f"{x['peak_memory'] / 2**20:.0f}",
             )
-        Console().print(table)
+        _show(table)
         for reason in reasons:
-            print(reason)
+            print(printable(reason))
     print(
         "speed: over the first model, in turns. bound: the most that its smaller cache can give.\n"
         "KV read: share of the cache in all bytes that a step reads. floor: milliseconds for\n"
@@ -97,7 +109,7 @@ def evaluation(result: EvaluationResult) -> None:
     if "perplexity" in result:
         print(
             f"perplexity {result['perplexity']:.4f} on {result['tokens']} tokens of "
-            f"{result['text']} in windows of {result['window']}"
+            f"{printable(result['text'])} in windows of {result['window']}"
         )
     print(
         f"{result['kv_bytes_per_token']} KV bytes per token, {result['kv_share']:.1%} of the "
@@ -116,8 +128,8 @@ def positions(rows: Sequence[PositionRecord]) -> None:
     table = Table("tokens before", "predicted", "loss in nats", "perplexity")
     for x in rows:
         place = f"{x['start']} to {x['stop'] - 1}"
-        table.add_row(place, str(x["tokens"]), f"{x['loss']:.4f}", f"{x['perplexity']:.4f}")
-    Console().print(table)
+        _add(table, place, str(x["tokens"]), f"{x['loss']:.4f}", f"{x['perplexity']:.4f}")
+    _show(table)
 
 
 def retrieval(rows: Sequence[RetrievalRecord]) -> None:
@@ -127,8 +139,8 @@ def retrieval(rows: Sequence[RetrievalRecord]) -> None:
     for length in sorted({x["length"] for x in rows}):
         cells = {x["depth"]: x for x in rows if x["length"] == length}
         row = [cells[depth] for depth in depths]
-        table.add_row(str(length), *(f"{x['right']:.0%} {x['loglikelihood']:.2f}" for x in row))
-    Console().print(table)
+        _add(table, str(length), *(f"{x['right']:.0%} {x['loglikelihood']:.2f}" for x in row))
+    _show(table)
     print(
         f"share of {rows[0]['facts']} facts that greedy decoding gives, and mean log-likelihood of "
         "their tokens in nats"
@@ -142,18 +154,18 @@ def tasks(rows: Mapping[str, TaskRow]) -> None:
         for metric in (key for key in row if "," in key and "_stderr," not in key):
             cells = (row[metric], row.get(metric.replace(",", "_stderr,"), ""))
             shown = (f"{x:.4f}" if isinstance(x, float) else str(x) for x in cells)
-            table.add_row(name, str(row["sample_len"]), str(row["shots"]), metric, *shown)
-    Console().print(table)
+            _add(table, name, str(row["sample_len"]), str(row["shots"]), metric, *shown)
+    _show(table)
 
 
 def sweep(section: Section) -> None:
     """Print the table of a sweep."""
     head, *body = cells(section)
-    table = Table(*head)
+    table = Table(*map(printable, head))
     for row in body:
-        table.add_row(*row)
-    Console().print(table)
-    print(caption(section))
+        _add(table, *row)
+    _show(table)
+    print(printable(caption(section)))
 
 
 def checkpoint(about: Mapping[str, Any]) -> None:
@@ -164,11 +176,11 @@ def checkpoint(about: Mapping[str, Any]) -> None:
         by_layer = ("k_ranks", "v_ranks", "k_bits", "v_bits")
         hidden = (*by_layer, "compression", "layers", "refined", "measured")
         if key not in hidden and value is not None:
-            table.add_row(key, str(value))
+            _add(table, key, str(value))
     for run in compression.get("refined", []):
         kl = f"KL {run['kl_before']:.4g} -> {run['kl_after']:.4g} nats per token"
-        table.add_row("refined", f"{run['best_step']} steps, {kl}")
-    Console().print(table)
+        _add(table, "refined", f"{run['best_step']} steps, {kl}")
+    _show(table)
     names = {"k_rank": "k_ranks", "v_rank": "v_ranks", "k_bits": "k_bits", "v_bits": "v_bits"}
     columns = {name: about[key] for name, key in names.items() if about[key]}
     rows = zip(*columns.values(), strict=True)

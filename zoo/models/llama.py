@@ -28,7 +28,7 @@ from .config import Config
 from .linear import Linear
 from .mask import DecodeMask, Mask
 from .model import LatentAttention, Model, parameter
-from .rope import frequencies, rotate
+from .rope import check_rope, frequencies, rotate
 
 NAMES = {
     "embed_tokens": "embed",
@@ -65,7 +65,7 @@ class LlamaConfig(Config):
             raise ValueError(
                 f"joint_kv is not supported for {self.family}, which rotates keys: expected false"
             )
-        if self.anchor < 1:
+        if type(self.anchor) is not int or self.anchor < 1:
             raise ValueError(f"anchor is {self.anchor}: expected 1 or more positions per block")
         if (self.anchor > 1 or self.pairs) and not self.fixed_angles:
             raise ValueError(
@@ -78,6 +78,8 @@ class LlamaConfig(Config):
                 "even ranks, because latents of keys are pairs"
             )
         super().__post_init__()
+        check_rope(self.rope_parameters, self.head_dim)
+        frequencies(self.rope_parameters, self.head_dim, self.max_position_embeddings)
 
     @property
     def fixed_angles(self) -> bool:
@@ -154,7 +156,9 @@ class Attention(LatentAttention):
         self.anchor = config.anchor
         self.k_down = parameter(k.heads, shared[0] * d, k.width) if anchored else None
         self.k_mean = parameter(config.num_key_value_heads, 1, d) if mean else None
-        pairs = torch.zeros(k.heads, k.width // 2, dtype=torch.long) if paired else None
+        # on the device of the weights: if that is meta, zeros on a CPU would pass for loaded ones
+        shape, device = (k.heads, k.width // 2), self.k_proj.weight.device
+        pairs = torch.zeros(shape, dtype=torch.long, device=device) if paired else None
         self.register_buffer("k_pairs", pairs)
         self.v_up = parameter(v.heads, v.width, shared[1] * d) if v_up else None
 
@@ -265,12 +269,16 @@ class Llama(Model):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Recompute the rotary frequencies in fp32, on the device of the weights."""
+        """Recompute the rotary frequencies in fp32, on the device of the weights.
+
+        They are never on the meta device: no checkpoint holds them, so they could not be loaded.
+        """
         c = self.config
-        inv_freq, self.rope_scale = frequencies(
-            c.rope_parameters, c.head_dim, c.max_position_embeddings
-        )
-        self.inv_freq = inv_freq.to(self.device)
+        with torch.device("cpu"):
+            inv_freq, self.rope_scale = frequencies(
+                c.rope_parameters, c.head_dim, c.max_position_embeddings
+            )
+        self.inv_freq = inv_freq if self.device.type == "meta" else inv_freq.to(self.device)
 
     def _apply(self, fn, recurse=True):  # `.to(bfloat16)` would round the frequencies too
         super()._apply(fn, recurse)
@@ -282,10 +290,11 @@ class Llama(Model):
 
         newest: positions of the new tokens; the largest selects longrope's frequencies.
         """
-        inv_freq = self.inv_freq[0]
-        if len(self.inv_freq) == 2:
+        # weights that were on the meta device may have been loaded one by one to another
+        inv_freq, *long = self.inv_freq.to(position.device)
+        if long:
             short = self.config.rope_parameters["original_max_position_embeddings"]
-            inv_freq = torch.where(newest.max() >= short, self.inv_freq[1], inv_freq)
+            inv_freq = torch.where(newest.max() >= short, long[0], inv_freq)
         angle = position[:, None, :, None].float() * inv_freq
         return angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
 
