@@ -4,7 +4,6 @@ huggingface_hub transfers, resumes, retries, shows progress and reads the token,
 `hf auth login` or HF_TOKEN. This module lists what changes, and says in a sentence what went wrong.
 """
 
-import json
 import shutil
 from glob import escape
 from pathlib import Path
@@ -17,6 +16,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..zoo.inference.checkpoint import native_config, read_config
 from ..zoo.inference.hub import FAILURES, failure_reason, parse_hub_id
+from ..zoo.inference.weights import shards
 from ..zoo.utils.output import check_disk, claimed, put, writing
 from .card import FIGURES
 from .links import check_inside
@@ -61,13 +61,10 @@ def published(folder: Path) -> list[Path]:
 
 def check_folder(folder: Path) -> None:
     """Raise ValueError unless a folder is a whole checkpoint of a kind that can be loaded."""
-    published(folder)
+    there = {path.name for path in published(folder)}
     native_config(read_config(folder))
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    lacking = sorted(n for n in {*names, "README.md"} if not (folder / n).is_file())
+    names = [path.name for path in shards(folder, "model.safetensors")]
+    lacking = sorted({*names, "README.md"} - there)
     if lacking:
         raise ValueError(
             f"{folder} lacks {', '.join(lacking)}: expected a folder that eigenzoo compress wrote"

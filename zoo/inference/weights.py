@@ -34,11 +34,11 @@ def _read_files(
     folder: Path, whole: str, read: Callable[[Path], Iterator[tuple[str, Tensor]]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of file `whole`, or of the shards that its index lists."""
-    for path in _shards(folder, whole):
+    for path in shards(folder, whole):
         yield from read(path)
 
 
-def _shards(folder: Path, whole: str) -> list[Path]:
+def shards(folder: Path, whole: str) -> list[Path]:
     """The file `whole`, or the shards that its index lists, which must lie in the folder.
 
     A file may be a link out of the folder, as all files in the Hub's cache are.
@@ -222,7 +222,7 @@ class LayerFiles:
                 "checkpoint, or omit --stream"
             )
         self.config, self.device, self.plain = config, device, plain
-        self.paths = _shards(folder, "model.safetensors")
+        self.paths = shards(folder, "model.safetensors")
         # names of tensors by layer ("" for those outside layers) and file
         self.keys: dict[str, dict[Path, list[str]]] = {}
         self.expected: dict[str, dict[str, Tensor]] = {}
