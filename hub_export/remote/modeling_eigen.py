@@ -28,6 +28,7 @@ try:
 except ImportError:
     install = None
 
+OLD_NAMES = {rf"\.{x}_proj\.norm\.": f".{x}_bound.norm." for x in "qk"}  # of MPT's qk_ln
 logger = logging.get_logger(__name__)
 LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")  # keywords of transformers' loss
 
@@ -61,6 +62,7 @@ class EigenPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; then install the fused ops."""
+        kwargs.setdefault("key_mapping", OLD_NAMES)
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._fuse()
         return loaded
@@ -236,7 +238,7 @@ class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
         how = (attention_mask, position_ids, cache, use_cache, output_hidden_states)
         x, cache, states = self._run(tokens, *how)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.head(x[:, keep])
+        logits = self.model.linear(self.model.head, x[:, keep])
         loss = None
         if labels is not None or of_loss.get("shift_labels") is not None:
             loss = self.loss_function(

@@ -10,6 +10,7 @@ import tiny
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from eigenzoo.hub_export import register
@@ -171,7 +172,7 @@ tokens = [
 attn = model.model.layers[0].attn
 print(json.dumps([
     tokens,
-    [op.__module__.split(".")[0] for op in (attn.latent_decode, attn.q_proj.linear_decode)],
+    [op.__module__.split(".")[0] for op in (attn.latent_decode, attn.linear_decode)],
 ]))
 """
 
@@ -186,6 +187,25 @@ def test_checkpoints_decode_by_fused_ops_if_eigenzoo_is_there_and_write_the_same
     (tokens, fused), *others = outputs.values()
     assert fused == ["eigenzoo"] * 2
     assert others == [[tokens, ["transformers_modules"] * 2]] * 2
+
+
+def test_norms_of_queries_and_keys_are_read_under_their_older_names_too(tmp_path):
+    tiny.FoundryMPT({"qk_ln": True}, no_bias=False).save(_made(tmp_path / "dense"))
+    settings = Settings("fisher", heads_per_latent=(8, 2))
+    dense, low = load(str(tmp_path / "dense")), tmp_path / "low"
+    compress_checkpoint(dense, low, settings, samples=4, seq_len=32)
+    want, file = load(str(low)).model(IDS), low / "model.safetensors"
+    weights = {k.replace("_bound.norm", "_proj.norm"): x for k, x in load_file(file).items()}
+    assert "model.layers.0.attn.k_proj.norm.weight" in weights
+    save_file(weights, file, {"format": "pt"})
+    assert torch.equal(load(str(low)).model(IDS), want)
+    theirs = AutoModelForCausalLM.from_pretrained(low, ops="reference")
+    torch.testing.assert_close(theirs(IDS).logits, want)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_other_ops_are_refused(folder):

@@ -1,5 +1,6 @@
 """Weights of checkpoints: read and check files, and build a model, whole or layer by layer."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -277,4 +278,6 @@ def _layer_of(name: str) -> str:
 
 
 def _native_parts(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    yield key.removeprefix("model."), tensor
+    # in older checkpoints, the norms of MPT's qk_ln are parts of its projections
+    name = re.sub(r"\.([qk])_proj\.norm\.", r".\1_bound.norm.", key.removeprefix("model."))
+    yield name, tensor

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .attention import absorb, anchored_decode, lift, lift_heads, rebuild, rotary_decode
 from .cache import Buffer, LayerCache
 from .config import Config
-from .linear import Linear
+from .linear import Projector
 from .mask import DecodeMask, Mask
 from .model import LatentAttention, Model, parameter
 from .rope import check_rope, frequencies, rotate
@@ -146,11 +146,11 @@ class Attention(LatentAttention):
         shared = config.k_heads_per_latent, config.v_heads_per_latent
 
         anchored, paired = k_up and config.anchor > 1, k_up and config.pairs
-        self.q_proj = Linear(width, heads * d, bias=config.query_bias)
+        self.q_proj = nn.Linear(width, heads * d, bias=config.query_bias)
         k_width = config.num_key_value_heads * d if anchored else k.heads * k.width
-        self.k_proj = Linear(width, k_width, bias=config.key_bias)
-        self.v_proj = Linear(width, v.heads * v.width, bias=config.value_bias)
-        self.o_proj = Linear(heads * (d if v_up else v.width), width, bias=config.output_bias)
+        self.k_proj = nn.Linear(width, k_width, bias=config.key_bias)
+        self.v_proj = nn.Linear(width, v.heads * v.width, bias=config.value_bias)
+        self.o_proj = nn.Linear(heads * (d if v_up else v.width), width, bias=config.output_bias)
         self.k_up = parameter(k.heads, k.width, shared[0] * d) if k_up else None
         mean = k_up and config.key_mean
         self.anchor = config.anchor
@@ -166,9 +166,9 @@ class Attention(LatentAttention):
         self, x: Tensor, pos: Tensor, attn_metadata: AttentionMetadata, cache: LayerCache | None
     ) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
-        k = self._keys_to_cache(self.k_proj(x), attn_metadata)  # (B, L, T, R)
-        v = self.v_proj(x).unflatten(-1, (self.v.heads, -1)).transpose(1, 2)  # (B, L, T, R)
+        q = self.project(self.q_proj, x, self.heads)  # (B, H, T, D)
+        k = self._keys_to_cache(self.linear(self.k_proj, x), attn_metadata)  # (B, L, T, R)
+        v = self.project(self.v_proj, x, self.v.heads)  # (B, L, T, R)
         keys, values = (k, v) if cache is None else cache.update(pos, k, v)
         prompt = x.size(1) > 1  # for one token, lifting the output costs less than lifting values
         if self.v_up is not None and prompt:
@@ -176,7 +176,7 @@ class Attention(LatentAttention):
         y = self._attend_rotary(q, keys, values, attn_metadata)
         if self.v_up is not None and not prompt:
             y = lift_heads(y, self.v_up, self.head_dim)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.linear(self.o_proj, y.transpose(1, 2).flatten(2))
 
     def _keys_to_cache(self, k: Tensor, metadata: AttentionMetadata) -> Tensor:
         """From projected keys (B, T, width) to what the cache keeps of them, (B, L, T, R)."""
@@ -215,19 +215,20 @@ class Attention(LatentAttention):
         return self.attend(q, k, v, mask)
 
 
-class MLP(nn.Module):
+class MLP(Projector):
     """SwiGLU feed-forward network."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         width, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(width, hidden, bias=bias)
-        self.up_proj = Linear(width, hidden, bias=bias)
-        self.down_proj = Linear(hidden, width, bias=bias)
+        self.gate_proj = nn.Linear(width, hidden, bias=bias)
+        self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.linear(self.gate_proj, x))
+        return self.linear(self.down_proj, gate * self.linear(self.up_proj, x))
 
 
 class Block(nn.Module):
@@ -262,7 +263,7 @@ class Llama(Model):
         blocks = (self.block(config, i) for i in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
         self.register_buffer("inv_freq", torch.empty(0), persistent=False)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from .attention import latent_attention, latent_decode
 from .cache import Buffer, Latent, StaticCache
 from .config import Config
+from .linear import Projector
 from .mask import CausalMask, DecodeMask, Mask, causal_matrix, counted, decode_mask
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(Projector):
     """Base class of every family's attention. Calibration and folding use these attributes."""
 
     # the definition of attention in a decoding step; `kernels.install` replaces it by a fused op
@@ -56,6 +57,14 @@ class LatentAttention(nn.Module):
         part, parts = self.share
         return x if parts == 1 else x.chunk(parts)[part]
 
+    def source(self, name: str) -> nn.Module:
+        """The module that gives all queries ("q"), keys ("k") or values ("v"), (B, T, outputs)."""
+        return getattr(self, f"{name}_proj")
+
+    def project(self, layer: nn.Module, x: Tensor, heads: int) -> Tensor:
+        """The output of a linear layer for x (B, T, width), by head or latent: (B, heads, T, n)."""
+        return self.linear(layer, x).unflatten(-1, (heads, -1)).transpose(1, 2)
+
     def attend(self, q: Tensor, k: Buffer, v: Buffer, mask: Mask) -> Tensor:
         """Attention of q (B, H, T, R) over k (B, K, S, R) and v (B, L, S, W): (B, H, T, W)."""
         if isinstance(mask, DecodeMask):
@@ -63,7 +72,7 @@ class LatentAttention(nn.Module):
         return latent_attention(q, k, v, mask, self.scale)
 
 
-class Model(nn.Module):
+class Model(Projector):
     """A language model. It keeps no state: tokens, their slots and a cache are arguments."""
 
     config: Config
@@ -169,7 +178,7 @@ class Model(nn.Module):
         counted over the other slots. Raises ValueError if the tokens do not fit the cache or the
         model's positions.
         """
-        return self.head(self.hidden(tokens, pos, cache, valid)[:, -last:])
+        return self.linear(self.head, self.hidden(tokens, pos, cache, valid)[:, -last:])
 
     def new_cache(
         self, batch: int, slots: int, dtype: torch.dtype | None = None, bits: int | None = None
