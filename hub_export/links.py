@@ -4,10 +4,14 @@ from pathlib import Path
 
 
 def check_links(folder: Path, pattern: str = "**/*") -> None:
-    """Raise ValueError for a link that leads out of the folder, or nowhere."""
+    """Raise ValueError for a link that leads out of the folder, or nowhere.
+
+    Hidden files are not looked at: they are not published.
+    """
     inside = folder.resolve()
     for path in sorted(folder.glob(pattern)):
-        if path.is_symlink() and not _leads_into(path, inside):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_symlink() and not hidden and not _leads_into(path, inside):
             raise ValueError(f"{path} is a link out of the folder: put the file itself there")
 
 

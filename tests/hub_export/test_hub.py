@@ -244,6 +244,7 @@ def test_a_link_out_of_the_folder_is_not_followed(run, hub, folder, tmp_path):
         link.unlink()
     assert not hub.repos
     (folder / "same.md").symlink_to("README.md")  # within
+    (folder / ".secret").symlink_to(tmp_path / "secret")
     assert states(run("push", folder, REPO, "--dry-run", "--json")[1])["same.md"] == "new"
 
 
