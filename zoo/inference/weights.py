@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path, PurePath
@@ -159,9 +159,7 @@ def _weights(
                 raise ValueError(f"weight {key} is given twice: export the checkpoint again")
             _check_part(key, part, expected.get(name))
             weights[name] = _cast(key, part, dtype, device)
-    missing = expected.keys() - weights.keys()
-    if missing:
-        raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
+    _check_missing(expected.keys() - weights.keys())
     if tied is not None and not torch.equal(_cast("head", tied, dtype, device), weights[EMBED]):
         raise ValueError(
             "the embedding and the head have different weights, and tie_word_embeddings in "
@@ -171,9 +169,7 @@ def _weights(
 
 
 def _check_part(key: str, part: Tensor, expected: Tensor | None) -> None:
-    if expected is None or part.shape != expected.shape:
-        want = "no such weight" if expected is None else tuple(expected.shape)
-        raise ValueError(f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}")
+    expected = _check_shape(key, part, expected)
     whole = expected.dtype == torch.int64
     if part.layout != torch.strided or part.dtype not in ((torch.int64,) if whole else FLOATS):
         want = "int64" if whole else "float16, bfloat16, float32 or float64"
@@ -183,6 +179,18 @@ def _check_part(key: str, part: Tensor, expected: Tensor | None) -> None:
         )
     if not part.isfinite().all():
         raise ValueError(f"weight {key} is not finite: use a checkpoint without NaN and infinity")
+
+
+def _check_shape(key: str, part: Tensor, expected: Tensor | None) -> Tensor:
+    if expected is None or part.shape != expected.shape:
+        want = "no such weight" if expected is None else tuple(expected.shape)
+        raise ValueError(f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}")
+    return expected
+
+
+def _check_missing(missing: Set[str]) -> None:
+    if missing:
+        raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
 
 
 def _cast(key: str, part: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
@@ -227,24 +235,35 @@ class LayerFiles:
         # names of tensors by layer ("" for those outside layers) and file
         self.keys: dict[str, dict[Path, list[str]]] = {}
         self.expected: dict[str, dict[str, Tensor]] = {}
-        for name, x in _expected(config).items():
+        missing = _expected(config)
+        for name, x in missing.items():
             self.expected.setdefault(_layer_of(name), {})[name] = x
         numbers: Counter[torch.dtype] = Counter()
         for path in self.paths:
             with opened(path) as file:
                 for key in file.keys():  # noqa: SIM118, the file is no mapping
                     tensor = file.get_slice(key)
-                    self._place(path, key, tensor.get_shape())
+                    for name in self._place(path, key, tensor.get_shape()):
+                        missing.pop(name, None)
                     if tensor.get_dtype() in STORED:
                         numbers[STORED[tensor.get_dtype()]] += prod(tensor.get_shape())
         self.dtype = dtype or _main_dtype(numbers)
+        if self.plain is iter:
+            _check_missing(missing.keys())
 
-    def _place(self, path: Path, key: str, shape: list[int]) -> None:
-        parts = self.config.weights(key, torch.empty(shape, device="meta"))
-        for layer in {_layer_of(name) for name, _ in parts}:
+    def _place(self, path: Path, key: str, shape: list[int]) -> list[str]:
+        """Note the file of a tensor; returns the names of its parts."""
+        parts = dict(self.config.weights(key, torch.empty(shape, device="meta")))
+        for name, part in parts.items():
+            layer = _layer_of(name)
             if layer not in self.expected:
                 raise ValueError(f"weight {key}: config.json expects no such weight")
-            self.keys.setdefault(layer, {}).setdefault(path, []).append(key)
+            if self.plain is iter and name in self.expected[layer]:
+                _check_shape(key, part, self.expected[layer][name])
+            keys = self.keys.setdefault(layer, {}).setdefault(path, [])
+            if key not in keys:
+                keys.append(key)
+        return [*parts]
 
     def model(self) -> Model:
         """The model with the weights outside layers; its layers are on meta."""
