@@ -35,7 +35,7 @@ def read_state(
         if about[CHECKSUM] != _checksum(about["facts"], tensors):
             raise ValueError("its checksum differs")
         return tensors, json.loads(about["facts"])
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+    except (SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it to start again") from error
 
 
