@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import cast
 
-from ..zoo.compression.record import calibrated_on, evaluation, windows
+from ..zoo.compression.record import calibrated_on, evaluation, held_out_windows, windows
 from ..zoo.compression.refine import RefineSettings, check_pair, learned, refine
 from ..zoo.inference.checkpoint import MODEL_TYPE, Checkpoint
 from ..zoo.inference.data import calibration_tokens, hold_out
@@ -84,9 +84,10 @@ def _refine(
 ) -> tuple[Model, CompressionRecord]:
     """The refined model, and the record of it."""
     seq_len = seq_len or min(512, dense.config.max_position_embeddings)
+    test = windows(low.tokenizer, dense, text)  # fails before the long work
     tokens = calibration_tokens(calibration, dense, low.tokenizer, samples, seq_len, settings.seed)
     tokens, held_out = hold_out(tokens)
-    test = windows(low.tokenizer, dense.config, text, held_out, calibration)
+    test = test or held_out_windows(held_out, calibration)
     refined = refine(dense, low.model, tokens, settings, held_out, state_file(out))
     models = {"dense": dense, "before": low.model, "compressed": refined.model}
     measured = evaluation(models, test)

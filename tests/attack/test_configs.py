@@ -109,7 +109,7 @@ LOW = {
 }
 WAITS: dict[str, str] = {}
 ROWS = [
-    *rows(BROKEN, ("inspect", "compress", "refine"), WAITS),
+    *rows(BROKEN, ("generate", "compress", "refine"), WAITS),
     *rows(UNFIT, ("generate", "stream", "sweep"), WAITS),
     *rows(LOW, ("inspect low", "generate low", "push"), WAITS),
     *rows({"null": BROKEN["null"], "deep": BROKEN["deep"]}, ("evaluate", "bench", "force"), WAITS),

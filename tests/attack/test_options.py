@@ -21,18 +21,17 @@ TEXTS = {
     "--shard-size": ("", "x", "0", "-1", "-5GB", "nanGB", "0GB", "5XB"),
     "--heads-per-latent": ("", "x", "0", "-1", "3", "1,2,4", "1,", "²", "9" * 30),
     "--kv-bits": ("", "x", "3", "16,3", "16,,8", "²", "-8", "9" * 30),
-    "--revision": (),  # of a folder it has no meaning
     "--shape": ("frob", "", "opt-125m/x"),
-    "--tasks": ("frob-none", "", ",", "../a"),
+    "--tasks": ("", ",", "a,,b"),
 }
 # values that mean something
 GOOD = {
     "--seed": ("-1", "0"),
     "--windows": ("0",),
+    "sweep --anchor-block": ("-1", "0"),  # a row of a sweep says what does not fit
+    "sweep --heads-per-latent": ("3", "9" * 30),
     "--top-k": ("0",),
     "--patience": ("0",),
-    "--weight-decay": (),
-    "--shard-size": (),
 }
 WAITS: dict[str, str] = {}
 
@@ -53,7 +52,7 @@ def rows():
             if not flag.startswith("--") or flag == "--out":
                 continue
             for value in values_of(option):
-                if value not in GOOD.get(flag, ()):
+                if value not in GOOD.get(flag, ()) + GOOD.get(f"{command} {flag}", ()):
                     words = f"{COMMANDS[command]} {flag} {shlex.quote(value)}"
                     name = f"{command} {flag} {value[:40]!r}"
                     yield Row(name, nothing, words, WAITS.get(name, ""))

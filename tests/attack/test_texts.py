@@ -3,6 +3,7 @@ from functools import partial
 
 import attack
 from attack import (
+    COMMANDS,
     QUICK,
     Row,
     both,
@@ -19,6 +20,21 @@ from attack import (
 
 template = partial(write, "dense/chat_template.jinja")
 tokenizer = partial(write, "dense/tokenizer.json")
+
+
+def set_vocabulary(**ids: int):
+    """Other ids of words."""
+
+    def change(place):
+        path = place / "dense" / "tokenizer.json"
+        held = json.loads(path.read_text())
+        held["model"]["vocab"] |= ids
+        held["added_tokens"].append(held["added_tokens"][0] | {"id": 5000, "content": "cat"})
+        path.write_text(json.dumps(held))
+
+    return change
+
+
 BAD = {
     "empty": write("a.txt", ""),
     "blank": write("a.txt", " \n\t\n"),
@@ -66,7 +82,6 @@ TOKENIZERS = {
     "config empty": write("dense/tokenizer_config.json", ""),
     "config list": write("dense/tokenizer_config.json", "[1]"),
     "config binary": write("dense/tokenizer_config.json", b"\xff\xfe"),
-    "class unknown": set_json("dense/tokenizer_config.json", tokenizer_class="Frob"),
     "class list": set_json("dense/tokenizer_config.json", tokenizer_class=["Frob"]),
     "begin number": set_json("dense/tokenizer_config.json", bos_token=7),
     "sentencepiece": both(
@@ -74,20 +89,7 @@ TOKENIZERS = {
         write("dense/tokenizer.model", b"frob"),
         set_json("dense/tokenizer_config.json", tokenizer_class="LlamaTokenizer"),
     ),
-    "beyond the embedding": set_json(
-        "dense/tokenizer.json",
-        added_tokens=[
-            {
-                "id": 5000,
-                "content": "cat",
-                "special": False,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-            }
-        ],
-    ),
+    "beyond the embedding": set_vocabulary(cat=5000),
 }
 TEMPLATES = {
     "broken": template("{% for m in messages %}{{ m['content'] }}"),
@@ -181,16 +183,19 @@ READERS = {
     "compress --calibration": f"compress dense out {QUICK}".replace("--text a.txt", ""),
     "compress --text": f"compress dense out {QUICK}".replace("--calibration a.txt", ""),
     "refine --text": "refine low out --original dense --text a.txt",
-    "sweep --text": "sweep dense out.jsonl --text a.txt",
-    "sweep --calibration": "sweep dense out.jsonl --calibration a.txt",
+    "sweep --text": COMMANDS["sweep"].replace("--calibration a.txt", "--calibration b.txt"),
+    "sweep --calibration": COMMANDS["sweep"].replace("--text a.txt", "--text b.txt"),
 }
+ENOUGH = [  # two tokens to measure on; a sweep measures the dense model before it calibrates
+    ("short", reader) for reader in ("compress --text", "refine --text", "sweep --calibration")
+]
 WAITS: dict[str, str] = {}
 ROWS = [
     *(
         Row(f"{reader}: {name}", change, words)
         for reader, words in READERS.items()
         for name, change in BAD.items()
-        if (name, reader) != ("short", "compress --text")
+        if (name, reader) not in ENOUGH
     ),
     *(
         Row(f"jsonl: {name}", write("a.jsonl", text), "evaluate dense --windows 1 --text a.jsonl")

@@ -2,7 +2,7 @@
 
 A change is a function of a folder, `place`, in which commands run. It holds `dense` (a Llama),
 `low` (the same, compressed), `low.partial` and `ref.state.safetensors` (unfinished work towards
-`low2` and `ref`), `a.txt`, and what
+`low2` and `ref`), the texts `a.txt` and `b.txt`, and what
 `sweep` and `evaluate --json` wrote: `rows.jsonl`, with `rows.statistics`, and `sheet.json`.
 """
 
@@ -58,7 +58,7 @@ COMMANDS = {
     "pull": "pull org/name out",
     "demo": "demo --out out",
 }
-NOTES = ("keys: ", "progress is kept in ", "going on from ", "stopped", "compiling at ")
+NOTES = ("read ", "keys: ", "progress is kept in ", "going on from ", "stopped", "compiling at ")
 
 
 class Row(NamedTuple):
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
 
 def rows(changes: dict[str, Change], commands: Iterable[str], waits: dict[str, str]) -> list[Row]:
-    """Every change with every command. waits: faults that still stand, by (part of) a row's name."""
+    """Every change with every command. waits: faults that still stand, by part of a row's name."""
     made = []
     for name, change in changes.items():
         for command in commands:
@@ -279,7 +279,7 @@ def check_refusal(error: str) -> None:
 
 
 def assert_refused(row: Row, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Run a row; assert that it ends in one line and exit code 2, and leaves all files as they are."""
+    """Run a row; assert that it ends in one line and exit code 2, and leaves all files alone."""
     row.change(place)
     before = snapshot(place)
     capsys.readouterr()
@@ -298,6 +298,7 @@ def make_place(place: Path) -> None:
     """Write the good files that changes are made to."""
     tiny.save(place / "dense", chat=True, **SIZES)
     (place / "a.txt").write_text(tiny.WORDS * 8)
+    (place / "b.txt").write_text(tiny.WORDS * 8)
     (place / "tmp").mkdir()
     with chdir(place):
         _good(f"compress dense low {QUICK}")

@@ -152,6 +152,12 @@ def bench(
             f"given {len(sources or [])} checkpoints and shape {shape}: expected checkpoints, or "
             "--shape alone"
         )
+    of_shape = layers, keep or None, heads_per_latent, latent, keys, anchor_block
+    if shape is None and of_shape != (None, None, 1, "separate", "auto", None):
+        raise ValueError(
+            "--layers, --keep, --heads-per-latent, --latent, --keys and --anchor-block go with "
+            "--shape: checkpoints have their own"
+        )
     place, kind = torch_device(device), torch_dtype(decoding_dtype(dtype, device))
     prepare = preparation(weights, ops, compile)
     if shape is None:

@@ -39,12 +39,16 @@ def demo(
     ] = None,
     samples: Samples = 18,
     seq_len: Annotated[
-        int, option("--seq-len", help="Tokens in a calibration sequence.", panel=TEXTS)
+        int, option("--seq-len", min=2, help="Tokens in a calibration sequence.", panel=TEXTS)
     ] = 512,
-    context: Annotated[int, typer.Option(help="Slots in the cache that is measured.")] = 1024,
+    context: Annotated[
+        int, typer.Option(min=64, help="Slots in the cache that is measured.")
+    ] = 1024,
     windows: Annotated[
         int,
-        option("--windows", help="Windows of 1024 tokens to measure perplexity on.", panel=TEXTS),
+        option(
+            "--windows", min=0, help="Windows of 1024 tokens to measure perplexity on.", panel=TEXTS
+        ),
     ] = 4,
     compile: Compile = True,
     ops: Ops = "auto",

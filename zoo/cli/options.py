@@ -119,7 +119,9 @@ Refit = Annotated[str, choice("--refit", REFIT, "What to fit to the calibration 
 Calibration = Annotated[
     str, option("--calibration", help=f"Text to calibrate on: a file, {TEXT_HELP}", panel=TEXTS)
 ]
-Samples = Annotated[int, option("--samples", help="Number of calibration sequences.", panel=TEXTS)]
+Samples = Annotated[
+    int, option("--samples", min=2, help="Number of calibration sequences.", panel=TEXTS)
+]
 SeqLen = Annotated[
     int | None,
     option(

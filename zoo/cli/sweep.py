@@ -118,6 +118,7 @@ def sweep(
         int | None,
         option(
             "--window",
+            min=2,
             help="Tokens in a window; windows do not overlap.",
             default="2048, or what the model can read",
             panel=TEXTS,
@@ -125,7 +126,9 @@ def sweep(
     ] = None,
     windows: Annotated[
         int,
-        option("--windows", help="Largest number of windows; 0: the whole text.", panel=TEXTS),
+        option(
+            "--windows", min=0, help="Largest number of windows; 0: the whole text.", panel=TEXTS
+        ),
     ] = 0,
     decode: Annotated[
         int | None,

@@ -65,7 +65,7 @@ def _done(kept: KeptFiles, facts: Mapping[str, Any]) -> int:
         left = unsealed(json.loads(state.read_bytes()))
     except FileNotFoundError:
         return 0
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{state} is damaged ({error}): delete {kept.folder} to start again"
         ) from error

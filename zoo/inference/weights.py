@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path, PurePath
@@ -159,7 +159,7 @@ def _weights(
                 raise ValueError(f"weight {key} is given twice: export the checkpoint again")
             _check_part(key, part, expected.get(name))
             weights[name] = _cast(key, part, dtype, device)
-    _check_missing(expected.keys() - weights.keys())
+    _check_complete(expected, weights)
     if tied is not None and not torch.equal(_cast("head", tied, dtype, device), weights[EMBED]):
         raise ValueError(
             "the embedding and the head have different weights, and tie_word_embeddings in "
@@ -168,8 +168,22 @@ def _weights(
     return weights
 
 
+def _check_complete(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    missing = expected.keys() - weights.keys()
+    if missing:
+        raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
+
+
 def _check_part(key: str, part: Tensor, expected: Tensor | None) -> None:
-    expected = _check_shape(key, part, expected)
+    _check_kind(key, part, expected)
+    if not part.isfinite().all():
+        raise ValueError(f"weight {key} is not finite: use a checkpoint without NaN and infinity")
+
+
+def _check_kind(key: str, part: Tensor, expected: Tensor | None) -> None:
+    if expected is None or part.shape != expected.shape:
+        want = "no such weight" if expected is None else tuple(expected.shape)
+        raise ValueError(f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}")
     whole = expected.dtype == torch.int64
     if part.layout != torch.strided or part.dtype not in ((torch.int64,) if whole else FLOATS):
         want = "int64" if whole else "float16, bfloat16, float32 or float64"
@@ -177,20 +191,6 @@ def _check_part(key: str, part: Tensor, expected: Tensor | None) -> None:
             f"weight {key} is {_short(part.dtype)}: expected {want}; quantized weights need their "
             "quantization_config in config.json"
         )
-    if not part.isfinite().all():
-        raise ValueError(f"weight {key} is not finite: use a checkpoint without NaN and infinity")
-
-
-def _check_shape(key: str, part: Tensor, expected: Tensor | None) -> Tensor:
-    if expected is None or part.shape != expected.shape:
-        want = "no such weight" if expected is None else tuple(expected.shape)
-        raise ValueError(f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}")
-    return expected
-
-
-def _check_missing(missing: Set[str]) -> None:
-    if missing:
-        raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
 
 
 def _cast(key: str, part: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
@@ -218,52 +218,50 @@ class LayerFiles:
         config: Config,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        plain: Callable[[Tensors], Tensors] = iter,
+        plain: Callable[[Tensors], Tensors] | None = None,
     ):
-        """Read only names and shapes.
+        """Read only names, shapes and dtypes, and check them.
 
-        folder: of the checkpoint. plain: makes tensors as they are stored floating-point. The rest
-        as in `build`.
+        folder: of the checkpoint. plain: makes tensors as they are stored floating-point; None if
+        they are. The rest as in `build`.
         """
         if not list(folder.glob("*.safetensors*")):
             raise ValueError(
                 f"{folder} has no safetensors, which reading layer by layer needs: convert the "
                 "checkpoint, or omit --stream"
             )
-        self.config, self.device, self.plain = config, device, plain
+        self.config, self.device, self.plain = config, device, plain or iter
         self.paths = shards(folder, "model.safetensors")
         # names of tensors by layer ("" for those outside layers) and file
         self.keys: dict[str, dict[Path, list[str]]] = {}
         self.expected: dict[str, dict[str, Tensor]] = {}
-        missing = _expected(config)
-        for name, x in missing.items():
+        self.found: dict[str, dict[str, Tensor]] = {}
+        for name, x in _expected(config).items():
             self.expected.setdefault(_layer_of(name), {})[name] = x
         numbers: Counter[torch.dtype] = Counter()
         for path in self.paths:
             with opened(path) as file:
                 for key in file.keys():  # noqa: SIM118, the file is no mapping
                     tensor = file.get_slice(key)
-                    for name in self._place(path, key, tensor.get_shape()):
-                        missing.pop(name, None)
+                    self._place(path, key, _on_meta(file, key), whole=plain is None)
                     if tensor.get_dtype() in STORED:
                         numbers[STORED[tensor.get_dtype()]] += prod(tensor.get_shape())
         self.dtype = dtype or _main_dtype(numbers)
-        if self.plain is iter:
-            _check_missing(missing.keys())
+        if plain is None:
+            for layer, expected in self.expected.items():
+                _check_complete(expected, self.found.get(layer, {}))
 
-    def _place(self, path: Path, key: str, shape: list[int]) -> list[str]:
-        """Note the file of a tensor; returns the names of its parts."""
-        parts = dict(self.config.weights(key, torch.empty(shape, device="meta")))
-        for name, part in parts.items():
+    def _place(self, path: Path, key: str, tensor: Tensor, whole: bool) -> None:
+        for name, part in self.config.weights(key, tensor):
             layer = _layer_of(name)
             if layer not in self.expected:
                 raise ValueError(f"weight {key}: config.json expects no such weight")
-            if self.plain is iter and name in self.expected[layer]:
-                _check_shape(key, part, self.expected[layer][name])
-            keys = self.keys.setdefault(layer, {}).setdefault(path, [])
-            if key not in keys:
-                keys.append(key)
-        return [*parts]
+            if whole and (name != "head.weight" or name in self.expected[layer]):  # else tied
+                _check_kind(key, part, self.expected[layer].get(name))
+            self.found.setdefault(layer, {})[name] = part
+            names = self.keys.setdefault(layer, {}).setdefault(path, [])
+            if key not in names:
+                names.append(key)
 
     def model(self) -> Model:
         """The model with the weights outside layers; its layers are on meta."""
@@ -290,6 +288,14 @@ class LayerFiles:
 
         parts, expected = self.config.weights, self.expected[layer]
         return _weights(expected, parts, self.plain(tensors()), self.dtype, self.device)
+
+
+def _on_meta(file: Any, key: str) -> Tensor:
+    """A tensor of an open safetensors file without its numbers."""
+    stored = file.get_slice(key)
+    shape = stored.get_shape()
+    dtype = (stored[:0] if shape else file.get_tensor(key)).dtype
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _layer_of(name: str) -> str:

@@ -153,7 +153,7 @@ def _read(path: Path, form: Format[Row]) -> tuple[list[tuple[str, bytes]], bytes
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -161,7 +161,7 @@ def _is_json(line: bytes) -> bool:
 def _row(line: bytes, place: str, form: Format[Row], checked: bool = False) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: expected {form.expected}, but it is no JSON: {error}") from None
     if problem := form.problem(row):
         raise ValueError(f"{place}: expected {form.expected}, but it {problem}")

@@ -72,7 +72,7 @@ def _holder(content: bytes) -> str:
     try:
         about = json.loads(content)
         return f"process {about['pid']} on {about['host']} since {about['since']}"
-    except (ValueError, TypeError, KeyError):  # it has not written that yet
+    except (ValueError, TypeError, KeyError, RecursionError):  # it has not written that yet
         return "another process"
 
 

@@ -222,7 +222,7 @@ def _is_ours(folder: Path) -> bool:
         return False
     try:
         config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         names = {path.name for path in entries if path.suffix != ".png"}
         return names == {"report.md"}
     return isinstance(config, dict) and "model_type" in config

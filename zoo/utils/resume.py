@@ -35,7 +35,7 @@ def read_state(
         told = about.get("facts", "")
         _compare(about.get(CHECKSUM), _checksum(told, tensors))
         return tensors, json.loads(told)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it to start again") from error
 
 
