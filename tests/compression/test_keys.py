@@ -135,6 +135,18 @@ def test_padding_changes_nothing_of_a_packed_cache(scheme, bits):
         close(steps[row, real], decoded(low, x[row, real][None], real[:28].sum(), bits=bits)[0])
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", MODELS)
+def test_positions_that_start_again_begin_new_blocks(name, scheme):
+    low, x, pos = held(name, scheme), tiny.tokens(1, 33), torch.arange(33)
+    position = torch.cat((torch.arange(13), torch.arange(20)))[None]
+    mask = torch.block_diag(torch.ones(13, 13), torch.ones(20, 20)).tril().bool()[None, None]
+    y, metadata = low.start(x, position), low.attention_metadata(position, pos, mask)
+    for layer in low.layers:
+        y = layer(y, pos, metadata, None)
+    close(low.head(low.finish(y)), torch.cat((low(x[:, :13]), low(x[:, 13:])), 1))
+
+
 @pytest.mark.parametrize(
     ("scheme", "compiled"),
     [("anchored 3", False), ("anchored 16", False), ("rotated", False), ("anchored 3", True)],

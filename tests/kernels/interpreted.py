@@ -198,7 +198,7 @@ def test_anchored_decode_takes_every_block(block, padding):
     check(attention.anchored_decode, *anchored(150, {"spans", "mean", *padding}, block))
 
 
-@pytest.mark.parametrize("shift", range(16))
+@pytest.mark.parametrize("shift", [1, 8, 15])
 def test_a_tile_may_begin_anywhere_in_a_block(shift):
     *arguments, _ = anchored(130, set(), 16)
     position = (torch.arange(130)[None] - shift).clamp(min=0).int()  # one row for all sequences

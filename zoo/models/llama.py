@@ -328,6 +328,7 @@ class Llama(Model):
         cos, sin = self.rope(new - center(first, anchor), new)
         return metadata._replace(
             center_angles=(cos * self.rope_scale, sin * self.rope_scale),
+            # without a bias there is no padding, so that slots are positions
             slot_position=None if mask.bias is None else position.clamp(max=last).int(),
         )
 
