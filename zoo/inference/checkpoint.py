@@ -101,7 +101,8 @@ def open_layers(
     plain = dequantizer(stored)
     if plain is None:
         raise ValueError(f"{source} is quantized so that it is read whole: omit --stream")
-    files = LayerFiles(path, config, dtype or _dequantized_dtype(raw), device, plain if stored else None)
+    dtype = dtype or _dequantized_dtype(raw)
+    files = LayerFiles(path, config, dtype, device, plain if stored else None)
     return _checkpoint(source, path, raw, files.model(), trust_remote_code), files
 
 
