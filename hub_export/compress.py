@@ -15,10 +15,11 @@ from ..zoo.inference.texts import read_text
 from ..zoo.inference.weights import stored_bytes
 from ..zoo.utils import memory
 from ..zoo.utils.interrupt import interruptible
+from ..zoo.utils.output import check_disk, check_folder, claimed, new_folder, writing
 from ..zoo.utils.records import CompressionRecord
-from .export import check_free, check_shard_size, export
-from .plain import check_plain, export_plain
-from .stream import check_partial, partial_folder, stream_checkpoint
+from .export import bytes_of, check_shard_size, export, rehearse, write_about
+from .plain import check_plain, export_plain, write_about_plain
+from .stream import check_partial, check_resume, discard_partial, partial_folder, stream_checkpoint
 
 
 class Source(NamedTuple):
@@ -56,7 +57,10 @@ def compress_source(
     not be written.
     """
     settings.check()
-    check_free(out, force)
+    check_shard_size(shard_size)
+    if resume and not check_resume(out, force):
+        say(f"there is nothing to resume in {partial_folder(out)}: beginning anew")
+    check_folder(out, force, (source.name, text, None if calibration == "self" else calibration))
     check_partial(out, resume, force)
     if text is not None:
         read_text(text)  # fails before the long work
@@ -68,9 +72,12 @@ def compress_source(
     if stream and plain:
         raise ValueError("an ordinary checkpoint is made in memory: leave --stream or --plain out")
     original, files = open_layers(*source) if stream else (load(*source), None)
-    settings = settings.fit(original.model.config, original.model.device.type)
+    settings = settings.fit(original.model.config)
     if settings.keys_note is not None:
         say(settings.keys_note)
+    if not stream and force:
+        with claimed(out, force) as place:
+            discard_partial(place)
     how = settings, calibration, samples, seq_len, text, seed, force
     try:
         with interruptible():
@@ -119,17 +126,22 @@ def compress_checkpoint(
     """
     check_shard_size(shard_size)
     model = original.model
-    settings = settings.fit(model.config, model.device.type)  # before text is sampled or read
+    settings = settings.fit(model.config)  # before text is sampled or read
     if plain:
         check_plain(model.config, settings)
-    tokens, test = texts(original, settings, calibration, samples, seq_len, text, seed)
-    result = compress(model, tokens, settings)
-    models = {"dense": model, "compressed": result.model}
-    record: CompressionRecord = {
-        **about(original, result.settings, result.model.config, calibration, tokens, seed),
-        "evaluation": evaluation(models, test),
-        "layers": result.layers,
-    }
-    write = export_plain if plain else export
-    write(out, result.model, original, record, force, shard_size)
+    check_disk(out, bytes_of(model))
+    with new_folder(out, force) as folder:
+        with writing(out):
+            rehearse(folder, original, settings, write_about_plain if plain else write_about)
+        tokens, test = texts(original, settings, calibration, samples, seq_len, text, seed)
+        result = compress(model, tokens, settings)
+        models = {"dense": model, "compressed": result.model}
+        record: CompressionRecord = {
+            **about(original, result.settings, result.model.config, calibration, tokens, seed),
+            "evaluation": evaluation(models, test),
+            "layers": result.layers,
+        }
+        write = export_plain if plain else export
+        with writing(out):
+            write(folder, result.model, original, record, shard_size)
     return record

@@ -1,16 +1,19 @@
-"""Write a compressed model as one folder that eigenzoo, transformers and the Hub all read."""
+"""A compressed model as files of one folder that eigenzoo, transformers and the Hub all read."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
-from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
+import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from ..zoo.compression.record import about
+from ..zoo.compression.settings import Settings
 from ..zoo.inference.checkpoint import FORMAT, Checkpoint
 from ..zoo.models.model import Model
 from ..zoo.utils.records import CompressionRecord
@@ -25,62 +28,11 @@ AUTO_MAP = {
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
 
-def check_free(out: Path, force: bool) -> None:
-    """Raise ValueError if `out` is taken and `force` does not allow to replace it."""
-    if not out.parent.is_dir():
-        raise ValueError(f"{out.parent} does not exist: make it, or choose another output folder")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: expected the name of a folder to write")
-    if out.exists() and not force:
-        raise ValueError(f"{out} exists: choose another folder, or pass --force to replace it")
-
-
 def check_shard_size(size: str) -> None:
     """Raise ValueError if weights cannot be cut into files of this size."""
-    try:
-        split_torch_state_dict_into_shards({}, max_shard_size=size)
-    except ValueError as error:
-        raise ValueError(f"shard size is {size!r}: expected one such as 5GB ({error})") from None
-
-
-@contextmanager
-def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` if the block ends well, and is removed if not."""
-    check_free(out, force)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        fresh = work / "new"
-        fresh.mkdir()
-        yield fresh
-        put(fresh, out, work / "old")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def put(fresh: Path, out: Path, old: Path) -> None:
-    """Rename the folder `fresh` to `out`, and an existing `out` to `old` before."""
-    if out.exists():
-        out.rename(old)
-    fresh.rename(out)
-
-
-def export(
-    out: Path,
-    low: Model,
-    original: Checkpoint,
-    compression: CompressionRecord,
-    force: bool = False,
-    shard_size: str = "5GB",
-) -> None:
-    """Write the checkpoint folder `out`: weights, config, tokenizer, remote code and card.
-
-    original: what the model was made from; its tokenizer, token ids and generation config are
-    copied. compression: provenance and measurements, for config.json and the card. Raises
-    ValueError if `out` is taken. On any error no half-written folder stays.
-    """
-    with new_folder(out, force) as folder:
-        save_torch_state_dict(weights_of(low), folder, max_shard_size=shard_size)
-        write_about(folder, low, original, compression)
+    number = re.fullmatch(r"(\d{1,9}(\.\d{1,9})?) ?[KMGT]B", size.strip(), re.IGNORECASE)
+    if number is None or not float(number[1]):
+        raise ValueError(f"shard size is {size!r}: expected one such as 5GB, in KB, MB, GB or TB")
 
 
 def weights_of(low: Model) -> dict[str, Tensor]:
@@ -91,10 +43,78 @@ def weights_of(low: Model) -> dict[str, Tensor]:
     return weights
 
 
+def bytes_of(low: Model) -> int:
+    """Bytes of the weights that are written."""
+    return sum(x.nbytes for x in weights_of(low).values())
+
+
+def export(
+    folder: Path,
+    low: Model,
+    original: Checkpoint,
+    compression: CompressionRecord,
+    shard_size: str = "5GB",
+) -> None:
+    """Write a whole checkpoint into an empty folder. Arguments as in `write_about`."""
+    save_torch_state_dict(weights_of(low), folder, max_shard_size=shard_size)
+    write_about(folder, low, original, compression)
+
+
 def write_about(
     folder: Path, low: Model, original: Checkpoint, compression: CompressionRecord
 ) -> None:
-    """Write all but the weights, which `low` need not hold. Arguments as in `export`."""
+    """Write all but the weights: config, tokenizer, remote code and card.
+
+    low: the model, whose layers may be on meta. original: what it was made from; its tokenizer,
+    token ids and generation config are copied. compression: provenance and measurements, for
+    config.json and the card. Raises ValueError, naming the file that cannot be written.
+    """
+    with naming("config.json"):
+        _config(low, original, compression).save_pretrained(folder)
+    write_kept(folder, original)
+    for name, text in code.files().items():
+        (folder / name).write_text(text)
+    with naming("README.md"):
+        (folder / "README.md").write_text(card.card(low.config, compression))
+
+
+def rehearse(
+    folder: Path,
+    original: Checkpoint,
+    settings: Settings,
+    write: Callable[[Path, Model, Checkpoint, CompressionRecord], None] = write_about,
+) -> None:
+    """Write all but the weights as if nothing were compressed, to fail before the long work."""
+    model = original.model
+    source = about(original, settings, model.config, "self", torch.empty(0, 1), seed=0)
+    write(folder, model, original, cast(CompressionRecord, {**source, "layers": []}))
+
+
+def write_kept(folder: Path, original: Checkpoint) -> None:
+    """Write what stays as it was: tokenizer and generation config.
+
+    The latter is written without transformers' check, which refuses sampling settings beside
+    greedy decoding, as Vicuna has them: a model answers as its original does, which ignores them.
+    """
+    with naming("the tokenizer"):
+        original.tokenizer.save_pretrained(folder)
+    with naming("generation_config.json"):
+        generation = copy(original.generation)
+        generation.use_cache = True  # MPT's config disables the cache
+        generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Raise ValueError, naming the file, for any error: tokenizers run code of their own."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} of the new checkpoint cannot be written: {reason}") from error
+
+
+def _config(low: Model, original: Checkpoint, compression: CompressionRecord) -> EigenConfig:
     config = EigenConfig(
         family=low.config.family,
         **asdict(low.config),
@@ -106,11 +126,4 @@ def write_about(
         dtype=str(low.dtype).removeprefix("torch."),
     )
     config.auto_map = AUTO_MAP
-    generation = copy(original.generation)
-    generation.use_cache = True  # MPT's config disables the cache
-    config.save_pretrained(folder)
-    original.tokenizer.save_pretrained(folder)
-    generation.save_pretrained(folder)
-    for name, text in code.files().items():
-        (folder / name).write_text(text)
-    (folder / "README.md").write_text(card.card(low.config, compression))
+    return config

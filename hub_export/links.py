@@ -8,15 +8,17 @@ def check_links(folder: Path, pattern: str = "**/*") -> None:
 
     Hidden files are not looked at: they are not published.
     """
-    inside = folder.resolve()
     for path in sorted(folder.glob(pattern)):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_symlink() and not hidden and not _leads_into(path, inside):
-            raise ValueError(f"{path} is a link out of the folder: put the file itself there")
+        if path.is_symlink() and not hidden:
+            check_inside(path, folder)
 
 
-def _leads_into(link: Path, folder: Path) -> bool:
+def check_inside(path: Path, folder: Path) -> None:
+    """Raise ValueError unless what a path leads to lies in the folder."""
     try:
-        return link.resolve(strict=True).is_relative_to(folder)
+        inside = path.resolve(strict=True).is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # nothing is there, or links go in a circle
-        return False
+        inside = False
+    if not inside:
+        raise ValueError(f"{path} is a link out of the folder: put the file itself there")

@@ -19,7 +19,7 @@ from ..zoo.models.config import Config
 from ..zoo.models.model import Model
 from ..zoo.models.mpt import NAMES, MPTConfig
 from ..zoo.utils.records import CompressionRecord
-from .export import new_folder
+from .export import naming, write_kept
 
 FOUNDRY = {ours: theirs for theirs, ours in NAMES.items()}
 
@@ -45,24 +45,28 @@ def check_plain(config: Config, settings: Settings) -> None:
 
 
 def export_plain(
-    out: Path,
+    folder: Path,
     low: Model,
     original: Checkpoint,
     compression: CompressionRecord,
-    force: bool = False,
     shard_size: str = "5GB",
 ) -> None:
-    """Write the folder `out`: weights, config and tokenizer of a dense MPT with fewer kv heads.
+    """Write a dense MPT with fewer kv heads into an empty folder: weights, config and tokenizer.
 
-    Arguments as for `export.export`; `check_plain` must have passed. Raises ValueError if `out`
-    is taken. After any error no half-written folder stays.
+    Arguments as for `export.export`; `check_plain` must have passed.
     """
-    with new_folder(out, force) as folder:
-        save_torch_state_dict(_weights(low), folder, max_shard_size=shard_size)
+    save_torch_state_dict(_weights(low), folder, max_shard_size=shard_size)
+    write_about_plain(folder, low, original, compression)
+
+
+def write_about_plain(
+    folder: Path, low: Model, original: Checkpoint, compression: CompressionRecord
+) -> None:
+    """Write all but the weights. Arguments and errors as in `export.write_about`."""
+    with naming("config.json"):
         config = _config(low, original.config) | {"compression": compression}
         (folder / "config.json").write_text(json.dumps(config, indent=2))
-        original.tokenizer.save_pretrained(folder)
-        original.generation.save_pretrained(folder)
+    write_kept(folder, original)
 
 
 def _config(low: Model, raw: dict[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import cast
 
-from ..zoo.compression.record import calibrated_on, evaluation, windows
-from ..zoo.compression.refine import RefineSettings, check_pair, refine
+from ..zoo.compression.record import calibrated_on, evaluation, held_out_windows, windows
+from ..zoo.compression.refine import RefineSettings, check_pair, learned, refine
 from ..zoo.inference.checkpoint import MODEL_TYPE, Checkpoint
 from ..zoo.inference.data import calibration_tokens, hold_out
 from ..zoo.models.model import Model
+from ..zoo.utils.output import check_disk, new_folder, writing
 from ..zoo.utils.records import CompressionRecord, RefineRecord
-from .export import check_shard_size, export
+from .export import bytes_of, check_shard_size, export, write_about
 
 
 def original_of(low: Checkpoint) -> str:
@@ -29,6 +30,14 @@ def original_of(low: Checkpoint) -> str:
 def state_file(out: Path) -> Path:
     """The file that holds the progress of a refinement to `out` until it is done."""
     return out.with_name(f"{out.name}.state.safetensors")
+
+
+def check_room(low: Model, out: Path) -> None:
+    """Raise ValueError if the disk of `out` cannot hold the weights and the progress."""
+    weights = low.state_dict()
+    trained = sum(weights[name].numel() for name in learned(low))
+    state = 16 * trained  # the best weights; the last ones and both moments in fp32
+    check_disk(out, bytes_of(low) + 2 * state)  # an older state stays while one is written
 
 
 def refine_checkpoint(
@@ -52,12 +61,34 @@ def refine_checkpoint(
     """
     check_pair(dense, low.model)  # before text is sampled or read
     check_shard_size(shard_size)
+    check_room(low.model, out)
+    with new_folder(out, force) as folder:
+        with writing(out):
+            write_about(folder, low.model, low, low.config["compression"])  # fails before the work
+        refined, record = _refine(low, dense, settings, calibration, samples, seq_len, text, out)
+        with writing(out):
+            export(folder, refined, low, record, shard_size)
+    state_file(out).unlink(missing_ok=True)
+    return record
+
+
+def _refine(
+    low: Checkpoint,
+    dense: Model,
+    settings: RefineSettings,
+    calibration: str,
+    samples: int,
+    seq_len: int | None,
+    text: Path | None,
+    out: Path,
+) -> tuple[Model, CompressionRecord]:
+    """The refined model, and the record of it."""
     seq_len = seq_len or min(512, dense.config.max_position_embeddings)
+    test = windows(low.tokenizer, dense, text)  # fails before the long work
     tokens = calibration_tokens(calibration, dense, low.tokenizer, samples, seq_len, settings.seed)
     tokens, held_out = hold_out(tokens)
-    test = windows(low.tokenizer, dense.config, text, held_out, calibration)
-    state = state_file(out)
-    refined = refine(dense, low.model, tokens, settings, held_out, state)
+    test = test or held_out_windows(held_out, calibration)
+    refined = refine(dense, low.model, tokens, settings, held_out, state_file(out))
     models = {"dense": dense, "before": low.model, "compressed": refined.model}
     measured = evaluation(models, test)
     before = measured.pop("before")
@@ -75,6 +106,4 @@ def refine_checkpoint(
     record = cast(CompressionRecord, dict(low.config["compression"]))
     record["evaluation"] = measured
     record["refined"] = [*record.get("refined", []), cast(RefineRecord, run)]
-    export(out, refined.model, low, record, force, shard_size)
-    state.unlink(missing_ok=True)
-    return record
+    return refined.model, record

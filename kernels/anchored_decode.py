@@ -1,9 +1,10 @@
 """Attention of one new token over keys that are cached rotated within their blocks.
 
-Every block of slots has its own queries, which one batched matrix product makes before the kernel
-runs. A tile may overlap several blocks. A matrix product of few queries has unused rows; they hold
-the queries of the other blocks. A row sees only the slots of its block, and the rows of a head are
-joined after the whole split is read.
+Every block of positions has its own queries, which one batched matrix product makes before the
+kernel runs. A tile may overlap several blocks. A matrix product of few queries has unused rows;
+they hold the queries of the other blocks. A row sees only the slots of its block, and the rows of a
+head are joined after the whole split is read. Without padding, a slot is its position. With it,
+positions are read, and the first one of a tile says which blocks the tile overlaps.
 """
 
 from math import gcd
@@ -24,10 +25,10 @@ MOST_ROWS = 64  # of queries per tile; tiles shrink before they have more
 # fmt: off
 @triton.jit
 def kernel(
-    u_ptr, z_ptr, v_ptr, z_scale_ptr, v_scale_ptr, span_ptr, bias_ptr, added_ptr,
+    u_ptr, z_ptr, v_ptr, z_scale_ptr, v_scale_ptr, span_ptr, bias_ptr, position_ptr, added_ptr,
     part_ptr, weight_ptr,
     z_batch, z_head, v_batch, v_head, z_scale_batch, z_scale_head, v_scale_batch, v_scale_head,
-    span_batch, bias_batch, blocks,
+    span_batch, bias_batch, position_batch, blocks,
     K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, QUERIES: tl.constexpr, SHARED: tl.constexpr,
     BLOCK: tl.constexpr, K_SLOT: tl.constexpr, V_SLOT: tl.constexpr,
     K_STEP: tl.constexpr, V_STEP: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
@@ -58,7 +59,12 @@ def kernel(
     for start in range(low, high, TILE):
         slot, past = start + column, tl.cast(start, tl.int64)
         there = (slot >= first) & (slot < high)
-        block = start // BLOCK + within
+        own, low_block = slot // BLOCK, start // BLOCK
+        if position_ptr is not None:
+            position = position_ptr + b * position_batch
+            own = tl.load(position + slot, mask=there, other=0) // BLOCK
+            low_block = tl.load(position + tl.maximum(start, first)) // BLOCK
+        block = low_block + within
         known = (head < QUERIES) & (block < blocks)
         query = (first_head + head) * blocks + block
         u = load(u_ptr, query, known, RK, RK // K_HALVES, K_CHUNKS, K_HALVES)
@@ -68,8 +74,7 @@ def kernel(
             s += tl.load(added_ptr + query, mask=known, other=0.0).to(tl.float32)[:, None]
         if bias_ptr is not None:
             s += tl.load(bias_ptr + b * bias_batch + slot, mask=there, other=0.0)[None, :]
-        own = (slot // BLOCK)[None, :] == block[:, None]
-        s = tl.where(there[None, :] & own, s * LOG2E, -float("inf"))
+        s = tl.where(there[None, :] & (own[None, :] == block[:, None]), s * LOG2E, -float("inf"))
         v = cached(v_ptr + past * V_SLOT, column, there, V_SLOT, RV // V_HALVES, V_CHUNKS, dtype)
         peak, total, read = attend(
             peak, total, read, s, v, v_scale_ptr, slot, there, V_STEP, UPCAST
@@ -104,11 +109,13 @@ def launch(
     mean: Tensor | None,
     block: int,
     bias: Tensor | None = None,
+    position: Tensor | None = None,
     z_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
     """Run `zoo.models.attention.anchored_decode` in Triton; see there for the arguments."""
     (batch, heads), blocks = q.shape[:2], cos.size(2)
+    position = position if blocks > 1 else None  # all slots are in the only block
     turned = rotate(q.expand(-1, -1, blocks, -1), cos, sin) * scale  # (B, H, N, D)
     u = absorb(turned, up, q.size(3))  # (B, H, N, R)
     added = None
@@ -120,15 +127,16 @@ def launch(
     shared = gcd(heads // z.size(1), heads // v.size(1))  # heads of one group
     groups = heads // shared
     shape = constants(
-        *(shared, block if blocks > 1 else 0, u.size(3), rv, q.element_size(), z_halves, v_halves)
+        *(shared, block if blocks > 1 else 0, u.size(3), rv, q.element_size(), z_halves, v_halves),
+        aligned=position is None,
     )
     splits = split.splits_of(batch * groups, z.size(2), shape["TILE"])
     parts = split.Parts(q, splits, rv)
     kernel[(groups, splits, batch)](
-        *(u.contiguous(), z, v, z_scale, v_scale, span.contiguous(), bias, added),
+        *(u.contiguous(), z, v, z_scale, v_scale, span.contiguous(), bias, position, added),
         *(parts.part, parts.weight, *z.stride()[:2], *v.stride()[:2]),
         *(*split.strides(z_scale)[:2], *split.strides(v_scale)[:2]),
-        *(split.per_sequence(span), split.per_sequence(bias), blocks),
+        *(split.per_sequence(span), split.per_sequence(bias), split.per_sequence(position), blocks),
         K_SHARE=groups // z.size(1),
         V_SHARE=groups // v.size(1),
         K_SLOT=z.stride(2),
@@ -142,15 +150,16 @@ def launch(
 
 
 def constants(
-    shared: int, block: int, rk: int, rv: int, itemsize: int, z_halves: int = 1, v_halves: int = 1
+    shared: int, block: int, rk: int, rv: int, itemsize: int, z_halves: int = 1, v_halves: int = 1,
+    aligned: bool = True,
 ) -> dict:
     """Constants of the kernel that depend on shapes only. block: 0 if one block holds all slots."""
     block = block or 1 << 30  # not the number of slots: a longer cache would compile again
     heads = triton.next_power_of_2(shared)
     tile = split.tile_of(rk + rv, itemsize)
-    while tile > split.LEAST_ROWS and touched(block, tile) * heads > MOST_ROWS:
+    while tile > split.LEAST_ROWS and touched(block, tile, aligned) * heads > MOST_ROWS:
         tile //= 2
-    rows = triton.next_power_of_2(touched(block, tile)) * heads
+    rows = triton.next_power_of_2(touched(block, tile, aligned)) * heads
     return {
         "QUERIES": shared,
         "SHARED": heads,
@@ -168,8 +177,8 @@ def constants(
     }
 
 
-def touched(block: int, tile: int) -> int:
-    """The most blocks that a tile of slots overlaps, if tiles begin at multiples of `tile`."""
-    if block % tile == 0:
+def touched(block: int, tile: int, aligned: bool = True) -> int:
+    """The most blocks that a tile overlaps. aligned: tiles begin at multiples of `tile`."""
+    if aligned and block % tile == 0:
         return 1
-    return tile // block if tile % block == 0 else (tile - 2) // block + 2
+    return tile // block if aligned and tile % block == 0 else (tile - 2) // block + 2

@@ -89,11 +89,16 @@ def latent(rk: int, rv: int, shared: int = 1, bits: int = 16) -> Case:
     return _case(f"latent {rk}/{rv} x{shared}", latent_decode.kernel, shape, bits)
 
 
-def anchored(rk: int, rv: int, shared: int, block: int, bits: int = 16) -> Case:
-    """`anchored_decode` for blocks of `block` slots."""
-    shape = anchored_decode.constants(shared, block, rk, rv, 2, *_halves(bits))
-    shape |= {"bias_ptr": None, "added_ptr": None}
-    return _case(f"anchored {rk}/{rv} x{shared} {block}", anchored_decode.kernel, shape, bits)
+def anchored(
+    rk: int, rv: int, shared: int, block: int, bits: int = 16, padded: bool = False
+) -> Case:
+    """`anchored_decode` for blocks of `block` positions. padded: positions and a bias are given."""
+    shape = anchored_decode.constants(
+        *(shared, block, rk, rv, 2, *_halves(bits)), aligned=not padded
+    )
+    shape |= dict.fromkeys(("added_ptr",) if padded else ("bias_ptr", "position_ptr", "added_ptr"))
+    name = f"{'padded ' * padded}anchored {rk}/{rv} x{shared} {block}"
+    return _case(name, anchored_decode.kernel, shape, bits)
 
 
 def rotary(rk: int, rv: int, shared: int, lifted: int, bits: int = 16) -> Case:
@@ -134,11 +139,13 @@ CASES = (
     ),
     anchored(160, 160, 8, 32),
     anchored(80, 80, 4, 0),
+    *(anchored(r, 80, shared, 16, padded=True) for r, shared in ((80, 1), (320, 4))),
     *(rotary(r, 80, 1, 1) for r in (64, 80, 96)),
     rotary(160, 80, 4, 2),
     rotary(320, 80, 1, 4),
     *(latent(r, r, shared, bits) for bits in (8, 4) for r in (80, 96) for shared in (1, 4)),
     *(anchored(320, 80, 4, 32, bits) for bits in (8, 4)),
+    anchored(320, 80, 4, 16, 4, padded=True),
     *(rotary(96, 96, 1, 1, bits) for bits in (8, 4)),
     *(rotary(160, 96, 4, 2, bits) for bits in (8, 4)),
     merge(32, 80),
@@ -173,6 +180,8 @@ def _type(name: str, case: Case) -> str:
     own = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[case.dtype]
     if name == "span_ptr":
         return "*i64"
+    if name == "position_ptr":
+        return "*i32"
     if name in SCALES:
         return "*bf16"
     if name in ("k_ptr", "z_ptr", "v_ptr"):

@@ -17,8 +17,8 @@ SCHEMAS = {
     ),
     "anchored_decode": (
         "Tensor q, Tensor z, Tensor v, Tensor span, float scale, Tensor cos, Tensor sin, "
-        "Tensor up, Tensor? mean, int block, Tensor? bias=None, Tensor? z_scale=None, "
-        "Tensor? v_scale=None"
+        "Tensor up, Tensor? mean, int block, Tensor? bias=None, Tensor? position=None, "
+        "Tensor? z_scale=None, Tensor? v_scale=None"
     ),
     "rotary_decode": (
         "Tensor q, Tensor z, Tensor v, Tensor span, float scale, Tensor cos, Tensor sin, "
@@ -77,11 +77,12 @@ def anchored_decode(
     mean: Tensor | None,
     block: int,
     bias: Tensor | None = None,
+    position: Tensor | None = None,
 ) -> Tensor:
     """The op for `zoo.models.attention.anchored_decode`; see there for the arguments."""
     (z, z_scale), (v, v_scale) = _parts(z), _parts(v)
     return torch.ops.eigenzoo.anchored_decode(
-        q, z, v, span, scale, cos, sin, up, mean, block, bias, z_scale, v_scale
+        q, z, v, span, scale, cos, sin, up, mean, block, bias, position, z_scale, v_scale
     )
 
 

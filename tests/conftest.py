@@ -28,6 +28,18 @@ LONGEST = (
 )  # fmt: skip
 
 
+def pytest_addoption(parser):
+    parser.addoption("--runslow", action="store_true", help="also run the slow tests")
+
+
+def pytest_generate_tests(metafunc):
+    """A test that takes a `kill_seed` runs once, and with --runslow thirty times."""
+    if "kill_seed" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "kill_seed", range(30 if metafunc.config.getoption("--runslow") else 1)
+        )
+
+
 def pytest_collection_modifyitems(items):
     """Run the longest files first, so that parallel processes end at about one time."""
     place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}

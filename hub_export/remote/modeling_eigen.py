@@ -9,17 +9,18 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import logging
+from transformers.utils import can_return_tuple, logging
 
 from ...zoo.models.families import FAMILIES
 from ...zoo.models.model import Model
 from .cache_eigen import LatentCache, check_not_quantized
 from .configuration_eigen import EigenConfig
+from .inputs_eigen import call_of, check_options, one_cache, one_input, slot_positions
+from .masks_eigen import mask_of_call, packed_matrix, read_mask
 from .parallel_eigen import TP_PLAN
 
 try:
@@ -27,7 +28,9 @@ try:
 except ImportError:
     install = None
 
+OLD_NAMES = {rf"\.{x}_proj\.norm\.": f".{x}_bound.norm." for x in "qk"}  # of MPT's qk_ln
 logger = logging.get_logger(__name__)
+LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")  # keywords of transformers' loss
 
 
 class EigenPreTrainedModel(PreTrainedModel):
@@ -59,6 +62,7 @@ class EigenPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; then install the fused ops."""
+        kwargs.setdefault("key_mapping", OLD_NAMES)
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._fuse()
         return loaded
@@ -69,8 +73,12 @@ class EigenPreTrainedModel(PreTrainedModel):
         return self
 
     def _fuse(self) -> None:
-        """Install eigenzoo's fused ops for decoding, if it is there and `ops` allows them."""
-        if install is None or self.config.ops == "reference":
+        """Install eigenzoo's fused ops for decoding, if it is there and `ops` allows them.
+
+        A model that is wholly on disk keeps the reference ops: which device computes is not known.
+        """
+        on_disk = all(p.is_meta for p in self.parameters())
+        if install is None or self.config.ops == "reference" or on_disk:
             return
         try:
             install(self)
@@ -90,105 +98,91 @@ class EigenPreTrainedModel(PreTrainedModel):
         """Replace the token embedding."""
         self.model.embed = value
 
-    def _hidden(
+    def _run(
         self,
-        input_ids: Tensor,
+        tokens: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
         use_cache: bool | None,
-    ) -> tuple[Tensor, Cache | None]:
-        """The input of the head, (B, T, width), and the cache that now holds the tokens."""
-        if self.gradient_checkpointing and self.training:
-            return self._recomputed(input_ids, attention_mask, position_ids), None
+        output_hidden_states: bool | None,
+    ) -> tuple[Tensor, Cache | None, tuple[Tensor, ...] | None]:
+        """The input of the head, (B, T, width), the cache, and if asked the inputs of all layers.
+
+        tokens: ids (B, T) or their embeddings. With gradient checkpointing there is no cache, and
+        backward recomputes each layer from its input.
+        """
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        keep = self._keeps_states(output_hidden_states)
+        cache = self._cache(cache, use_cache, again)
+        call = call_of(tokens, cache)
+        attn, config = self.model.layers[0].attn, self.model.config
+        valid, mask = read_mask(attention_mask, call, attn.heads)
+        if attention_mask is None and cache is None:
+            mask = packed_matrix(position_ids, call)
+        position = slot_positions(position_ids, cache, valid, call, config.learned_positions)
+        how = (mask, valid, position, cache, call, getattr(config, "anchor", 1))
+        mask = mask_of_call(*how)
+        native = None if cache is None else LatentCache(cache, call.slots, config)
+        # pos None means the last slots, which is faster; that is true for a growing cache
+        pos = call.pos if call.fixed else None
+        x, pos, attn_metadata = self.model.begin(tokens, pos, native, valid, position, mask)
+        states: tuple[Tensor, ...] = (x,)
+        for i, layer in enumerate(self.model.layers):
+            inputs = (x, pos, attn_metadata, None if native is None else native.layer(i))
+            x = self._gradient_checkpointing_func(layer, *inputs) if again else layer(*inputs)
+            states = (*states, x) if keep else (x,)
+        x = self.model.finish(x)
+        return x, cache, (*states[:-1], x) if keep else None
+
+    def _keeps_states(self, asked: bool | None) -> bool:
+        """Whether to return hidden states, by the argument or else by the config."""
+        keep = (self.config.output_hidden_states or False) if asked is None else asked
+        if not isinstance(keep, bool):
+            raise ValueError(f"output_hidden_states is {keep!r}: expected True for all, or False")
+        return keep
+
+    def _cache(self, cache: Cache | None, use_cache: bool | None, again: bool) -> Cache | None:
+        """The cache to use; a new one if it is to be used and none is given."""
+        if again:
+            if cache is not None:
+                raise ValueError("gradient checkpointing works without a cache: omit it")
+            if use_cache:
+                logger.warning_once("gradient checkpointing works without a cache: none is made")
+            return None
         quantized = self.model.config.least_bits < 16
         if use_cache is None:  # quantized keys and values have no gradient
             use_cache = self.config.use_cache and not (quantized and self.training)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(f"the cache is a {type(cache).__name__}: expected transformers' Cache")
         if quantized and cache is not None:
             check_not_quantized(cache)
-        count = input_ids.size(1)
-        past = 0 if cache is None else cache.get_seq_length()
-        slots = past + count
-        fixed = cache is not None and cache.is_compileable
-        if cache is not None and fixed:
-            slots = cache.get_max_length()
-        pos = torch.arange(count, device=input_ids.device) + past
-        valid = _valid_slots(attention_mask, slots)
-        if position_ids is not None and not torch.compiler.is_compiling():
-            _check_positions(position_ids, valid, pos)
-        native = None if cache is None else LatentCache(cache, slots, self.model.config)
-        # pos None means the last slots, which is faster; that is true for a growing cache
-        return self.model.hidden(input_ids, pos if fixed else None, native, valid), cache
-
-    def _recomputed(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> Tensor:
-        """As `_hidden`, without a cache; backward recomputes each layer from its input."""
-        valid = _valid_slots(attention_mask, input_ids.size(1))
-        x, pos, attn_metadata = self.model.begin(input_ids, None, None, valid)
-        if position_ids is not None:
-            _check_positions(position_ids, valid, pos)
-        for layer in self.model.layers:
-            x = self._gradient_checkpointing_func(layer, x, pos, attn_metadata, None)
-        return self.model.finish(x)
-
-
-def _valid_slots(mask: Tensor | None, slots: int) -> Tensor | None:
-    """(B, slots), false at padding, from a mask (B, S), or the 4-D mask of a static cache."""
-    if mask is None:
-        return None
-    if mask.ndim == 4:  # (B, 1, T, slots): the last token attends to all slots but padding
-        mask = mask[:, 0, -1]
-        mask = mask if mask.dtype == torch.bool else mask == 0
-    valid = mask.bool()[:, :slots]
-    return F.pad(valid, (0, slots - valid.size(1)))
-
-
-def _check_supported(options: dict[str, object]) -> None:
-    """Raise ValueError for options of other models' `forward` that this one does not have."""
-    for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
-        if options.get(name) is not None and options[name] is not False:
-            raise ValueError(f"{name} is not supported by this model: omit it")
-
-
-def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache under either name: transformers 5.24 renamed past_key_values, in outputs too."""
-    if cache is not None and past_key_values is not None:
-        raise ValueError("cache and past_key_values are two names of one input: pass only one")
-    return past_key_values if cache is None else cache
-
-
-def _check_positions(position_ids: Tensor, valid: Tensor | None, pos: Tensor) -> None:
-    """Raise ValueError for positions other than those counted from the mask, which are used."""
-    counted = pos[None] if valid is None else (valid.cumsum(1) - 1)[:, pos]
-    real = torch.ones_like(counted, dtype=torch.bool) if valid is None else valid[:, pos]
-    if ((position_ids != counted) & real).any():
-        raise ValueError(
-            "position_ids differ from the positions that this model counts from attention_mask: "
-            "omit them"
-        )
+        return cache
 
 
 class EigenModel(EigenPreTrainedModel):
     """The model without its head: it returns hidden states."""
 
+    @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         past_key_values: Cache | None = None,
         **kwargs: object,
     ) -> BaseModelOutputWithPast:
-        """input_ids (B, T) -> last_hidden_state (B, T, hidden_size)."""
-        _check_supported(kwargs)
-        cache = _one_cache(cache, past_key_values)
-        x, cache = self._hidden(input_ids, attention_mask, position_ids, cache, use_cache)
-        return BaseModelOutputWithPast(x, cache)  # by position, as names differ: see _one_cache
+        """input_ids (B, T) -> last_hidden_state (B, T, hidden_size). Others as with a head."""
+        check_options(kwargs, self.config)
+        cache, tokens = one_cache(cache, past_key_values), one_input(input_ids, inputs_embeds)
+        how = (attention_mask, position_ids, cache, use_cache, output_hidden_states)
+        return BaseModelOutputWithPast(*self._run(tokens, *how))  # by position: see one_cache
 
 
 class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
@@ -214,32 +208,40 @@ class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
         """Replace the language modeling head."""
         self.model.head = value
 
+    @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
         past_key_values: Cache | None = None,
         **kwargs: object,
     ) -> CausalLMOutputWithPast:
-        """input_ids (B, T) -> logits (B, T or logits_to_keep, vocabulary).
+        """input_ids (B, T), or inputs_embeds (B, T, width) -> logits (B, T, vocabulary).
 
-        attention_mask: (B, S), 0 at padding, as in transformers' models. labels: (B, T), as in
-        transformers, for `loss`. Raises ValueError for position_ids that differ from those counted
-        from the mask, for unsupported options, and for two caches.
+        attention_mask: (B, S), 0 at padding, or (B, 1, T, S): see `read_mask`. position_ids: (B,
+        T), by default counted from a 2-D mask; if they restart without a mask and a cache, the
+        texts do not see one another. labels: (B, T), for `loss`, as in transformers; so are
+        shift_labels, num_items_in_batch and ignore_index. logits_to_keep: how many of the last
+        tokens, or which, get logits; 0: all. output_hidden_states: return the inputs of all layers
+        and of the head. Raises ValueError for what it cannot do, and for unknown keywords.
         """
-        _check_supported(kwargs)
-        cache = _one_cache(cache, past_key_values)
-        x, cache = self._hidden(input_ids, attention_mask, position_ids, cache, use_cache)
+        of_loss: dict[str, Any] = {name: kwargs.pop(name) for name in LOSS if name in kwargs}
+        check_options(kwargs, self.config)
+        cache, tokens = one_cache(cache, past_key_values), one_input(input_ids, inputs_embeds)
+        how = (attention_mask, position_ids, cache, use_cache, output_hidden_states)
+        x, cache, states = self._run(tokens, *how)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.head(x[:, keep])
+        logits = self.model.linear(self.model.head, x[:, keep])
         loss = None
-        if labels is not None:
+        if labels is not None or of_loss.get("shift_labels") is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss
             )
-        return CausalLMOutputWithPast(loss, logits, cache)  # by position: see _one_cache
+        return CausalLMOutputWithPast(loss, logits, cache, states)  # by position: see one_cache

@@ -1,4 +1,4 @@
-// Keys that are cached rotated within blocks of slots: `anchored_decode` in
+// Keys that are cached rotated within blocks of positions: `anchored_decode` in
 // zoo/models/attention.py. Each block has queries of its own, absorbed into the latents before any
 // slot is read.
 #pragma once
@@ -41,15 +41,38 @@ inline Tensor rotate_queries(const Tensor& x, const Tensor& cos, const Tensor& s
   return out;
 }
 
-// Calls use(block, first slot, count) for each block's share of n slots from t on
-template <class Use>
-void for_each_block(int64_t t, int64_t n, int64_t block, const Use& use) {
-  for (int64_t from = t; from < t + n;) {
-    const int64_t b = from / block, to = std::min(t + n, (b + 1) * block);
-    use(b, from, to - from);
-    from = to;
+// The blocks of one sequence's slots
+struct Blocks {
+  int64_t size;
+  const int* position;  // of every slot; null: it is the slot
+
+  // The positions of sequence b in (B or 1, S)
+  Blocks(int64_t size, const OptionalTensor& position, int64_t b) : size(size), position(nullptr) {
+    if (!position) return;
+    this->position = position->const_data_ptr<int>();
+    if (position->size(0) > 1) this->position += b * position->size(1);
   }
-}
+
+  // How many blocks begin at or before the last position of the slots from `first` up to `end`
+  int64_t count(int64_t first, int64_t end) const {
+    if (!position) return (end - 1) / size + 1;
+    const auto [least, most] = std::minmax_element(position + first, position + end);
+    TORCH_CHECK(*least >= 0, "position ", *least, " is below 0");
+    return *most / size + 1;
+  }
+
+  // Calls use(block, first slot, count) for each run of slots in one block, of n slots from t on
+  template <class Use>
+  void for_each_run(int64_t t, int64_t n, const Use& use) const {
+    for (int64_t from = t; from < t + n;) {
+      const int64_t b = (position ? position[from] : from) / size, next = (b + 1) * size;
+      int64_t to = position ? from + 1 : std::min(t + n, next);
+      while (position && to < t + n && b * size <= position[to] && position[to] < next) ++to;
+      use(b, from, to - from);
+      from = to;
+    }
+  }
+};
 
 struct BlockQueries {               // one tensor per sequence; G kv heads, N blocks
   std::vector<Tensor> absorbed;     // (G, H / G N, R)
@@ -87,23 +110,31 @@ inline BlockQueries make_block_queries(const Tensor& q, int64_t blocks, const Te
 Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Tensor& span,
                        double scale, const Tensor& cos, const Tensor& sin, const Tensor& up,
                        const OptionalTensor& mean, int64_t block, const OptionalTensor& bias,
-                       const OptionalTensor& z_scale, const OptionalTensor& v_scale) {
+                       const OptionalTensor& position, const OptionalTensor& z_scale,
+                       const OptionalTensor& v_scale) {
   const Cache keys{z, z_scale}, values{v, v_scale};
   const int64_t K = z.size(1), rank = keys.width(), rows = q.size(1) / K;
   const int64_t latents = K / std::gcd(K, v.size(1));  // of a unit
-  const int64_t N = (span.select(1, 1).max().item<int64_t>() + block - 1) / block;
+  int64_t N = 0;  // blocks of the longest sequence
+  for (int64_t b = 0; b < q.size(0); ++b) {
+    const int64_t* bound = bounds(span, b);
+    N = std::max(N, Blocks(block, position, b).count(bound[0], bound[1]));
+  }
+  TORCH_CHECK(N <= cos.size(2), "positions reach block ", N - 1, ", but only ", cos.size(2),
+              " blocks have angles");
   BlockQueries queries = make_block_queries(q, N, cos, sin, up, mean);
   return DISPATCH(q, "anchored_decode", [&] {
     using U = Factor<scalar_t>;
     for (Tensor& u : queries.absorbed) u = u.to(c10::CppTypeToScalarType<U>::value);
     auto score = [&](const Task& task, int64_t t, int64_t n, float* out) {
+      const Blocks blocks(block, position, task.b);
       for (int64_t i = 0; i < latents; ++i) {
         const int64_t l = task.unit * latents + i;
         float* scores = out + i * rows * TILE;
         keys.with_rows<scalar_t>(task.b, l, t, [&](const auto* latent) {
           using A = Factor<std::decay_t<decltype(*latent)>>;
           std::vector<A> converted(rows * rank);  // a block's queries, if codes need another type
-          for_each_block(t, n, block, [&](int64_t b, int64_t from, int64_t count) {
+          blocks.for_each_run(t, n, [&](int64_t b, int64_t from, int64_t count) {
             auto multiply_block = [&](const A* a, int64_t lda) {
               multiply(a, rows, lda, latent + (from - t) * z.stride(2), count, z.stride(2),
                        z.size(3), scores + from - t, TILE);
@@ -116,7 +147,7 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
           });
         });
         keys.apply_scales(scores, rows, TILE, task.b, l, t, n);
-        for_each_block(t, n, block, [&](int64_t b, int64_t from, int64_t count) {
+        blocks.for_each_run(t, n, [&](int64_t b, int64_t from, int64_t count) {
           for (int64_t r = 0; mean && r < rows; ++r) {
             const Tensor& added = queries.mean_scores[task.b];
             const float add = added.const_data_ptr<float>()[(l * rows + r) * N + b];

@@ -21,6 +21,7 @@ from eigenzoo.zoo.compression.methods import METHODS
 from eigenzoo.zoo.compression.refine import RefineSettings, _Run, learned, refine
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo.utils.resume import write_state
 
 JOINT = Settings(keep=0.2, latent="joint-kv", heads_per_latent=(4, 4), rank_multiple=1)
 WAYS = {
@@ -163,14 +164,18 @@ def test_a_state_of_another_run_is_refused(monkeypatch, tmp_path):
     refine(dense, low, text, settings, state=state)
     with pytest.raises(ValueError, match=r"left by other work .lr 2e-05, given 0.1"):
         refine(dense, low, text, settings._replace(lr=0.1), state=state)
-    with pytest.raises(ValueError, match=r"left by other work .text "):
+    with pytest.raises(ValueError, match=r"left by other work .texts "):
         refine(dense, low, text + 1, settings, state=state)
     other = compress(dense, text, Settings(keep=0.3)).model
-    with pytest.raises(ValueError, match=r"left by other work .weights "):
+    with pytest.raises(ValueError, match=r"left by other work .model "):
         refine(dense, other, text, settings, state=state)
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="delete it to start again"):
-        refine(dense, low, text, settings, state=state)
+    write_state(tmp_path / "statistics", {}, {"source": "self"})
+    with pytest.raises(ValueError, match="left by "):
+        refine(dense, low, text, settings, state=tmp_path / "statistics")
+    another = pair()[0]  # equal to the original but for what compression replaced
+    another.layers[1].attn.v_proj.weight.data += 0.01
+    with pytest.raises(ValueError, match=r"left by other work .original "):
+        refine(another, low, text, settings, state=state)
 
 
 def test_a_run_ends_when_its_time_is_up(monkeypatch):
@@ -346,7 +351,7 @@ def test_bad_input_prints_one_line_and_exits_with_2(capsys, dense_folder, low_fo
     cases = {
         ("refine", low_folder, new): "local model dense: give it as --original",
         ("refine", dense_folder, new): "was not written by eigenzoo compress",
-        ("refine", low_folder, low_folder): "--force",
+        ("refine", low_folder, low_folder): "which is read",
         ("refine", low_folder, new, "--steps", "0"): "steps is 0",
         ("refine", low_folder, new, "--original", low_folder): "compressed itself",
         ("refine", low_folder, new, "--text", tmp_path / "none"): "does not exist",

@@ -8,10 +8,10 @@ from eigenzoo.zoo.models.model import Model
 
 
 def outputs(model, x, name: str) -> torch.Tensor:
-    """Outputs of projection `name` of layer 1 for tokens x, one row per token, in fp64."""
+    """Queries, keys or values of layer 1 for tokens x, one row per token, in fp64."""
     seen = []
-    proj = getattr(model.layers[1].attn, name)
-    hook = proj.register_forward_hook(lambda module, args, out: seen.append(out))
+    source = model.layers[1].attn.source(name.removesuffix("_proj"))
+    hook = source.register_forward_hook(lambda module, args, out: seen.append(out))
     model(x)
     hook.remove()
     return seen[0].flatten(0, 1).double()

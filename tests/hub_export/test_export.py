@@ -20,13 +20,13 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from variants import FOUNDRY, VARIANTS, save
 
-from eigenzoo.hub_export import export as exporter
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.models.config import kv_bytes
+from eigenzoo.zoo.utils.output import check_folder
 
 ALONE = """
 import json, sys
@@ -81,10 +81,6 @@ results = {
         folder, trust_remote_code=True, dtype=torch.bfloat16)),
     "loss": float(model(ids, labels=ids).loss),
 }
-try:
-    model(ids, position_ids=torch.arange(20)[None] + 3)
-except ValueError as error:
-    results["positions"] = str(error)
 try:
     model(ids, output_attentions=True)
 except ValueError as error:
@@ -180,10 +176,6 @@ def test_lm_eval_scores_it_as_the_native_model_does(folder):
         assert float(logs[-new:].sum()) == pytest.approx(score, abs=1e-3)
 
 
-def test_positions_other_than_the_mask_s_raise_an_error(alone):
-    assert "attention_mask" in alone["positions"]
-
-
 def test_unsupported_options_raise_an_error_that_names_them(alone):
     assert "output_attentions is not supported" in alone["attentions"]
     assert "two names of one input" in alone["two caches"]
@@ -252,26 +244,8 @@ def test_the_cache_of_transformers_is_really_narrower(folder):
 
 def test_an_output_that_exists_is_kept_unless_forced(folder, dense):
     with pytest.raises(ValueError, match="--force"):
-        exporter.check_free(folder, force=False)
-    exporter.check_free(folder, force=True)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_crash_leaves_what_was_there_and_nothing_else(tmp_path, error, exists):
-    out = tmp_path / "out"
-    if exists:
-        out.mkdir()
-        (out / "precious").touch()
-
-    def crash():
-        with exporter.new_folder(out, force=True) as folder:
-            (folder / "half").touch()
-            raise error
-
-    with pytest.raises(error):
-        crash()
-    assert [p.name for p in tmp_path.rglob("*")] == (["out", "precious"] if exists else [])
+        check_folder(folder, force=False)
+    check_folder(folder, force=True)
 
 
 FEW = {  # heads per latent: equal and different for keys and values; joint latents; full keys

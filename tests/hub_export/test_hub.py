@@ -105,6 +105,65 @@ def test_only_what_has_changed_is_sent_and_old_weights_go(run, hub, folder):
     assert len([r for r in hub.requests if r.startswith("PUT /large/")]) == 2  # not the weights
 
 
+FOREIGN = (
+    *("notes.txt", "id_rsa", "trainer_state.json", "optimizer.pt", ".env", ".out.lock"),
+    *("figures/speed.csv", "out.partial/new/config.json", ".git/config", "logs/README.md"),
+)
+
+
+def test_only_files_of_a_checkpoint_are_published(run, hub, folder):
+    wanted = ("LICENSE", "figures/speed [1].png", "additional_chat_templates/tool.jinja")
+    for name in (*FOREIGN, *wanted):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("secret")
+    code, output, error = run("push", folder, REPO, "--json")
+    assert code == 0, error
+    sent = {name for name, state in states(output).items() if state == "new"}
+    files = hub.repos[REPO].commits[hub.repos[REPO].names["main"]].keys() - {".gitattributes"}
+    assert files == sent
+    assert sent.isdisjoint(FOREIGN)
+    assert sent >= {*wanted, "config.json", "tokenizer.json", "modeling_eigen.py"}
+    left = {name for name, state in states(output).items() if state == "left out"}
+    assert left == {*FOREIGN[:4], "out.partial", "logs"}
+    assert "nothing has changed" in run("push", folder, REPO)[2]
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "figures/speed.png", "x.safetensors"])
+@pytest.mark.parametrize("words", [[], ["--dry-run"]])
+def test_nothing_outside_of_the_folder_is_published(run, hub, folder, tmp_path, name, words):
+    (tmp_path / "secret").write_text("secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    error = refused(run, "push", folder, REPO, *words)
+    assert f"{name} is a link out of the folder" in error
+    assert not hub.repos
+
+
+def test_a_folder_behind_a_link_is_published_but_no_folder_in_it(run, hub, folder, tmp_path):
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "secret.png").touch()
+    (folder / "figures").symlink_to(tmp_path / "plots")
+    assert "figures/secret.png is a link" in refused(run, "push", folder, REPO)
+    (folder / "figures").unlink()
+    (tmp_path / "link").symlink_to(folder)
+    assert run("push", tmp_path / "link", REPO)[0] == 0
+
+
+def test_a_download_goes_on_with_the_newest_revision_only(run, hub, folder, tmp_path):
+    run("push", folder, REPO)
+    hub.trouble("GET .*/model.safetensors", times=99, after=1000)
+    refused(run, "pull", REPO, tmp_path / "back")
+    assert (tmp_path / ".back.pull").exists()
+    hub.troubles.clear()
+    (folder / "README.md").write_text("other")
+    run("push", folder, REPO)
+    (tmp_path / "back").mkdir()
+    assert run("pull", REPO, tmp_path / "back")[0] == 0
+    assert contents(tmp_path / "back") == contents(folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "small"]
+
+
 def test_a_dry_run_sends_nothing_and_shows_the_card(run, hub, folder):
     code, output, error = run("push", folder, REPO, "--dry-run")
     assert code == 0, error
@@ -233,19 +292,10 @@ def test_missing_repositories_and_revisions_are_reported_in_a_sentence(run, hub,
     assert code == 0, error
 
 
-def test_a_link_out_of_the_folder_is_not_followed(run, hub, folder, tmp_path):
-    (tmp_path / "secret").write_text("my token")
-    (tmp_path / "elsewhere").mkdir()
-    for target in ("secret", "elsewhere", "nowhere", "small/notes.txt"):
-        link = folder / "notes.txt"
-        link.symlink_to(tmp_path / target)
-        for words in (["push", folder, REPO], ["card", folder]):
-            assert "notes.txt is a link out of the folder" in refused(run, *words)
-        link.unlink()
-    assert not hub.repos
-    (folder / "same.md").symlink_to("README.md")  # within
-    (folder / ".secret").symlink_to(tmp_path / "secret")
-    assert states(run("push", folder, REPO, "--dry-run", "--json")[1])["same.md"] == "new"
+def test_a_link_within_the_folder_is_published_and_a_hidden_one_is_not(run, hub, folder, tmp_path):
+    (folder / ".hidden").symlink_to(tmp_path / "nowhere")
+    (folder / "LICENSE.md").symlink_to("README.md")
+    assert states(run("push", folder, REPO, "--dry-run", "--json")[1])["LICENSE.md"] == "new"
 
 
 def test_an_incomplete_checkpoint_is_not_pushed(run, hub, folder):

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import exported
 import fresh
 import pytest
 import tiny
 import torch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from eigenzoo.hub_export import register
@@ -74,6 +77,57 @@ def test_layers_that_do_not_fit_stay_on_disk(folder, logits, tmp_path):
         assert placed.generate(IDS, max_new_tokens=3, do_sample=False).shape == (2, 23)
 
 
+HELD = ("rebuilt keys", "pairs", "longrope", "ALiBi", "learned positions")
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_it_loads_from_disk_where_nothing_fits_memory(kind, tmp_path):
+    made = exported.of_kind(kind)
+    made.save_pretrained(tmp_path / "out")
+    placed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", device_map={"": "disk"}, offload_folder=tmp_path / "disk"
+    )
+    assert {p.device.type for p in placed.parameters()} == {"meta"}
+    torch.testing.assert_close(placed(IDS).logits, made(IDS).logits)
+    assert placed.generate(IDS, max_new_tokens=2, do_sample=False).shape == (2, 22)
+
+
+@pytest.mark.parametrize("kind", HELD)
+@pytest.mark.parametrize("way", ["cpu", "cpu and disk", "with buffers", "by hand"])
+def test_a_model_built_without_memory_is_filled_by_accelerate(kind, way, tmp_path):
+    made = exported.of_kind(kind)
+    made.save_pretrained(tmp_path)
+    with init_empty_weights(include_buffers=way == "with buffers"):
+        empty = AutoModelForCausalLM.from_config(made.config)
+    empty.tie_weights()
+    if way == "by hand":
+        empty.load_state_dict(made.state_dict(), assign=True)
+    else:
+        disk = "disk" if way == "cpu and disk" else "cpu"
+        parts = {name: "cpu" for name, _ in empty.model.named_children()} | {"layers": disk}
+        empty = load_checkpoint_and_dispatch(
+            empty,
+            tmp_path,
+            device_map={f"model.{name}": device for name, device in parts.items()},
+            offload_folder=tmp_path / "disk",
+            offload_buffers=True,
+        )
+    torch.testing.assert_close(empty.eval()(IDS).logits, made(IDS).logits)
+
+
+def test_buffers_that_accelerate_would_not_load_are_an_error(tmp_path):
+    made = exported.of_kind("pairs")
+    made.save_pretrained(tmp_path)
+    with init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(made.config)
+    parts = {"model.layers": "disk"}
+    parts |= {f"model.{name}": "cpu" for name in ("embed", "norm", "head")}
+    with pytest.raises(ValueError, match="k_pairs is on the meta device"):
+        load_checkpoint_and_dispatch(
+            empty, tmp_path, device_map=parts, offload_folder=tmp_path / "disk"
+        )
+
+
 def test_a_loaded_checkpoint_is_saved_again_unchanged(model, logits, tmp_path):
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
@@ -118,7 +172,7 @@ tokens = [
 attn = model.model.layers[0].attn
 print(json.dumps([
     tokens,
-    [op.__module__.split(".")[0] for op in (attn.latent_decode, attn.q_proj.linear_decode)],
+    [op.__module__.split(".")[0] for op in (attn.latent_decode, attn.linear_decode)],
 ]))
 """
 
@@ -133,6 +187,25 @@ def test_checkpoints_decode_by_fused_ops_if_eigenzoo_is_there_and_write_the_same
     (tokens, fused), *others = outputs.values()
     assert fused == ["eigenzoo"] * 2
     assert others == [[tokens, ["transformers_modules"] * 2]] * 2
+
+
+def test_norms_of_queries_and_keys_are_read_under_their_older_names_too(tmp_path):
+    tiny.FoundryMPT({"qk_ln": True}, no_bias=False).save(_made(tmp_path / "dense"))
+    settings = Settings("fisher", heads_per_latent=(8, 2))
+    dense, low = load(str(tmp_path / "dense")), tmp_path / "low"
+    compress_checkpoint(dense, low, settings, samples=4, seq_len=32)
+    want, file = load(str(low)).model(IDS), low / "model.safetensors"
+    weights = {k.replace("_bound.norm", "_proj.norm"): x for k, x in load_file(file).items()}
+    assert "model.layers.0.attn.k_proj.norm.weight" in weights
+    save_file(weights, file, {"format": "pt"})
+    assert torch.equal(load(str(low)).model(IDS), want)
+    theirs = AutoModelForCausalLM.from_pretrained(low, ops="reference")
+    torch.testing.assert_close(theirs(IDS).logits, want)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_other_ops_are_refused(folder):

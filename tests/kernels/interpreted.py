@@ -1,9 +1,11 @@
-"""The Triton launchers under Triton's interpreter, compared with the definitions.
+"""The Triton launchers compared with the definitions, under Triton's interpreter or on a GPU.
 
 `test_kernels.py` runs this file: the interpreter needs a process of its own, because Triton reads
-TRITON_INTERPRET at import.
+TRITON_INTERPRET at import. Without that variable, `pytest tests/kernels/interpreted.py` runs the
+kernels on a GPU.
 """
 
+import os
 from itertools import combinations
 
 import pytest
@@ -19,6 +21,8 @@ from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.models import attention
 from eigenzoo.zoo.models.cache import Packed, pack
 
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+torch.set_default_device(DEVICE)
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 200)
 LAUNCH = {
     attention.latent_decode: latent_decode.launch,
@@ -164,23 +168,41 @@ def anchored(slots, given, block, rank=16, dtype=torch.float32, heads=4, kv=2, k
     v = cache(v_heads, slots, 32, dtype)
     bias = torch.randn(2, slots) if "bias" in given else None
     span = span_of(slots, given)
-    return q.to(dtype), z, v, span, 0.25, angle.cos(), angle.sin(), up, mean, block, bias
+    options = bias, positions(slots, span) if "padding" in given else None
+    return q.to(dtype), z, v, span, 0.25, angle.cos(), angle.sin(), up, mean, block, *options
 
 
-@pairs("bias", "mean", "angles", "spans", "uneven")
+def positions(slots: int, span: torch.Tensor) -> torch.Tensor:
+    """Positions of the slots of two sequences with holes; another text is in front of the span."""
+    hole = torch.rand(2, slots) < 0.3
+    position = ((~hole).cumsum(1) - 1).clamp(min=0)
+    in_front = torch.arange(slots) < span[:, :1]
+    return torch.where(in_front, slots - 1, position).int()
+
+
+@pairs("bias", "mean", "angles", "spans", "uneven", "padding")
 def test_anchored_decode_takes_every_option(given):
     check(attention.anchored_decode, *anchored(90, given, 32))
 
 
 @pytest.mark.parametrize("slots", LENGTHS)
 @pytest.mark.parametrize("block", [16, 64])
-def test_anchored_decode_reads_every_length(slots, block):
-    check(attention.anchored_decode, *anchored(slots, {"mean"}, block))
+@pytest.mark.parametrize("padding", [(), ("padding",)], ids=["", "padding"])
+def test_anchored_decode_reads_every_length(slots, block, padding):
+    check(attention.anchored_decode, *anchored(slots, {"mean", *padding}, block))
 
 
 @pytest.mark.parametrize("block", [2, 3, 24, 32, 100, 128, 150, 4096])
-def test_anchored_decode_takes_every_block(block):
-    check(attention.anchored_decode, *anchored(150, {"spans", "mean"}, block))
+@pytest.mark.parametrize("padding", [(), ("padding",)], ids=["", "padding"])
+def test_anchored_decode_takes_every_block(block, padding):
+    check(attention.anchored_decode, *anchored(150, {"spans", "mean", *padding}, block))
+
+
+@pytest.mark.parametrize("shift", range(16))
+def test_a_tile_may_begin_anywhere_in_a_block(shift):
+    *arguments, _ = anchored(130, set(), 16)
+    position = (torch.arange(130)[None] - shift).clamp(min=0).int()  # one row for all sequences
+    check(attention.anchored_decode, *arguments, position)
 
 
 @pytest.mark.parametrize(("heads", "kv", "k_heads"), [(6, 2, 2), (6, 6, 2), (1, 1, 1), (20, 2, 1)])
@@ -243,7 +265,7 @@ bits = pytest.mark.parametrize("bits", MIXED, ids=lambda b: f"{b[0]},{b[1]}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_numbers_are_read_as_what_they_stand_for(made, bits, dtype):
     block = {"block": 32} if made is anchored else {}
-    arguments = made(90, {"spans", "mean", "bias"}, dtype=dtype, **block)
+    arguments = made(90, {"spans", "mean", "bias", "padding"}, dtype=dtype, **block)
     check(getattr(attention, f"{made.__name__}_decode"), *arguments, bits=bits)
 
 
@@ -291,7 +313,9 @@ def test_halves_are_added_up_in_fp32(made, dtype):
 )
 def test_a_model_writes_the_same_text_through_the_kernels(family, settings):
     layers = {"n_layers" if family == "mpt" else "num_hidden_layers": 1}
-    model = compress(tiny.native(family, **layers), tiny.tokens(8, 64), settings).model
+    with torch.device("cpu"):
+        model = compress(tiny.native(family, **layers), tiny.tokens(8, 64), settings).model
+    model = model.to(DEVICE)
     prompts = [[5, 9, 33, 7, 120], [8, 41]]
     want = list(Generator(model, 2, 20, compile=False).stream(prompts, 6))
     for layer in model.layers:

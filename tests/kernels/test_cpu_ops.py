@@ -57,6 +57,16 @@ def biases(length: int, options) -> torch.Tensor | None:
     return bias
 
 
+def positions(span: torch.Tensor, options) -> torch.Tensor | None:
+    """Positions of two sequences with holes inside the span; outside, nothing may read them."""
+    if "padding" not in options:
+        return None
+    slot, hole = torch.arange(SLOTS), torch.rand(2, SLOTS) < 0.3
+    position = ((~hole).cumsum(1) - 1).clamp(min=0)
+    outside = (slot < span[:, :1]) | (slot >= span[:, 1:])
+    return torch.where(outside, SLOTS - 1, position).int()
+
+
 def compare(op, definition, q, k, v, span, *rest) -> None:
     """The op equals the definition in fp32, even with NaN outside of the span."""
     args = (q, k, v, span, *rest)
@@ -100,8 +110,9 @@ def test_anchored_and_rebuilt_keys_are_read_as_defined(heads, kv, block, dtype):
             angle = 6 * torch.rand(2 if options else 1, 1, SLOTS, d // 2)
             ahead, bias = angle[:, :, : -(-SLOTS // block)], biases(length, options)
             q, span = torch.randn(2, h, 1, d).to(dtype), spans(length, options)
+            anchored = block, bias, positions(span, options)
             for op, definition, *rest in (
-                (ops.anchored_decode, attention.anchored_decode, ahead, block, bias),
+                (ops.anchored_decode, attention.anchored_decode, ahead, *anchored),
                 (ops.rotary_decode, attention.rotary_decode, angle, bias),
             ):
                 angles, *rest = rest
@@ -129,7 +140,10 @@ def test_packed_caches_are_read_as_the_numbers_they_stand_for(heads, kv, bits, d
             for op, definition, *rest in (
                 (ops.latent_decode, attention.latent_decode, bias, slopes),
                 (ops.rotary_decode, attention.rotary_decode, *key_args, bias),
-                (ops.anchored_decode, attention.anchored_decode, *ahead, bias),
+                (
+                    *(ops.anchored_decode, attention.anchored_decode),
+                    *(*ahead, bias, positions(span, options)),
+                ),
             ):
                 if slopes is not None and op is not ops.latent_decode:
                     continue
@@ -138,6 +152,16 @@ def test_packed_caches_are_read_as_the_numbers_they_stand_for(heads, kv, bits, d
                 q = torch.randn(2, h, count, wide).to(dtype)
                 cache = packed(k, rank, bits[0], dtype), packed(v, width, bits[1], dtype)
                 compare(op, definition, q, *cache, span, 0.1, *rest)
+
+
+@pytest.mark.parametrize("wrong", [-1, 32])
+def test_positions_without_angles_are_refused(wrong):
+    q, z, up = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 20, 8), torch.randn(2, 8, 8)
+    position, angle = torch.arange(20)[None].int(), torch.rand(1, 1, 2, 4)
+    position[0, 7] = wrong
+    rest = torch.tensor([[0, 20]]), 0.1, angle.cos(), angle.sin(), up, None, 16, None, position
+    with pytest.raises(RuntimeError, match="position"):
+        ops.anchored_decode(q, z, z, *rest)
 
 
 def test_no_copy_of_a_packed_cache_is_made():

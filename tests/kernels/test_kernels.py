@@ -28,6 +28,7 @@ SPAN = torch.tensor([[3, 20], [0, 12]])
 Q, K, V, BIAS = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 20, 8), torch.randn(2, 1, 20, 5), None
 UP, MEAN = torch.randn(2, 8, 32), torch.randn(4, 1, 16)
 ANGLES, AHEAD = torch.rand(2, 1, 20, 8), torch.rand(1, 1, 3, 8)
+POSITION = (torch.arange(20) - torch.tensor([[3], [0]])).clamp(min=0).int()
 CALLS = {  # op and arguments
     "latent": (ops.latent_decode, (Q[..., :8], K, V, SPAN, 0.3)),
     "alibi": (ops.latent_decode, (Q[..., :8], K, V, SPAN, 0.3, BIAS, torch.rand(4))),
@@ -45,6 +46,10 @@ CALLS = {  # op and arguments
     "anchored": (
         ops.anchored_decode,
         (Q, K, V, SPAN, 0.3, AHEAD.cos(), AHEAD.sin(), UP, MEAN, 8, torch.rand(2, 20)),
+    ),
+    "padded": (
+        ops.anchored_decode,
+        (Q, K, V, SPAN, 0.3, AHEAD.cos(), AHEAD.sin(), UP, MEAN, 8, torch.rand(2, 20), POSITION),
     ),
     "rotary": (
         ops.rotary_decode,
@@ -149,6 +154,30 @@ def test_an_installed_model_writes_the_same_text(name, used):
     kinds |= dict.fromkeys(("rebuilt", "windows"), "rotary_decode")
     assert set(used) == {kinds.get(name, "latent_decode")}
     assert len(used) == 2 * 19  # layers, and tokens after the first
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("name", ["anchored", "rotated"])
+def test_an_installed_model_answers_padded_prompts_as_each_alone(name, bits):
+    model = install(low(name))
+    prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (5, 2, 9)]
+    batch = Generator(model, 3, 40, compile=False, bits=bits).stream(prompts, 25)
+    one = Generator(model, 1, 40, compile=False, bits=bits)
+    alone = [torch.cat(list(one.stream([p], 25))) for p in prompts]
+    assert torch.equal(torch.stack(list(batch), 1), torch.stack(alone))
+
+
+def test_code_with_an_older_definition_keeps_it(monkeypatch):
+    model = low("anchored")
+    attention_class = type(model.layers[0].attn)
+
+    def older(q, z, v, span, scale, cos, sin, up, mean, block, bias=None):
+        return attention.anchored_decode(q, z, v, span, scale, cos, sin, up, mean, block, bias)
+
+    monkeypatch.setattr(attention_class, "anchored_decode", staticmethod(older))
+    attn = install(model).layers[0].attn
+    assert attn.anchored_decode is older
+    assert attn.rotary_decode is not attention_class.rotary_decode
 
 
 def test_an_installed_model_keeps_its_weights_and_other_models_their_attention():

@@ -1,4 +1,3 @@
-import json
 import multiprocessing
 import shutil
 import signal
@@ -18,6 +17,7 @@ from eigenzoo.zoo.measure.contestants import from_checkpoints, from_shape
 from eigenzoo.zoo.measure.shapes import SHAPES, random_model, shaped, uniform
 from eigenzoo.zoo.measure.timed_models import Cell, Native, Transformers, weight_bytes
 from eigenzoo.zoo.models.families import new_model
+from eigenzoo.zoo.utils.jsonl import append
 
 BILLIONS = {
     "opt-125m": 0.125,
@@ -170,7 +170,7 @@ def test_a_contestant_ends_without_a_word_if_nobody_listens():
 
 def test_contestants_of_a_shape_are_dense_and_compressed_with_variants_of_both():
     settings = Settings(heads_per_latent=(1, 1))
-    made = from_shape("opt-125m", 2, 64, [0.5, 0.25], settings, CPU, same)
+    made = from_shape("opt-125m", 2, 64, [0.5, 0.25], settings, same)
     assert made.title == "opt-125m, 2 layers"
     assert [s.keep for s in made.settings] == [0.5, 0.25]
     assert made.dtype == torch.float32
@@ -198,29 +198,65 @@ def test_contestants_of_one_name_are_told_apart_by_their_paths(dense_folder, tmp
 
 
 def test_a_bench_resumes_its_own_rows_and_keeps_those_of_other_commands(tmp_path, monkeypatch):
-    measured = []
+    measured, names = [], ["dense", "low"]
 
     def measure(contestants, cell, rounds):
         measured.append((cell.batch, cell.context, cell.slots))
-        about = {"model": "tiny", "slots": cell.slots, "dtype": "float32", "threads": 1}
-        return [
-            about | {"context": cell.context, "batch": cell.batch, "device": "cpu", "failed": ""}
-        ]
+        about = {"slots": cell.slots, "dtype": "float32", "threads": 1, "device": "cpu"}
+        about |= {"context": cell.context, "batch": cell.batch, "failed": ""}
+        return [{"model": name} | about for name in names]
 
     monkeypatch.setattr("eigenzoo.zoo.measure.bench_grid.bench", measure)
     file, grid = tmp_path / "bench.jsonl", BenchGrid((32, 64), (1, 2), buffer=2)
     cells = grid.cells(torch.float32, CPU, compile=False)
     origin = {"ops": "auto", "compiled": False, "command": "one"}
-    first = [*bench_cells([], [*cells[:2], cells[0]], 1, origin, rows_left(file, "one"), file)]
-    other = [
-        *bench_cells([], cells[:1], 1, origin | {"command": "two"}, rows_left(file, "two"), file)
-    ]
+
+    def left(origin):
+        return rows_left(file, origin, names)
+
+    two = origin | {"command": "two"}
+    first = [*bench_cells([], [*cells[:2], cells[0]], 1, origin, left(origin), file)]
+    other = [*bench_cells([], cells[:1], 1, two, left(two), file)]
     assert measured == [(1, 32, 64), (1, 64, 128), (1, 32, 64)]
-    assert rows_left(file, "one") == first
-    assert [*bench_cells([], cells, 1, origin, first, file)] == rows_left(file, "one")[2:]
+    assert left(origin) == first
+    assert [*bench_cells([], cells, 1, origin, first, file)] == left(origin)[4:]
     assert measured[3:] == [(2, 32, 64), (2, 64, 128)]
-    assert rows_left(file, "two") == other
-    assert len([json.loads(line) for line in file.open()]) == 5
+    assert left(two) == other
+    whole = file.read_bytes()
+    assert len(whole.splitlines()) == 10
+    mine = left(origin)
+    file.write_bytes(whole[: whole.rindex(b"\n", 0, -1) + 1])  # killed between rows of a cell
+    assert left(origin) == mine[:-2]
+    assert left(two) == other
+    assert [*bench_cells([], cells, 1, origin, left(origin), file)] == mine[-2:]
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("contestants", "0", r"other work \(contestants '1', given '0'\): repeat its command"),
+        ("processor", "x", r"other work \(processor None, given 'x'\)"),
+        ("code", "0", r"other versions \(code None, given '0'\): go on with those"),
+        ("versions", {"torch": "1"}, r"other versions \(torch None, given '1'\)"),
+    ],
+)
+def test_rows_of_other_models_and_versions_are_not_taken_for_ones_own(tmp_path, name, value, says):
+    about = {"slots": 64, "dtype": "float32", "threads": 1, "device": "cpu", "failed": ""}
+    origin = {"ops": "auto", "compiled": False, "command": "one", "contestants": "1"}
+    append(tmp_path / "rows", {"model": "m", "context": 32, "batch": 1, **about, **origin})
+    assert len(rows_left(tmp_path / "rows", origin, ["m"])) == 1
+    with pytest.raises(ValueError, match=says + ".* or choose another --out"):
+        rows_left(tmp_path / "rows", origin | {name: value}, ["m"])
+
+
+def test_the_content_of_contestants_is_that_of_their_files(dense_folder, tmp_path):
+    folders = [shutil.copytree(dense_folder, tmp_path / name / "same") for name in "ab"]
+    one, two = (from_checkpoints([str(f)], same).content() for f in folders)
+    assert one == two
+    weights = folders[1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert from_checkpoints([str(folders[1])], same).content() != one
 
 
 def test_a_bench_refuses_a_file_of_something_else(run, dense_folder, tmp_path):

@@ -186,13 +186,16 @@ def test_curves_start_at_all_of_the_error_and_end_at_none(llama):
 def test_nothing_is_replaced_unless_forced(run, llama, tmp_path):
     out = tmp_path / "report"
     assert run("report", llama, "--out", out)[0] == 0
-    (out / "mine.txt").write_text("mine")
+    (out / "report.md").write_text("old")
     code, _, error = run("report", llama, "--out", out)
     assert code == 2
     assert "--force" in error
-    assert (out / "mine.txt").exists()
+    assert (out / "report.md").read_text() == "old"
     assert run("report", llama, "--out", out, "--force")[0] == 0
-    assert not (out / "mine.txt").exists()
+    assert (out / "report.md").read_text() != "old"
+    (out / "mine.txt").write_text("mine")
+    assert run("report", llama, "--out", out, "--force")[0] == 2
+    assert (out / "mine.txt").exists()
 
 
 def test_without_matplotlib_the_error_names_the_extra_to_install(run, llama, tmp_path, monkeypatch):

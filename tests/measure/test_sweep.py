@@ -75,16 +75,6 @@ def read_rows(path):
     return jsonl.read_rows(path, jsonl.SWEEP)
 
 
-def test_rows_from_before_a_setting_existed_are_kept(sweep, calls, tmp_path):
-    first = sweep({"keep": [0.5]})
-    del first[1]["settings"]["rank_pairs"]
-    (tmp_path / "out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first))
-    rows = sweep({"keep": [0.5], "rank_pairs": [None, 1]})
-    assert rows[:2] == first
-    assert len(calls["compress"]) == 2
-    assert len(set(zip(rows[2]["k_ranks"], rows[2]["v_ranks"], strict=True))) == 1
-
-
 def test_refits_share_one_calibration(sweep, calls):
     rows = sweep({"keep": [0.5], "refit": [(), ("output",)]})
     assert [row["fitted"]["refit"] for row in rows[1:]] == [[], ["output"]]
@@ -220,22 +210,6 @@ def test_another_run_calibrates_only_if_nothing_was_kept(sweep, calls, tmp_path)
     assert [[a.get(k) for k in same] for a in more] == [[b.get(k) for k in same] for b in fresh]
 
 
-def test_rows_from_before_a_setting_existed_count_for_its_default(sweep, calls, tmp_path):
-    axes = {"keep": [0.5], "keys": ["rebuild"], "damping": [None, 0.1]}
-    rows, file = sweep(axes), tmp_path / "out.jsonl"
-    for row in rows[1:]:
-        del row["settings"]["budget"]
-        if row["settings"]["damping"] is None:
-            del row["settings"]["damping"]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for made in calls.values():
-        made.clear()
-    assert sweep(axes) == rows == read_rows(file)
-    assert calls == {"calibrate": [], "compress": []}
-    assert len(sweep(axes | {"budget": ["uniform"]})) == 3
-    assert len(calls["compress"]) == 2
-
-
 def test_decoding_is_timed_beside_the_dense_model(sweep, dense, monkeypatch):
     given = []
 
@@ -251,7 +225,8 @@ def test_decoding_is_timed_beside_the_dense_model(sweep, dense, monkeypatch):
     config = dense.model.config
     full = config.dense_kv_width
     assert given == [[(full, 48), (low["kv_share"] * full, 48)]]
-    assert low["decode"] == {"slots": 48, "seconds_per_step": 0.2, "speedup": 1.25}
+    timed = {"slots": 48, "ops": "plain", "seconds_per_step": 0.2, "speedup": 1.25}
+    assert low["decode"] == timed
     assert low["seconds"]["decode"] > 0
     assert "decode" not in first
     assert "decode" not in refused
@@ -270,8 +245,10 @@ def test_rows_without_the_requested_decoding_are_computed_again(sweep, calls, tm
     assert sweep(axes, decode=48) == sweep(axes) == timed
     assert calls == {"calibrate": [], "compress": []}
     text = out(tmp_path)
-    with pytest.raises(ValueError, match=r"decode at 48 slots, this run at 32.*--force"):
+    with pytest.raises(ValueError, match=r"slots 48, given 32.*--force"):
         sweep(axes, decode=32)
+    with pytest.raises(ValueError, match=r"ops 'plain', given 'fused'.*--force"):
+        sweep(axes, decode=48, ops="fused")
     for slots in (8, 257):
         with pytest.raises(ValueError, match="expected 16 to 256"):
             sweep(axes, decode=slots, force=True)
@@ -322,7 +299,7 @@ def test_rows_of_another_run_are_left_alone_unless_forced(sweep, dense, tmp_path
     with pytest.raises(ValueError, match=r"'windows': 2.*'windows': 1.*--force"):
         sweep({"keep": [0.5]}, windows=1)
     other = dense._replace(model=tiny.native(seed=5, head_dim=16, attention_bias=True))
-    with pytest.raises(ValueError, match="holds rows with weights"):
+    with pytest.raises(ValueError, match=r"left by other work \(weights .*--force"):
         sweep({"keep": [0.5]}, model=other)
     with pytest.raises(
         ValueError, match=r"none\.txt does not exist"
@@ -332,6 +309,55 @@ def test_rows_of_another_run_are_left_alone_unless_forced(sweep, dense, tmp_path
     rows = sweep({"keep": [0.5]}, windows=1, force=True)
     assert rows == read_rows(tmp_path / "out.jsonl")
     assert rows[0]["tokens"] == 63
+
+
+def test_rows_of_other_code_versions_tokenizers_and_devices_are_not_taken_for_ones_own(
+    sweep, dense, tmp_path, monkeypatch
+):
+    axes = {"keep": [0.5]}
+    rows = sweep(axes)
+    text = out(tmp_path)
+    other = tiny.tokenizer(begin=True)
+    with pytest.raises(ValueError, match=r"other work \(tokenizer '\w+', given '\w+'\): repeat"):
+        sweep(axes, model=dense._replace(tokenizer=other))
+    file = tmp_path / "out.jsonl"
+    for name, value in {"code": "0", "versions": rows[0]["versions"] | {"torch": "1"}}.items():
+        file.unlink()
+        jsonl.append(file, rows[0] | {name: value})
+        with pytest.raises(ValueError, match=r"other versions \(.*: go on with those.* --force"):
+            sweep(axes)
+    file.unlink()
+    jsonl.append(file, rows[0] | {"place": "cuda"})
+    with pytest.raises(ValueError, match=r"other work \(device 'cuda', given 'cpu'\)"):
+        sweep(axes)
+    older = {k: v for k, v in rows[0].items() if k not in ("code", "tokenizer", "place")}
+    file.write_text(json.dumps(older) + "\n")
+    with pytest.raises(ValueError, match="other versions"):
+        sweep(axes)
+    file.write_bytes(text)
+    assert sweep(axes) == rows
+
+
+def test_two_rows_of_one_cell_are_refused(sweep, tmp_path):
+    sweep({"keep": [0.01]})
+    text = out(tmp_path)
+    (tmp_path / "out.jsonl").write_bytes(text + text.splitlines(keepends=True)[1])
+    with pytest.raises(ValueError, match="holds two rows of"):
+        sweep({"keep": [0.01]})
+
+
+def test_damaged_statistics_are_refused(sweep, tmp_path):
+    sweep({"keep": [0.8]})
+    for kept in sorted((tmp_path / "out.statistics").iterdir()):
+        whole = kept.read_bytes()
+        kept.write_bytes(whole[:-4] + bytes(4) if whole[-4:] != bytes(4) else whole[:-4] + b"1234")
+        with pytest.raises(ValueError, match=f"{kept.name} is damaged .* delete it"):
+            sweep({"keep": [0.8, 0.5]})
+        kept.write_bytes(whole)
+    one, two = sorted((tmp_path / "out.statistics").iterdir())
+    one.write_bytes(two.read_bytes())
+    with pytest.raises(ValueError, match=f"{one.name} was left by other work"):
+        sweep({"keep": [0.8, 0.5]})
 
 
 def test_a_file_of_something_else_is_never_touched(sweep, tmp_path):

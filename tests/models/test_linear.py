@@ -1,24 +1,67 @@
 import copy
+import io
+from dataclasses import asdict
+from functools import partial
 
 import pytest
 import tiny
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 
+from eigenzoo.hub_export.remote.configuration_eigen import EigenConfig
+from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
 from eigenzoo.kernels import ops
 from eigenzoo.kernels.install import install
 from eigenzoo.zoo.inference.generate import Generator, fastest_dtype
-from eigenzoo.zoo.inference.int8 import quantize
+from eigenzoo.zoo.inference.int8 import Int8Linear, quantize
 from eigenzoo.zoo.measure.timed_models import weight_bytes
 from eigenzoo.zoo.models import linear
-from eigenzoo.zoo.models.linear import Linear
 
 CPU = torch.device("cpu")
+WIDE = 24
+
+
+class Subclass(torch.Tensor):
+    """A tensor subclass, as weights are that a quantizer or a device mesh has made."""
+
+
+class Adapter(nn.Linear):
+    """A subclass of nn.Linear, as layers are that an adapter or a quantizer has replaced."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _doubled(self, x)
+
+
+def _doubled(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return 2 * nn.Linear.forward(layer, x)
 
 
 @pytest.fixture
 def layer():
     torch.manual_seed(0)
-    return Linear(24, 17).requires_grad_(False)
+    return nn.Linear(WIDE, 17).requires_grad_(False)
+
+
+@pytest.fixture
+def projector():
+    """A module with an op for linear layers, and the calls that the op has got."""
+    module, calls = linear.Projector(), []
+    module.linear_decode = lambda *args: calls.append(args) or linear.linear_decode(*args)
+    return module, calls
+
+
+@pytest.mark.parametrize("family", [*tiny.SIZES, "qk_ln"])
+@pytest.mark.parametrize("exported", [False, True])
+def test_every_linear_layer_is_of_the_class_that_quantizers_look_for(family, exported):
+    foundry = tiny.FoundryMPT({"clip_qkv": 0.4, "qk_ln": True}) if family == "qk_ln" else None
+    model = foundry.native() if foundry else tiny.native(family)
+    if exported:
+        model = EigenForCausalLM(EigenConfig(family=model.config.family, **asdict(model.config)))
+    own = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.dim() == 2}
+    types = {type(model.get_submodule(name)) for name in own}
+    assert types == {nn.Linear, nn.Embedding}
 
 
 @pytest.mark.slow
@@ -28,42 +71,122 @@ def test_few_rows_compiled_equal_the_matrix_product(layer, dtype, int8):
     torch._dynamo.reset()
     layer = layer.to(dtype)
     if int8:
-        quantize(torch.nn.Sequential(layer))
-    compiled = torch.compile(layer, fullgraph=True)
+        layer = Int8Linear(layer)
+    compiled = torch.compile(partial(linear.Projector().linear, layer), fullgraph=True)
     for rows in (1, linear.ROWS, linear.ROWS + 1):
-        x = torch.randn(rows, 1, 24, dtype=dtype)
+        x = torch.randn(rows, 1, WIDE, dtype=dtype)
         torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_only_one_token_of_few_sequences_goes_row_by_row(monkeypatch, layer):
-    assert not layer.few(torch.zeros(1, 1, 24))  # not compiled
+def test_compiled_few_rows_go_row_by_row_in_one_graph(layer):
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph.code)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(linear.Projector().linear, fullgraph=True, backend=keep)
+    compiled(layer, torch.randn(2, 1, WIDE))
+    compiled(layer, torch.randn(3, 1, WIDE))
+    assert ["stack" in code for code in graphs] == [True, False]
+
+
+def test_only_one_token_of_few_sequences_goes_row_by_row(monkeypatch):
+    module = linear.Projector()
+    assert not module.few(torch.zeros(1, 1, WIDE))  # not compiled
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert layer.few(torch.zeros(linear.ROWS, 1, 24))
-    assert not layer.few(torch.zeros(linear.ROWS + 1, 1, 24))
-    assert not layer.few(torch.zeros(1, 2, 24))
-    assert not layer.few(torch.zeros(1, 1, 24, device="meta"))
+    assert module.few(torch.zeros(linear.ROWS, 1, WIDE))
+    assert not module.few(torch.zeros(linear.ROWS + 1, 1, WIDE))
+    assert not module.few(torch.zeros(0, 1, WIDE))
+    assert not module.few(torch.zeros(1, 2, WIDE))
+    assert not module.few(torch.zeros(1, 1, WIDE, device="meta"))
+
+
+def _hooked(hook: str):
+    return lambda layer: getattr(layer, f"register_{hook}_hook")(lambda *args: None)
+
+
+TOUCHED = {
+    "a subclass of tensors": lambda m: setattr(
+        m, "weight", nn.Parameter(m.weight.as_subclass(Subclass), False)
+    ),
+    "an adapter": lambda m: setattr(m, "__class__", Adapter),
+    "a wrapped forward": lambda m: setattr(m, "forward", partial(_doubled, m)),
+    "a transposed weight": lambda m: setattr(
+        m, "weight", nn.Parameter(m.weight.T.contiguous().T, False)
+    ),
+    "a sparse weight": lambda m: setattr(m, "weight", nn.Parameter(m.weight.to_sparse(), False)),
+    "float64": lambda m: m.double(),
+    "a forward hook": _hooked("forward"),
+    "a forward pre-hook": _hooked("forward_pre"),
+    "a backward hook": _hooked("full_backward"),
+    "a pruned weight": lambda m: prune.random_unstructured(m, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("way", TOUCHED)
+def test_a_layer_that_something_has_changed_is_called_as_it_is(layer, projector, way):
+    module, calls = projector
+    x = torch.randn(2, 1, WIDE)
+    torch.testing.assert_close(module.linear(layer, x), layer(x))
+    assert len(calls) == 1
+    TOUCHED[way](layer)
+    x = x.to(layer.weight.dtype)
+    assert torch.equal(module.linear(layer, x), layer(x))
+    assert len(calls) == 1
+
+
+def test_a_layer_on_fake_tensors_is_traced(projector):
+    with FakeTensorMode():
+        module, layer = projector[0], nn.Linear(WIDE, 17)
+        assert module.linear(layer, torch.randn(1, 1, WIDE)).shape == (1, 1, 17)
+
+
+def test_weights_that_are_moved_or_replaced_are_those_that_count(layer, projector):
+    module, x = projector[0], torch.randn(1, 1, WIDE)
+    module.linear(layer, x)
+    layer.weight = nn.Parameter(2 * layer.weight, False)
+    layer.bias.data = 3 * layer.bias
+    torch.testing.assert_close(module.linear(layer, x), layer(x))
+
+
+@pytest.mark.slow
+def test_copies_of_a_model_with_fused_ops_decode_as_it_does():
+    model = install(tiny.native())
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    for other in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
+        assert other.layers[0].mlp.linear_decode is ops.linear_decode
+        for m in (model, other):
+            m.logits = m(tiny.tokens(2, 1), torch.zeros(1, dtype=torch.long), m.new_cache(2, 4))
+        assert torch.equal(other.logits, model.logits)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.SIZES)
-def test_with_fused_ops_every_linear_layer_of_one_token_is_fused(monkeypatch, family):
-    model, counted = install(tiny.native(family)), []
-    linears = [m for m in model.modules() if isinstance(m, Linear)]
-    for layer in linears:
-        monkeypatch.setattr(
-            layer, "linear_decode", lambda *args: counted.append(1) or ops.linear_decode(*args)
-        )
+@pytest.mark.parametrize("int8", [False, True])
+def test_with_fused_ops_every_linear_layer_of_one_token_is_fused(monkeypatch, family, int8):
+    model, counted = tiny.native(family), []
+    layers = sum(type(m) is nn.Linear for m in model.modules())
+    model = install(quantize(model) if int8 else model)
+    for module in model.modules():
+        if isinstance(module, linear.Projector):
+            monkeypatch.setattr(
+                module, "linear_decode", lambda *args: counted.append(1) or ops.linear_decode(*args)
+            )
     cache = model.new_cache(2, 8)
     model(tiny.tokens(2, 4), torch.arange(4), cache)
     assert not counted
     model(tiny.tokens(2, 1), torch.arange(4, 5), cache)
-    assert len(counted) == len(linears)
+    assert len(counted) == layers
 
 
 def test_an_int8_weight_is_off_by_half_a_scale_at_most(layer):
     layer.weight[3] = 0
     before = layer.weight.clone()
-    quantize(torch.nn.Sequential(layer))
+    [layer] = quantize(nn.Sequential(layer))
     error = (layer.weight * layer.scale[:, None] - before).abs()
     assert layer.weight.dtype == torch.int8
     assert (error <= layer.scale[:, None] * 0.501).all()
@@ -73,8 +196,8 @@ def test_an_int8_weight_is_off_by_half_a_scale_at_most(layer):
 @pytest.mark.parametrize("family", tiny.SIZES)
 def test_every_linear_layer_is_int8_and_the_embedding_is_not(family):
     model = quantize(tiny.native(family))
-    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    assert all(m.weight.dtype == torch.int8 for m in linears)
+    assert not [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert model.layers[0].attn.q_proj.weight.dtype == torch.int8
     assert model.dtype == torch.float32
     assert model.head.weight is not model.embed.weight
 
@@ -82,7 +205,7 @@ def test_every_linear_layer_is_int8_and_the_embedding_is_not(family):
 def test_int8_weights_count_as_one_byte_each():
     original = tiny.native(num_hidden_layers=1, tie_word_embeddings=True)
     light = quantize(copy.deepcopy(original))
-    saved = sum(3 * m.weight.numel() for m in light.modules() if isinstance(m, Linear))
+    saved = sum(3 * m.weight.numel() for m in light.modules() if isinstance(m, Int8Linear))
     before, after = (weight_bytes(m, m.head) for m in (original, light))
     assert after == before - saved
 

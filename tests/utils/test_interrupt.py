@@ -31,6 +31,31 @@ def test_ctrl_c_while_reading_files_always_raises_a_keyboard_interrupt(tmp_path)
                 read()
 
 
+def press(number: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+    raise ValueError("what code in C makes of an interrupt")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_that_end_a_process_act_as_ctrl_c(number):
+    handler = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        signal.raise_signal(number)
+    with pytest.raises(KeyboardInterrupt), interruptible(), interruptible():
+        press(number)
+    assert signal.getsignal(number) is handler
+
+
+def test_a_process_under_nohup_goes_on_without_its_terminal():
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
 def test_errors_without_ctrl_c_stay_what_they_are():
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(ValueError, match="rank"), interruptible():

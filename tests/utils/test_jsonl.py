@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eigenzoo.zoo.utils.jsonl import BENCH, MEASURED, SWEEP, append, read_rows, resume
+from eigenzoo.zoo.utils.jsonl import BENCH, MEASURED, SWEEP, append, read_rows, remove, resume
 
 ROW = {
     "model": "tiny",
@@ -32,8 +32,8 @@ def file(tmp_path):
 
 def test_rows_are_read_as_they_were_appended(file):
     assert read_rows(file, BENCH) == [ROW, ROW | {"context": 128}]
-    row = append(file, ROW | {"slots": (1, 2)})
-    assert row["slots"] == [1, 2]  # JSON has lists, not tuples
+    row = append(file, ROW | {"more": (1, 2)})
+    assert row["more"] == [1, 2]  # JSON has lists, not tuples
     assert read_rows(file, BENCH)[2] == row
 
 
@@ -94,3 +94,40 @@ def test_a_damaged_line_between_rows_raises_an_error_that_names_it(file):
         read_rows(file, BENCH)
     with pytest.raises(ValueError, match="line 1: expected a row that eigenzoo sweep wrote"):
         read_rows(file, SWEEP)
+
+
+def test_a_row_that_lost_power_while_it_was_written_is_removed(file):
+    whole = file.read_bytes()
+    for tail in (bytes(300), json.dumps(ROW).encode()[:50] + bytes(250)):
+        file.write_bytes(whole + tail)
+        assert len(resume(file, BENCH)) == 2
+        assert file.read_bytes() == whole
+
+
+def test_every_flipped_bit_of_a_row_stops_work_from_going_on(file):
+    append(file, ROW | {"code": "1234"})
+    whole = file.read_bytes()
+    begin = whole.rindex(b"\n", 0, -1) + 1
+    for place in range(begin, len(whole) - 1):
+        damaged = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+        file.write_bytes(damaged + whole[begin:])
+        with pytest.raises(ValueError, match=r"bench\.jsonl, line 3"):
+            resume(file, BENCH)
+        assert file.read_bytes() == damaged + whole[begin:]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("context", "64"), ("batch", None), ("compiled", 1), ("versions", []), ("threads", 1.5),
+     ("versions", {"torch": 2}), ("model", ["tiny"]), ("slots", True)],
+)  # fmt: skip
+def test_a_value_of_another_type_is_named(file, name, value):
+    file.write_text(json.dumps(ROW | {name: value}) + "\n")
+    with pytest.raises(ValueError, match=rf"line 1: expected .*, but it has no sound {name}$"):
+        read_rows(file, BENCH)
+
+
+def test_rows_that_are_removed_leave_the_others_as_they_were(file):
+    first, _ = file.read_bytes().splitlines(keepends=True)
+    remove(file, BENCH, lambda row: row["context"] == 128)
+    assert file.read_bytes() == first

@@ -45,4 +45,10 @@ def test_fields_that_came_later_are_not_required():
     later = {"keys", "anchor_block", "keys_reason", "budget", "damping", "refit", "rank_pairs"}
     later |= {"kv_bits"}
     assert later == records.SettingsRecord.__optional_keys__
-    assert {"processor", "versions", "weights"} == records.BenchOrigin.__optional_keys__
+    assert {
+        "processor",
+        "versions",
+        "weights",
+        "contestants",
+        "code",
+    } == records.BenchOrigin.__optional_keys__

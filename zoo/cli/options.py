@@ -4,7 +4,6 @@ A choice is made from the table that the library chooses from, by `choice`. Help
 under titles, such as `TEXTS`.
 """
 
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,19 +30,20 @@ WEIGHTS = {
 TEXTS = "Texts"
 DECODING = "Decoding"
 MODEL = "Model"
+LARGEST = 2**63 - 1  # of torch's integers; floats beyond it have no use here
 
 
 class Command(TyperCommand):
-    """A command whose numbers must be finite: Python reads nan, inf and 1e999 as numbers."""
+    """A command whose numbers are finite and fit torch's: Python reads nan, 1e999 and 10 ** 30."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Raises BadParameter, which names the option."""
         for param in self.params:
             given = ctx.params.get(param.name)
             for x in given if isinstance(given, (list, tuple)) else (given,):
-                if isinstance(x, float) and not math.isfinite(x):
+                if isinstance(x, int | float) and not -LARGEST <= x <= LARGEST:  # NaN is neither
                     names = ", ".join(param.opts)
-                    raise typer.BadParameter(f"{x} is no finite number", param_hint=f"'{names}'")
+                    raise typer.BadParameter(f"{x} is no usable number", param_hint=f"'{names}'")
         return super().invoke(ctx)
 
 
@@ -88,7 +88,7 @@ def _own_refits() -> str:
 
 MORE = "repeat for more."
 KEYS_HELP = "What the cache holds of keys:"
-BLOCK_HELP = "With anchored keys: slots in a block."
+BLOCK_HELP = "With anchored keys: positions in a block."
 LATENT_HELP = "Whether keys and values share a latent:"
 BITS_HELP = "Bits of a number in the cache; 16 stands for the model's dtype."
 DTYPE_HELP = "Dtype of the model; auto is that of the checkpoint. float16 is slow on a CPU."
@@ -119,7 +119,9 @@ Refit = Annotated[str, choice("--refit", REFIT, "What to fit to the calibration 
 Calibration = Annotated[
     str, option("--calibration", help=f"Text to calibrate on: a file, {TEXT_HELP}", panel=TEXTS)
 ]
-Samples = Annotated[int, option("--samples", help="Number of calibration sequences.", panel=TEXTS)]
+Samples = Annotated[
+    int, option("--samples", min=2, help="Number of calibration sequences.", panel=TEXTS)
+]
 SeqLen = Annotated[
     int | None,
     option(

@@ -85,18 +85,21 @@ def refine(
     weights that are best on held-out text. Progress is kept beside OUT: after
     an interruption the same command continues.
     """
-    from ...hub_export.export import check_free
+    from ...hub_export.export import check_shard_size
     from ...hub_export.refine import original_of, refine_checkpoint, state_file
     from ..compression.refine import RefineSettings
     from ..inference.data import check_source
     from ..inference.texts import read_text
+    from ..utils.output import check_folder
 
     settings = RefineSettings(
         *(steps, batch, lr, warmup, weight_decay, clip, every, patience, minutes),
         *(precision, recompute, seed),
     )
     settings.check()
-    check_free(out, force)
+    check_shard_size(shard_size)
+    data = None if calibration == "self" else calibration
+    check_folder(out, force, (source, original, data, text))
     if text is not None:
         read_text(text)  # fails before the long work
     check_source(calibration)

@@ -22,14 +22,14 @@ def report(
 
     The folder gets report.md and figures, which need the extra `plot`.
     """
-    from ...hub_export.export import check_free, new_folder
     from ..measure import tables
     from ..measure.report import write_report
     from ..measure.sweep_table import as_json as table
     from ..measure.sweep_table import sections
     from ..utils.jsonl import SWEEP, read_rows
+    from ..utils.output import check_folder, new_folder
 
-    check_free(out, force)
+    check_folder(out, force, files)
     groups = sections([row for file in files for row in read_rows(file, SWEEP)])
     with new_folder(out, force) as folder:
         figures = write_report(folder, groups)

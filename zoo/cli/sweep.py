@@ -50,6 +50,7 @@ def _names(flag: str, table: Collection[Any], help: str, default: str) -> Any:
 
 
 def sweep(
+    ctx: typer.Context,
     source: Source,
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="File to write, one JSON object a line.")
@@ -117,6 +118,7 @@ def sweep(
         int | None,
         option(
             "--window",
+            min=2,
             help="Tokens in a window; windows do not overlap.",
             default="2048, or what the model can read",
             panel=TEXTS,
@@ -124,7 +126,9 @@ def sweep(
     ] = None,
     windows: Annotated[
         int,
-        option("--windows", help="Largest number of windows; 0: the whole text.", panel=TEXTS),
+        option(
+            "--windows", min=0, help="Largest number of windows; 0: the whole text.", panel=TEXTS
+        ),
     ] = 0,
     decode: Annotated[
         int | None,
@@ -169,16 +173,17 @@ def sweep(
     from ..inference.data import check_source
     from ..inference.texts import read_text
     from ..measure import tables
-    from ..measure.calibrator import Calibration
+    from ..measure.calibrator import Calibration, check_kept
     from ..measure.evaluate import Evaluation
     from ..measure.grid import distinct, grid
     from ..measure.sweep import Sweep
     from ..measure.sweep_table import line, sections
     from ..utils.escape import printable
-    from ..utils.jsonl import SWEEP, read_rows
+    from ..utils.jsonl import SWEEP
+    from ..utils.output import claimed_rows
 
-    if out.exists() and not force:
-        read_rows(out, SWEEP)  # fails for any other file before the model is loaded
+    check_kept(out)
+    ctx.with_resource(claimed_rows(out, SWEEP, force))
     read_text(text)
     for source_of_text in calibration or ():
         check_source(source_of_text)
@@ -211,6 +216,7 @@ def sweep(
     work = Sweep(
         *(original, out, evaluation, calibrations, command, save_statistics, force, decode),
         ready=partial(fuse, ops=ops, compile=True),
+        ops=ops,
     )
     settings = distinct(asked, config)
     if work.file:

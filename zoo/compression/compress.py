@@ -82,7 +82,7 @@ def compress(
     """
     settings = settings or Settings()
     settings.check()
-    settings = settings.fit(model.config, model.device.type)
+    settings = settings.fit(model.config)
     method = METHODS[settings.method]
     statistics = statistics or gather(model, tokens, settings)
     if method.searched:

@@ -57,7 +57,7 @@ def low_config(
 def fold(model: Model, bases: Sequence[LayerBasis], ranks: Ranks, anchor: int = 1) -> Model:
     """A new model whose cache holds latents of `ranks`; weights that do not change are shared.
 
-    anchor: slots of a block within which rotated keys are turned before they are encoded; the
+    anchor: positions in a block within which rotated keys are turned before they are encoded; the
     bases must be of statistics taken so. Raises ValueError where the ranks do not fit the bases.
     """
     config = compressed_config(model.config, bases, ranks, anchor)

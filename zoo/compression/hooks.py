@@ -82,8 +82,7 @@ def feeding(
 
     @cache  # the same for all layers and sequences
     def angles(length: int) -> Any:
-        pos = torch.arange(length, device=model.device)
-        return model.offset(pos[None], pos, anchor)[1]
+        return model.offset(torch.arange(length, device=model.device)[None], anchor)
 
     def turned(x: Tensor) -> Tensor:  # keys, and their gradients alike
         heads = x.detach().unflatten(-1, (-1, model.config.head_dim)).transpose(1, 2)
@@ -117,10 +116,10 @@ def feeding(
         v = k if s.v is None else _Feed(s, of_layer, "v", 1)
         attn = block.attn
         keys = feed(k, change=turned if anchor > 1 else same)
-        hooks.append(attn.k_proj.register_forward_hook(keys))
-        hooks.append(attn.v_proj.register_forward_hook(feed(v, parts - 1)))
+        hooks.append(attn.source("k").register_forward_hook(keys))
+        hooks.append(attn.source("v").register_forward_hook(feed(v, parts - 1)))
         if s.q is not None:
-            hooks.append(attn.q_proj.register_forward_hook(queries(s.q)))
+            hooks.append(attn.source("q").register_forward_hook(queries(s.q)))
         for weight, moments in (
             (attn.k_proj.weight, s.k_weight),
             (attn.v_proj.weight, s.v_weight),

@@ -16,19 +16,19 @@ KEYS = {
     "auto": "anchored or rebuild, by the model and the method",
 }
 TURNED = ("anchored", "pairs", "rotated")  # cached at angles that may not change later
-BLOCK = 16  # slots of a block of anchored keys, unless told
+BLOCK = 16  # positions in a block of anchored keys, unless told
 
 
 class Choice(NamedTuple):
-    """How keys are held: a name in `KEYS`, the slots of an anchored block, and why."""
+    """How keys are held: a name in `KEYS`, the positions in an anchored block, and why."""
 
     keys: str
     block: int
     reason: str
 
 
-def choose_keys(config: Config, device: str, rebuilds: bool = False) -> Choice:
-    """What `auto` means for a model on a kind of device, such as cpu or cuda.
+def choose_keys(config: Config, rebuilds: bool = False) -> Choice:
+    """What `auto` means for a model.
 
     rebuilds: whether the method only knows rebuilt keys. Without a rotation nothing is rebuilt.
     """

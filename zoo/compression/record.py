@@ -40,13 +40,15 @@ def texts(
     model = original.model
     seq_len = seq_len or min(1024, model.config.max_position_embeddings)
     needed = METHODS[settings.method].data
-    tokens = held_out = torch.empty(0, seq_len, dtype=torch.long, device=model.device)
+    test = windows(original.tokenizer, model, text)  # fails before the long work
+    tokens = torch.empty(0, seq_len, dtype=torch.long, device=model.device)
     if needed or text is None:
         samples = samples if needed else max(2, samples // 8)  # as many as would be held out
         tokens = calibration_tokens(calibration, model, original.tokenizer, samples, seq_len, seed)
-    if text is None:
+    if test is None:
         tokens, held_out = hold_out(tokens) if needed else (tokens[:0], tokens)
-    return tokens, windows(original.tokenizer, model.config, text, held_out, calibration)
+        test = held_out_windows(held_out, calibration)
+    return tokens, test
 
 
 def about(
@@ -83,22 +85,26 @@ def calibrated_on(calibration: str, tokens: Tensor) -> TextRecord:
 
 def windows(
     tokenizer: PreTrainedTokenizerBase,
-    config: Config,
+    model: Model,
     text: Path | None,
-    held_out: Tensor,
-    calibration: str,
-) -> Windows:
-    """A file to measure on, or else held-out sequences (N, T) of the text to calibrate on.
+) -> Windows | None:
+    """A file to measure on; None without one.
 
     Raises ValueError if the file cannot be read, or has no token that can be predicted.
     """
     if text is None:
-        return Windows(f"held-out {_name(calibration)} text", held_out)
-    tokens = read_tokens(tokenizer, read_text(text), config.vocab_size).to(held_out.device)
+        return None
+    tokens = read_tokens(tokenizer, read_text(text), model.config.vocab_size)
     if len(tokens) < 2:
         raise ValueError(f"{text} has {len(tokens)} tokens: expected at least 2")
-    window = min(2048, config.max_position_embeddings, len(tokens))
-    return Windows(text.name, tokens[: len(tokens) // window * window].view(-1, window))
+    window = min(2048, model.config.max_position_embeddings, len(tokens))
+    rows = tokens[: len(tokens) // window * window].view(-1, window)
+    return Windows(text.name, rows.to(model.device))
+
+
+def held_out_windows(held_out: Tensor, calibration: str) -> Windows:
+    """Sequences (N, T) of the text to calibrate on, to measure on."""
+    return Windows(f"held-out {_name(calibration)} text", held_out)
 
 
 def evaluation(models: Mapping[str, Model], test: Windows) -> QualityRecord:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..inference.data import hold_out
 from ..models.families import model_of
 from ..models.model import Model
-from ..utils.provenance import fingerprint
+from ..utils.provenance import fingerprint, work
 from ..utils.records import RefineStep
 from ..utils.resume import check_same, read_state, write_state
 from .distill import Distiller
@@ -116,6 +116,10 @@ def check_pair(dense: Model, low: Model) -> None:
             )
 
 
+def _content(model: Model) -> str:
+    return fingerprint(repr(model.config), *model.state_dict().values())
+
+
 class _Run:
     """A refinement in progress: its weights, its text, and its state."""
 
@@ -144,10 +148,14 @@ class _Run:
         self.step, self.began, self.diverged = 0, time.perf_counter(), False
         self.losses: list[float] = []  # since the last measurement
         self.history: list[RefineStep] = []
-        self.about = settings._asdict() | {
-            "weights": fingerprint(*self.best.values()),
-            "text": fingerprint(tokens, held_out),
-        }
+        self.about = work(
+            low.device,
+            **settings._asdict(),
+            **{name: _content(model) for name, model in (("model", low), ("original", dense))},
+            sequences=len(tokens),
+            seq_len=tokens.size(1),
+            texts=fingerprint(tokens, held_out),
+        )
 
     def _with(self, weights: Mapping[str, Tensor]) -> Model:
         """The compressed model with fp32 copies of the weights to train."""
@@ -228,7 +236,7 @@ class _Run:
     def resume(self, path: Path) -> None:
         """Go on from what `save` wrote. Raises ValueError if that was another run."""
         tensors, facts = read_state(path)
-        check_same(path, self.about, facts["about"])
+        check_same(path, self.about, facts.get("about", {}))
         self.step, self.history = facts["step"], facts["history"]
         self.began -= facts["seconds"]
         states = {}

@@ -69,7 +69,7 @@ class Settings(NamedTuple):
         if self.rank_pairs is not None and self.rank_pairs < 1:
             raise ValueError(f"rank pairs is {self.rank_pairs}: expected at least 1")
         if self.anchor_block is not None and self.anchor_block < 2:
-            raise ValueError(f"anchor block is {self.anchor_block}: expected at least 2 slots")
+            raise ValueError(f"anchor block is {self.anchor_block}: expected at least 2 positions")
         if self.error_budget is not None and not self.error_budget >= 0:
             raise ValueError(f"the error budget is {self.error_budget}: expected 0 or more")
         if self.damping is not None:
@@ -126,18 +126,18 @@ class Settings(NamedTuple):
         if self.refit and not METHODS[self.method].data:
             raise ValueError(f"{self.method} reads no text, so there is nothing to refit to")
 
-    def fit(self, config: Config, device: str = "cpu") -> "Settings":
-        """The settings with every open choice made, for a dense model on a kind of device.
+    def fit(self, config: Config) -> "Settings":
+        """The settings with every open choice made, for a dense model.
 
         Raises ValueError for settings that do not fit the model, and for a compressed model.
         """
         if config.kv_width != config.dense_kv_width:
             raise ValueError("the model is compressed already: take the model it was made from")
         if self.keys == "auto":
-            choice = choose_keys(config, device, METHODS[self.method].rebuilds)
+            choice = choose_keys(config, METHODS[self.method].rebuilds)
             block = self.anchor_block or choice.block
             chosen = self._replace(keys=choice.keys, anchor_block=block, keys_reason=choice.reason)
-            return chosen.fit(config, device)
+            return chosen.fit(config)
         if self.keys in TURNED:
             if not config.rotary:
                 raise ValueError(

@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from ..utils.replace import replacing
-from ..utils.resume import check_same
+from ..utils.resume import KeptFiles, check_same, sealed, unsealed
 
 PROGRESS = "progress.json"
 BAR = (
@@ -26,29 +25,18 @@ class Step(NamedTuple):
 
 
 def take_steps(
-    folder: Path,
+    kept: KeptFiles,
     steps: Sequence[Step],
     facts: Mapping[str, Any],
     begin: Callable[[], None],
-    delete: Callable[[str], None],
 ) -> None:
-    """Take the steps that are not done yet, and note each in `folder`.
+    """Take the steps that are not done yet, and note each in the folder of their files.
 
-    facts: what the work depends on, as JSON holds it. begin: is called before the first step of
-    new work. delete: removes a file that is no longer needed. Raises ValueError if the folder was
-    left by work on other facts.
+    facts: what the work depends on, see `provenance.work`. begin: is called before the first step
+    of new work. Raises ValueError if the folder was left by work on other facts, or is damaged.
     """
-    state, done = folder / PROGRESS, 0
-    if state.exists():
-        try:
-            left = json.loads(state.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{state} is damaged ({error}): delete {folder} to start again"
-            ) from error
-        check_same(folder, facts, left["facts"])
-        done = left["done"]
-    else:
+    done = _done(kept, facts)
+    if not done:
         begin()
     costs = [step.cost for step in steps]
     with tqdm(
@@ -62,8 +50,26 @@ def take_steps(
         for number, step in enumerate(steps[done:], done + 1):
             bar.set_description(step.name)
             stale = step.take()
-            with replacing(state) as part:
-                part.write_text(json.dumps({"facts": dict(facts), "done": number}))
-            for name in stale:
-                delete(name)
+            kept.forget(stale)
+            progress = {"facts": dict(facts), "done": number, "files": kept.sums}
+            with replacing(kept.folder / PROGRESS) as part:
+                part.write_text(json.dumps(sealed(progress)))
+            kept.delete(stale)
             bar.update(step.cost)
+
+
+def _done(kept: KeptFiles, facts: Mapping[str, Any]) -> int:
+    """How many steps are done by the files, which are those of `facts`, and whole."""
+    state = kept.folder / PROGRESS
+    try:
+        left = unsealed(json.loads(state.read_bytes()))
+    except FileNotFoundError:
+        return 0
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{state} is damaged ({error}): delete {kept.folder} to start again"
+        ) from error
+    check_same(kept.folder, facts, left.get("facts", {}))
+    kept.sums = left["files"]
+    kept.check()
+    return left["done"]

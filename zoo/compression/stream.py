@@ -10,13 +10,11 @@ ones. Peak memory: the weights outside layers, two layers, and one layer's activ
 import shutil
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..inference.perplexity import Perplexity, mean_perplexity, row_losses
@@ -25,6 +23,7 @@ from ..models.cache import LayerCache, StaticCache
 from ..models.families import model_of
 from ..models.model import Model
 from ..utils.records import LayerRecord
+from ..utils.resume import KeptFiles
 from .allocate import Ranks
 from .basis import LayerBasis
 from .calibrate import gather_sums
@@ -50,7 +49,7 @@ def check_stream(settings: Settings) -> None:
 
 
 class Stream:
-    """The work, and its files in a folder."""
+    """The work, and the files that it goes on from."""
 
     def __init__(
         self,
@@ -59,16 +58,16 @@ class Stream:
         tokens: Tensor,
         windows: Tensor,
         settings: Settings,
-        folder: Path,
+        kept: KeptFiles,
         write: Callable[[int, dict[str, Tensor]], None],
     ):
         """Nothing long happens yet.
 
         model: `files.model()`. tokens: (N, T) to calibrate on. windows: (M, W) to measure
         perplexity on. settings: fitted to the model. write: is given the number and the
-        weights of every folded layer.
+        weights of every folded layer, and keeps them.
         """
-        self.files, self.model, self.settings, self.folder = files, model, settings, folder
+        self.files, self.model, self.settings, self.kept = files, model, settings, kept
         self.tokens, self.windows, self.write = tokens, windows, write
         self.method, self.count = METHODS[settings.method], model.config.num_hidden_layers
         self.needs, self.anchor = needs(settings, model.config), settings.anchor(model.config)
@@ -77,21 +76,24 @@ class Stream:
         """Raise ValueError if the files of the steps do not fit on the disk."""
         one = self.tokens.numel() * self.model.config.hidden_size * self.model.dtype.itemsize
         need = one * (self.count + 3 if self.method.gradients else 4)
-        free = shutil.disk_usage(self.folder).free
+        weights = sum(p.nbytes for p in self.model.parameters())
+        free = max(0, shutil.disk_usage(self.kept.folder).free - weights)
         if need > free:
             others = methods_that(lambda m: m.streamed and not m.gradients)
             less = f", or --method {others}, which needs {4 * one / 1e9:.1f} GB"
             raise ValueError(
-                f"the hidden states of all layers take {need / 1e9:.1f} GB in {self.folder}, where "
-                f"{free / 1e9:.1f} GB are free: take fewer --samples" + less * self.method.gradients
+                f"the hidden states of all layers take {need / 1e9:.1f} GB in {self.kept.folder}, "
+                f"where {free / 1e9:.1f} GB are free beside the new weights: take fewer --samples"
+                f"{less * self.method.gradients}"
             )
 
     def run(self, facts: Mapping[str, Any]) -> None:
-        """Take the steps that are not done yet. facts: what the work depends on, as JSON holds it.
+        """Take the steps that are not done yet.
 
-        Raises ValueError if the folder was left by work on other facts, or the disk is too small.
+        facts: what the work depends on, see `provenance.work`. Raises ValueError if the folder was
+        left by work on other facts or is damaged, or the disk is too small.
         """
-        take_steps(self.folder, self._steps(), facts, self.check_room, self._delete)
+        take_steps(self.kept, self._steps(), facts, self.check_room)
 
     def _steps(self) -> list[Step]:
         layers = range(self.count)
@@ -246,7 +248,8 @@ class Stream:
 
     def _basis(self, i: int, whole: bool = True) -> LayerBasis:
         sides: dict[str, dict[str, Any]] = {}
-        with safe_open(self._path(f"basis-{i}"), "pt", device=str(self.model.device)) as file:
+        path, device = self.kept.path(f"basis-{i}"), str(self.model.device)
+        with safe_open(path, "pt", device=device) as file:
             for key in file.keys():  # noqa: SIM118, the file is no mapping
                 side, name = key.split(".")
                 read = whole or name not in ("encoder", "decoder")
@@ -270,14 +273,8 @@ class Stream:
         pairs = zip(rows, self.windows[:, 1:], strict=True)
         return torch.stack([row_losses(model, model.finish(x[None])[0], y) for x, y in pairs])
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
-
-    def _delete(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
-
     def _get(self, name: str) -> dict[str, Tensor]:
-        return load_file(self._path(name), device=str(self.model.device))
+        return self.kept.read(name, self.model.device)
 
     def _put(self, name: str, **tensors: Tensor) -> None:
-        save_file({k: x.contiguous() for k, x in tensors.items()}, self._path(name))
+        self.kept.write(name, tensors)

@@ -1,34 +1,34 @@
 """Load checkpoints: Hugging Face folders, Hub ids, GGUF files and compressed checkpoints."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
 )
 
-from ..models.config import Config, kv_bytes
+from ..models.config import Config, check_sizes, kv_bytes
 from ..models.families import FAMILIES
 from ..models.model import Model
+from .files import read_json
+from .gguf import gguf_config, gguf_tensors
+from .gguf_file import first_part, model_name, open_gguf
 from .hub import FAILURES, card_license, failure_reason, parse_hub_id
+from .quantized import dequantizer, quantization, read_by_transformers, unquantized
+from .tokenizer import read_tokenizer
 from .weights import LayerFiles, build, read_folder
 
 MODEL_TYPE = "eigen"  # `model_type` in config.json of a compressed checkpoint
 FORMAT = 1  # newest format of compressed checkpoints; 0: no `format_version` and no code hashes
 FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "README.md"]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 LATER = {"anchor", "pairs", "k_bits", "v_bits"}  # optional: added to config.json after format 0
 PICKLED = ["pytorch_model*.bin*"]  # downloaded only if there are no safetensors
 
@@ -41,7 +41,7 @@ class Checkpoint(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     """Of transformers."""
     config: dict[str, Any]
-    """config.json as it was read."""
+    """config.json as it was read, without the quantization of its weights."""
     generation: GenerationConfig
     """Of transformers, with the tokens that end a text."""
     name: str
@@ -60,7 +60,8 @@ def load(
     """Load a dense or a compressed checkpoint for inference.
 
     - source: a folder, a GGUF file or a Hub id, org/name or org/name@revision.
-    - dtype: None keeps that of the checkpoint, float32 for a GGUF file.
+    - dtype: None keeps that of the checkpoint, float32 for a GGUF file; for quantized weights, that
+      of config.json or bfloat16.
     - device: where the weights go.
     - revision: branch, tag or commit of a Hub id.
     - trust_remote_code: let the tokenizer run code that comes with the checkpoint.
@@ -71,7 +72,13 @@ def load(
     path = locate(source, revision)
     raw = read_config(path)
     config = native_config(raw)  # raises for unsupported models before weights are read
-    tensors = _read_gguf(path, raw) if path.suffix == ".gguf" else read_folder(path)
+    if path.suffix == ".gguf":
+        tensors = gguf_tensors(open_gguf(path), raw)
+    elif plain := dequantizer(quantization(raw)):
+        tensors = plain(read_folder(path))
+    else:
+        tensors = read_by_transformers(path, raw)
+    dtype = dtype or _dequantized_dtype(raw)
     model = build(config, tensors, dtype, device, native=raw["model_type"] == MODEL_TYPE)
     return _checkpoint(source, path, raw, model, trust_remote_code)
 
@@ -90,8 +97,18 @@ def open_layers(
     """
     path = locate(source, revision)
     raw = read_config(path)
-    files = LayerFiles(path, native_config(raw), dtype, device)
+    config, stored = native_config(raw), quantization(raw)
+    plain = dequantizer(stored)
+    if plain is None:
+        raise ValueError(f"{source} is quantized so that it is read whole: omit --stream")
+    dtype = dtype or _dequantized_dtype(raw)
+    files = LayerFiles(path, config, dtype, device, plain if stored else None)
     return _checkpoint(source, path, raw, files.model(), trust_remote_code), files
+
+
+def _dequantized_dtype(raw: dict[str, Any]) -> torch.dtype | None:
+    """The dtype of weights that were quantized; None if they were not, and have their own."""
+    return (config_dtype(raw) or torch.bfloat16) if quantization(raw) else None
 
 
 def _checkpoint(
@@ -102,16 +119,11 @@ def _checkpoint(
     # transformers chooses the tokenizer's class by the config, and may not accept this config
     foreign = model.config.foreign or raw["model_type"] == MODEL_TYPE
     like = {"config": CONFIG_MAPPING[model.config.family]()} if foreign else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, **gguf, **like
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder} has no tokenizer: add its files ({reason})") from error
-    local = path.stem if gguf else path.name  # cards show it, so not the user's whole path
+    tokenizer = read_tokenizer(folder, trust_remote_code, **gguf, **like)
+    local = model_name(path) if gguf else path.name  # cards show it, so not the user's whole path
     name = local if Path(source).expanduser().exists() else parse_hub_id(source)[0]
-    return Checkpoint(model, tokenizer, raw, _generation(folder, raw), name, card_license(folder))
+    generation, license = _generation(folder, raw), card_license(folder)
+    return Checkpoint(model, tokenizer, unquantized(raw), generation, name, license)
 
 
 def stop_tokens(checkpoint: Checkpoint) -> list[int]:
@@ -125,7 +137,7 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
     """What config.json of a checkpoint records: sizes, ranks, cache bytes and provenance."""
     raw = read_config(locate(source, revision, ["config.json"]))
     c = native_config(raw)
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    dtype = config_dtype(raw) or torch.float32
     return {
         "model": source,
         "family": c.family,
@@ -133,7 +145,7 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
         "num_attention_heads": c.num_attention_heads,
         "num_key_value_heads": c.num_key_value_heads,
         "head_dim": c.head_dim,
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         **kv_bytes(c),
         "joint_kv": c.joint_kv,
         "k_heads_per_latent": c.k_heads_per_latent,
@@ -154,14 +166,17 @@ def locate(source: str, revision: str | None = None, files: Sequence[str] = FILE
     A Hub id may include a revision: org/name@revision. files: patterns of the files to download.
     Raises ValueError if the source does not exist or cannot be downloaded.
     """
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        known = path.exists() or path.is_symlink()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or of an unknown user
+        raise ValueError(f"{source} cannot be read: {error}") from error
     if path.is_dir():
-        lone = [] if (path / "config.json").exists() else list(path.glob("*.gguf"))
-        return lone[0] if len(lone) == 1 else path
+        return path if (path / "config.json").exists() else _lone_gguf(path) or path
     if path.is_file() and path.suffix == ".gguf":
-        return path
-    if path.exists():
-        raise ValueError(f"{source} is a file: expected a folder, a .gguf file or a Hub id")
+        return first_part(path)
+    if known:
+        raise ValueError(f"{source} is no folder: expected a folder, a .gguf file or a Hub id")
     if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") != 1:
         raise ValueError(f"{source} does not exist: expected a folder, a .gguf file or a Hub id")
     name, revision = parse_hub_id(source, revision)
@@ -176,71 +191,84 @@ def locate(source: str, revision: str | None = None, files: Sequence[str] = FILE
         ) from error
 
 
+def _lone_gguf(folder: Path) -> Path | None:
+    """The only GGUF file of a folder, or the first part of the only split one; None without."""
+    files = sorted({first_part(path) for path in folder.glob("*.gguf")})
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise ValueError(f"{folder} holds several models, {names}: give the path of one of them")
+    return files[0] if files else None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a folder, or the same from a GGUF file. Raises ValueError without one."""
     if path.suffix == ".gguf":
-        if find_spec("gguf") is None:
-            raise ValueError(f"{path} needs the package gguf: pip install 'eigenzoo[gguf]'")
-        raw = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
-        return {k: v for k, v in raw.items() if k != "quantization_config"}
-    try:
-        return {**json.loads((path / "config.json").read_text())}
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} has no config.json: expected a model folder") from None
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}/config.json is not a JSON object: {error}") from error
+        return gguf_config(path, open_gguf(path))
+    file = path / "config.json"
+    if not file.is_symlink() and not file.exists():
+        raise ValueError(f"{path} has no config.json: expected a model folder")
+    return read_json(file)
 
 
 def native_config(raw: dict[str, Any]) -> Config:
     """The native config for a config.json. Raises ValueError naming an unsupported field."""
     kind = raw.get("model_type")
     family = raw.get("family") if kind == MODEL_TYPE else kind
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(
             f"architecture {family!r} is not supported: expected a checkpoint whose config.json "
             f"has a model_type among {', '.join(FAMILIES)}, or '{MODEL_TYPE}'"
         )
+    check_sizes(raw)
+    config_dtype(raw)
     config = FAMILIES[family].config
     if kind == MODEL_TYPE:
-        if raw.get("format_version", 0) > FORMAT:
+        version = raw.get("format_version", 0)
+        if type(version) is not int or not 0 <= version <= FORMAT:
             raise ValueError(
-                f"the checkpoint has format {raw['format_version']}, but this eigenzoo reads "
-                f"formats up to {FORMAT}: upgrade eigenzoo"
+                f"the checkpoint has format {version!r}, but this eigenzoo reads formats up to "
+                f"{FORMAT}: upgrade eigenzoo"
             )
         names = {f.name for f in fields(config)}
         missing = names - raw.keys() - LATER
         if missing:
             raise ValueError(f"config.json lacks {', '.join(sorted(missing))}: export it again")
         return config(**{name: raw[name] for name in names & raw.keys()})
-    if raw.get("quantization_config"):
-        raise ValueError(
-            "config.json has a quantization_config: expected weights that are not quantized; "
-            "dequantize the checkpoint first"
-        )
+    quantization(raw)
+    raw = unquantized(raw)
     known = CONFIG_MAPPING[family]
-    if config.foreign:
-        return config.from_hf(known().to_dict() | raw)
     try:
+        if config.foreign:
+            return config.from_hf(known().to_dict() | raw)
         return config.from_hf(raw | known.from_dict(raw).to_dict())
-    except StrictDataclassError as error:
-        raise ValueError(f"config.json does not fit transformers' {family}: {error}") from error
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config.json does not fit transformers' {family}: {reason}") from error
 
 
-def _read_gguf(path: Path, raw: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a GGUF file, dequantized by transformers. raw: as `read_config` returns it."""
-    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    hf = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, config=config
-    )
-    return iter(hf.state_dict().items())
+def config_dtype(raw: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that a config.json names, if it does. Raises ValueError if it is not a float's."""
+    name = raw.get("dtype") or raw.get("torch_dtype")
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise ValueError(f"dtype in config.json is {name!r}: expected one of {', '.join(DTYPES)}")
+    return getattr(torch, name)
 
 
 def _generation(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
     """The checkpoint's generation config, or one with the token ids of its config.json."""
-    path = folder / "generation_config.json"
-    if not path.exists():
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        return GenerationConfig(**{name: raw.get(name) for name in names})
-    values = json.loads(path.read_text())
+    path, names = folder / "generation_config.json", ("bos", "eos", "pad")
+    ids = {f"{name}_token_id": raw.get(f"{name}_token_id") for name in names}
+    values = read_json(path) if path.exists() or path.is_symlink() else ids
+    for name in ids:
+        given = values.get(name)
+        listed = given if isinstance(given, list) else [given]
+        if not all(token is None or type(token) is int for token in listed):
+            raise ValueError(f"{name} of {folder} is {given!r}: expected the number of a token")
     values.pop("max_new_tokens", None)  # it would override the caller's max_length
-    return GenerationConfig.from_dict(values)
+    try:
+        return GenerationConfig.from_dict(values)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not fit transformers: {reason}") from error

@@ -141,6 +141,8 @@ def hub_text(name: str, characters: int) -> Text:
             f"hub:{name} needs the package datasets: pip install 'eigenzoo[data]'"
         ) from None
     dataset, _, config = name.partition(":")
+    if not dataset:
+        raise ValueError("hub: names no dataset: expected hub:DATASET or hub:DATASET:CONFIG")
     failures = (*FAILURES, datasets.exceptions.DatasetsError)
     try:
         stream = datasets.load_dataset(dataset, config or None, split="train", streaming=True)

@@ -14,6 +14,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from .files import readable
+
 FAILURES = (HTTPError, HFValidationError, OSError)  # connection, bad name, disk
 
 
@@ -65,6 +67,7 @@ def card_license(folder: Path) -> str | None:
     file = folder / "README.md"
     if not file.exists():
         return None
+    readable(file)
     try:
         return ModelCard.load(file, ignore_metadata_errors=True).data.get("license")
     except (ValueError, yaml.YAMLError):

@@ -41,7 +41,7 @@ def decode_by_layer(
     x, pos, attn_metadata = model.begin(tokens, pos, cache, valid)
     for i, layer in enumerate(model.layers):
         x = _layer(layer, x, pos, attn_metadata, cache.layer(i))
-    return model.head(model.finish(x))[:, -1]
+    return model.linear(model.head, model.finish(x))[:, -1]
 
 
 # all layers of equal shapes share one compiled region; the number of kinds is not limited

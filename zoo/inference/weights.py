@@ -1,11 +1,11 @@
 """Weights of checkpoints: read and check files, and build a model, whole or layer by layer."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
-from pathlib import Path
-from pickle import UnpicklingError
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -15,6 +15,12 @@ from torch import Tensor
 from ..models.config import Config
 from ..models.families import model_of, new_model
 from ..models.model import Model
+from .files import read_json, readable
+
+EMBED = "embed.weight"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Tensors = Iterator[tuple[str, Tensor]]
+STORED = dict(zip(("F32", "BF16", "F16", "F64"), FLOATS, strict=True))  # names in safetensors
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -29,19 +35,31 @@ def _read_files(
     folder: Path, whole: str, read: Callable[[Path], Iterator[tuple[str, Tensor]]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of file `whole`, or of the shards that its index lists."""
-    for path in _shards(folder, whole):
+    for path in shards(folder, whole):
         yield from read(path)
 
 
-def _shards(folder: Path, whole: str) -> list[Path]:
+def shards(folder: Path, whole: str) -> list[Path]:
+    """The file `whole`, or the shards that its index lists, which must lie in the folder.
+
+    A file may be a link out of the folder, as all files in the Hub's cache are.
+    """
     index = folder / f"{whole}.index.json"
-    names = [whole]
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = _listed(index) if index.exists() else [whole]
     for name in names:
         if not (folder / name).exists():
             raise ValueError(f"{folder} lacks {name}: expected weights as safetensors or .bin")
-    return [folder / name for name in names]
+    return [readable(folder / name) for name in names]
+
+
+def _listed(index: Path) -> list[str]:
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{index} has no weight_map: expected the name of a file for each weight")
+    for key, name in files.items():
+        if not isinstance(name, str) or PurePath(name).name != name or name == "..":
+            raise ValueError(f"{index} has {name!r} for {key}: expected a file in the same folder")
+    return sorted(set(files.values()))
 
 
 def _open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -54,22 +72,27 @@ def _open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def opened(path: Path) -> Iterator[Any]:
     """An open safetensors file. Raises ValueError if it is damaged."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(readable(path), "pt") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): download or export it again") from error
 
 
 def _open_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a pickled file. For other content, raises ValueError and runs none."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+        tensors = torch.load(readable(path), map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # a damaged pickle raises anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no end"
         raise ValueError(
             f"{path} is damaged, or holds more than tensors ({reason}): download it again, or, if "
             "you trust it, convert it to safetensors"
         ) from error
+    pairs = tensors.items() if isinstance(tensors, dict) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in pairs):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}: expected tensors by name")
     while tensors:
         yield tensors.popitem()
 
@@ -95,11 +118,17 @@ def build(
 ) -> Model:
     """A model with these weights, each cast to dtype and moved to device as it is read.
 
-    native: names are those of compressed checkpoints, else those of Hugging Face's. Raises
-    ValueError if a weight is missing, unknown, of the wrong shape, or not finite.
+    dtype: None keeps that of the weights; of mixed ones, that of most numbers. native: names are
+    those of compressed checkpoints, else those of Hugging Face's. Raises ValueError if a weight is
+    missing, unknown, given twice, of the wrong shape, not floating-point, or not finite.
     """
     parts = _native_parts if native else config.weights
-    return model_of(config, _weights(_expected(config), parts, tensors, dtype, device))
+    weights = _weights(_expected(config), parts, tensors, dtype, device)
+    numbers: Counter[torch.dtype] = Counter()
+    for x in weights.values():
+        numbers[x.dtype] += x.numel()
+    main = _main_dtype(numbers)
+    return model_of(config, {key: _cast(key, x, main, device) for key, x in weights.items()})
 
 
 def _expected(config: Config) -> dict[str, Tensor]:
@@ -119,26 +148,65 @@ def _weights(
     device: torch.device | str,
 ) -> dict[str, Tensor]:
     """The weights `expected`, made from `tensors` by `parts`. Errors as in `build`."""
-    weights = {}
+    weights: dict[str, Tensor] = {}
+    tied = None
     for key, tensor in tensors:
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"weight {key} is not finite: use a checkpoint without NaN and infinity"
-            )
         for name, part in parts(key, tensor):
             if name == "head.weight" and name not in expected:
-                continue  # tied
-            if name not in expected or part.shape != expected[name].shape:
-                want = tuple(expected[name].shape) if name in expected else "no such weight"
-                raise ValueError(
-                    f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}"
-                )
-            cast = dtype if part.is_floating_point() else None
-            weights[name] = part.to(device, cast or part.dtype)
+                tied = part
+                continue
+            if name in weights:
+                raise ValueError(f"weight {key} is given twice: export the checkpoint again")
+            _check_part(key, part, expected.get(name))
+            weights[name] = _cast(key, part, dtype, device)
+    _check_complete(expected, weights)
+    if tied is not None and not torch.equal(_cast("head", tied, dtype, device), weights[EMBED]):
+        raise ValueError(
+            "the embedding and the head have different weights, and tie_word_embeddings in "
+            "config.json is true: expected false, or equal weights"
+        )
+    return weights
+
+
+def _check_complete(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     missing = expected.keys() - weights.keys()
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
-    return weights
+
+
+def _check_part(key: str, part: Tensor, expected: Tensor | None) -> None:
+    _check_kind(key, part, expected)
+    if not part.isfinite().all():
+        raise ValueError(f"weight {key} is not finite: use a checkpoint without NaN and infinity")
+
+
+def _check_kind(key: str, part: Tensor, expected: Tensor | None) -> None:
+    if expected is None or part.shape != expected.shape:
+        want = "no such weight" if expected is None else tuple(expected.shape)
+        raise ValueError(f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}")
+    whole = expected.dtype == torch.int64
+    if part.layout != torch.strided or part.dtype not in ((torch.int64,) if whole else FLOATS):
+        want = "int64" if whole else "float16, bfloat16, float32 or float64"
+        raise ValueError(
+            f"weight {key} is {_short(part.dtype)}: expected {want}; quantized weights need their "
+            "quantization_config in config.json"
+        )
+
+
+def _cast(key: str, part: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+    cast = part.to(device, dtype if part.is_floating_point() else None)
+    if cast.dtype == torch.float16 != part.dtype and not cast.isfinite().all():
+        raise ValueError(f"weight {key} exceeds float16: use bfloat16 or float32")
+    return cast
+
+
+def _main_dtype(numbers: Mapping[torch.dtype, int]) -> torch.dtype:
+    """The dtype of most numbers, which a model of mixed dtypes gets. numbers: by dtype."""
+    return max(FLOATS, key=lambda dtype: numbers.get(dtype, 0))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class LayerFiles:
@@ -150,31 +218,50 @@ class LayerFiles:
         config: Config,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        plain: Callable[[Tensors], Tensors] | None = None,
     ):
-        """Read only names and shapes. folder: of the checkpoint; the rest as in `build`."""
+        """Read only names, shapes and dtypes, and check them.
+
+        folder: of the checkpoint. plain: makes tensors as they are stored floating-point; None if
+        they are. The rest as in `build`.
+        """
         if not list(folder.glob("*.safetensors*")):
             raise ValueError(
                 f"{folder} has no safetensors, which reading layer by layer needs: convert the "
                 "checkpoint, or omit --stream"
             )
-        self.config, self.dtype, self.device = config, dtype, device
-        self.paths = _shards(folder, "model.safetensors")
+        self.config, self.device, self.plain = config, device, plain or iter
+        self.paths = shards(folder, "model.safetensors")
         # names of tensors by layer ("" for those outside layers) and file
         self.keys: dict[str, dict[Path, list[str]]] = {}
         self.expected: dict[str, dict[str, Tensor]] = {}
+        self.found: dict[str, dict[str, Tensor]] = {}
         for name, x in _expected(config).items():
             self.expected.setdefault(_layer_of(name), {})[name] = x
+        numbers: Counter[torch.dtype] = Counter()
         for path in self.paths:
             with opened(path) as file:
                 for key in file.keys():  # noqa: SIM118, the file is no mapping
-                    self._place(path, key, file.get_slice(key).get_shape())
+                    tensor = file.get_slice(key)
+                    self._place(path, key, _on_meta(file, key), whole=plain is None)
+                    if tensor.get_dtype() in STORED:
+                        numbers[STORED[tensor.get_dtype()]] += prod(tensor.get_shape())
+        self.dtype = dtype or _main_dtype(numbers)
+        if plain is None:
+            for layer, expected in self.expected.items():
+                _check_complete(expected, self.found.get(layer, {}))
 
-    def _place(self, path: Path, key: str, shape: list[int]) -> None:
-        parts = self.config.weights(key, torch.empty(shape, device="meta"))
-        for layer in {_layer_of(name) for name, _ in parts}:
+    def _place(self, path: Path, key: str, tensor: Tensor, whole: bool) -> None:
+        for name, part in self.config.weights(key, tensor):
+            layer = _layer_of(name)
             if layer not in self.expected:
                 raise ValueError(f"weight {key}: config.json expects no such weight")
-            self.keys.setdefault(layer, {}).setdefault(path, []).append(key)
+            if whole and (name != "head.weight" or name in self.expected[layer]):  # else tied
+                _check_kind(key, part, self.expected[layer].get(name))
+            self.found.setdefault(layer, {})[name] = part
+            names = self.keys.setdefault(layer, {}).setdefault(path, [])
+            if key not in names:
+                names.append(key)
 
     def model(self) -> Model:
         """The model with the weights outside layers; its layers are on meta."""
@@ -200,7 +287,15 @@ class LayerFiles:
                         yield key, file.get_tensor(key)
 
         parts, expected = self.config.weights, self.expected[layer]
-        return _weights(expected, parts, tensors(), self.dtype, self.device)
+        return _weights(expected, parts, self.plain(tensors()), self.dtype, self.device)
+
+
+def _on_meta(file: Any, key: str) -> Tensor:
+    """A tensor of an open safetensors file without its numbers."""
+    stored = file.get_slice(key)
+    shape = stored.get_shape()
+    dtype = (stored[:0] if shape else file.get_tensor(key)).dtype
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _layer_of(name: str) -> str:
@@ -208,4 +303,6 @@ def _layer_of(name: str) -> str:
 
 
 def _native_parts(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    yield key.removeprefix("model."), tensor
+    # in older checkpoints, the norms of MPT's qk_ln are parts of its projections
+    name = re.sub(r"\.([qk])_proj\.norm\.", r".\1_bound.norm.", key.removeprefix("model."))
+    yield name, tensor

@@ -1,13 +1,14 @@
 """A bench at every batch size and context, with its rows in a file from which it resumes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
-from ..utils.jsonl import BENCH, append, resume
+from ..utils.jsonl import BENCH, append, remove, resume
 from ..utils.records import BenchOrigin, BenchRow
+from ..utils.resume import check_same
 from .bench import bench
 from .timed_models import Cell, Contestant
 
@@ -45,13 +46,35 @@ class BenchGrid(NamedTuple):
         ]
 
 
-def rows_left(file: Path | None, command: str) -> list[BenchRow]:
-    """The rows that the same command left in the file, which is then ready for more.
+def rows_left(file: Path | None, origin: BenchOrigin, names: Sequence[str]) -> list[BenchRow]:
+    """The rows of whole cells that the same command left in the file, which is ready for more.
 
-    Raises ValueError if the file holds anything but rows of a bench.
+    origin: how the rows are made. names: of the contestants; rows of a cell that some of them lack
+    are removed. Raises ValueError if the file holds anything but rows of a bench, and if the
+    command measured other models, or with other versions or on another processor.
     """
-    rows = resume(file, BENCH) if file else []
-    return [row for row in rows if row["command"] == command]
+    if file is None:
+        return []
+    rows = [row for row in resume(file, BENCH) if row["command"] == origin["command"]]
+    for row in rows:
+        check_same(file, _facts(origin), _facts(row), "choose another --out")
+    cells: dict[tuple[int, int], list[BenchRow]] = {}
+    for row in rows:
+        cells.setdefault((row["context"], row["batch"]), []).append(row)
+    cut = [cell for cell, found in cells.items() if [x["model"] for x in found] != [*names]]
+    if cut:
+        mine = origin["command"]
+        remove(
+            file,
+            BENCH,
+            lambda row: row["command"] == mine and (row["context"], row["batch"]) in cut,
+        )
+    return [row for cell, found in cells.items() if cell not in cut for row in found]
+
+
+def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    names = "contestants", "processor", "code"
+    return {name: row.get(name) for name in names} | (row.get("versions") or {})
 
 
 def bench_cells(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +20,7 @@ from ..inference.texts import read_text
 from ..models.model import Model
 from ..utils.provenance import fingerprint
 from ..utils.records import CalibrationText, Seconds
-from ..utils.replace import replacing
+from ..utils.resume import check_same, read_state, write_state
 
 SUMS = ("count", "origin", "sum", "gram")
 
@@ -126,20 +126,34 @@ class Calibrator:
         return unpack(tensors, len(self.model.layers), self.model.device)
 
 
+def check_kept(rows: Path) -> None:
+    """Raise ValueError unless the statistics of a sweep can be kept beside its file of rows."""
+    folder = rows.with_suffix(".statistics")
+    if folder == rows:
+        raise ValueError(f"{rows} has the name of its statistics: choose another ending")
+    others = [p for p in folder.glob("*") if p.suffix not in (".safetensors", ".part")]
+    if os.path.lexists(folder) and (others or not folder.is_dir()):
+        raise ValueError(f"{folder} holds no statistics of a sweep: choose another file")
+
+
 def kept(
     folder: Path | None, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """What `make` returns, with the `seconds` it took; from `folder` if it was kept under `key`."""
+    """What `make` returns, with the `seconds` it took; from `folder` if it was kept under `key`.
+
+    Raises ValueError if what was kept is damaged.
+    """
     path = folder and folder / f"{fingerprint(json.dumps(key))}.safetensors"
     if path and path.exists():
-        return load_file(path)
+        tensors, facts = read_state(path)
+        check_same(path, json.loads(json.dumps(key)), facts)
+        return tensors
     start = time.perf_counter()
     made = make()
     made["seconds"] = torch.tensor(time.perf_counter() - start)
     if path:
         path.parent.mkdir(exist_ok=True)
-        with replacing(path) as part:
-            save_file(made, part)
+        write_state(path, made, key)
     return made
 
 

@@ -13,9 +13,11 @@ from ..inference.checkpoint import inspect, locate, native_config, read_config
 from ..models.bits import check_bits
 from ..models.config import Config
 from ..models.model import Model
+from ..utils.provenance import fingerprint
 from .shapes import shaped, uniform
 from .timed_models import Contestant, Native, Transformers
 
+WEIGHTS = (".safetensors", ".bin", ".gguf")  # how the names of their files end
 Prepare = Callable[[Model], Model]
 
 
@@ -45,6 +47,13 @@ class Contestants(NamedTuple):
         if not isinstance(self.source, str):
             return torch.float32
         return getattr(torch, inspect(self.source, self.revision)["dtype"])
+
+    def content(self) -> str:
+        """A fingerprint of the models: of their configs, and of all bytes of their weights."""
+        sources = dict.fromkeys(m.source for m in self.natives if isinstance(m.source, str))
+        places = [locate(source, self.revision) for source in sources]
+        files = [path for place in places for path in _weight_files(place)]
+        return fingerprint(*map(repr, self.configs.values()), *files)
 
     def check_length(self, slots: int) -> None:
         """Raise ValueError if a model cannot read so many tokens."""
@@ -78,6 +87,12 @@ class Contestants(NamedTuple):
         return self._replace(others=[*self.others, *others])
 
 
+def _weight_files(place: Path) -> list[Path]:
+    """The files of weights in a folder, or a file itself."""
+    paths = [place] if place.is_file() else sorted(place.iterdir())
+    return [path for path in paths if path.suffix in WEIGHTS]
+
+
 def from_checkpoints(
     sources: Sequence[str],
     prepare: Prepare,
@@ -103,7 +118,6 @@ def from_shape(
     context: int,
     keeps: Sequence[float],
     settings: Settings,
-    device: torch.device,
     prepare: Prepare,
 ) -> Contestants:
     """Random weights in a published shape: dense, and compressed to every share in `keeps`.
@@ -118,7 +132,7 @@ def from_shape(
     for keep in keeps:
         asked = settings._replace(keep=keep)
         asked.check()
-        fitted.append(asked.fit(dense, device.type))
+        fitted.append(asked.fit(dense))
     configs = {"dense": dense} | {f"keep {s.keep:g}": uniform(dense, s) for s in fitted}
     natives = [Native(name, config, prepare) for name, config in configs.items()]
     title = shape + (f", {layers} layers" if layers else "")

@@ -23,7 +23,7 @@ from ..inference.perplexity import perplexity
 from ..models.config import kv_bytes
 from ..models.model import Model
 from ..utils.interrupt import interruptible
-from ..utils.provenance import device_name, fingerprint, versions
+from ..utils.provenance import code, device_name, fingerprint, tokenizer_fingerprint, versions, work
 from ..utils.records import (
     CompressedResult,
     DecodeRecord,
@@ -65,18 +65,20 @@ class Sweep:
         force: bool = False,
         decode: int | None = None,
         ready: Callable[[Model], Model] = lambda model: model,
+        ops: str = "plain",
     ):
         """Read the rows that are in the file already.
 
         command: how the rows are made, for their readers. save_statistics: in a folder beside the
         file, so that another run need not calibrate. force: start the file again. decode: slots of
         a cache at whose end decoding is timed; rows without that timing are made again, and if it
-        is None no row is. ready: installs in a model, before it is timed, the ops it decodes with.
+        is None no row is. ready: installs in a model, before it is timed, the ops it decodes with,
+        of this name.
         Raises ValueError where the file's rows are of another model, dtype or evaluation, or
         decode at other slots.
         """
         self.original, self.model = original, original.model
-        self.evaluation, self.decode, self.ready = evaluation, decode, ready
+        self.evaluation, self.decode, self.ready, self.ops = evaluation, decode, ready, ops
         if self.model.config.kv_width != self.model.config.dense_kv_width:
             raise ValueError("the model is compressed already: take the model it was made from")
         longest = self.model.config.max_position_embeddings
@@ -87,27 +89,38 @@ class Sweep:
             )
         vocabulary = self.model.config.vocab_size
         tokens = read_tokens(original.tokenizer, evaluation.read(), vocabulary)
-        self.tokens = tokens.to(self.model.device)
-        self.run: SweepRun = {
+        device = self.model.device
+        self.tokens = tokens.to(device)
+        run: SweepRun = {
             "model": original.name,
-            "weights": fingerprint(repr(self.model.config), *self.model.parameters()),
+            "weights": fingerprint(repr(self.model.config), *self.model.state_dict().values()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "evaluation": evaluation.describe(original.tokenizer),
         }
+        tokenizer = tokenizer_fingerprint(original.tokenizer)
         self.origin = {
+            "versions": versions(),
+            **run,
+            "tokenizer": tokenizer,
+            "code": code(),
+            "place": device.type,
+        }
+        self.made = {
             "command": command,
-            "device": device_name(self.model.device),
+            "device": device_name(device),
             "date": date.today().isoformat(),
         }
-        same = {name: self.run[name] for name in ("model", "weights", "dtype")}
+        facts = work(device, **run, tokenizer=tokenizer)
+        on_text = {name: facts[name] for name in facts.keys() - {"evaluation"}}
         folder = path.with_suffix(".statistics")
         kept = folder if save_statistics else None
         self.sources = [
-            Calibrator(self.model, original.tokenizer, c, kept, same) for c in calibrations
+            Calibrator(self.model, original.tokenizer, c, kept, on_text) for c in calibrations
         ]
         if force:
             rmtree(folder, ignore_errors=True)
-        self.file = SweepFile(path, self.run, decode, force)
+        timing = None if decode is None else {"slots": decode, "ops": ops}
+        self.file = SweepFile(path, facts, timing, force)
 
     def rows(self, settings: Sequence[Settings]) -> Iterator[SweepRow]:
         """The rows of the dense model and of all settings on every calibration, as they are made.
@@ -145,7 +158,7 @@ class Sweep:
 
     def _needs(self, settings: Settings) -> Needs:
         config = self.model.config
-        return needs(settings.fit(config, self.model.device.type), config)
+        return needs(settings.fit(config), config)
 
     def _row(self, job: Job) -> SweepRow:
         """The row of a job: out of the file, or made and added to it."""
@@ -154,7 +167,7 @@ class Sweep:
         if row := self.file.row(settings, calibration):
             return row
         cell = {"settings": settings, "calibration": calibration}
-        made = {"versions": versions(), **self.run, **cell, **self.origin, **job.run()}
+        made = {**self.origin, **cell, **self.made, **job.run()}
         return self.file.add(cast(SweepRow, made))
 
     def _compress(
@@ -214,4 +227,9 @@ class Sweep:
         models = (self.ready(m) for m in (self.model, model))
         generators = [Generator(m, 1, slots, compile=False) for m in models]
         dense, low = decode_speed(generators, DECODE_STEPS)
-        return {"slots": slots, "seconds_per_step": 1 / low, "speedup": low / dense}
+        return {
+            "slots": slots,
+            "ops": self.ops,
+            "seconds_per_step": 1 / low,
+            "speedup": low / dense,
+        }

@@ -125,6 +125,7 @@ def anchored_decode(
     mean: Tensor | None,
     block: int,
     bias: Tensor | None = None,
+    position: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token over keys that were rotated relative to their block's center.
 
@@ -133,8 +134,15 @@ def anchored_decode(
     and absorbed query per block reads all latents of the block.
     q: (B, H, 1, D), not rotated; z: (B, L, S, R) latents of φ; v, span, bias: as in
     `latent_decode`; cos, sin: of the angles of i - c, (B or 1, 1, N, D / 2) for N = ceil(S / block)
-    blocks; up: (L, R, G / L * D); mean: (G, 1, D). Returns (B, H, 1, W).
+    blocks; up: (L, R, G / L * D); mean: (G, 1, D); position: (B or 1, S) in int32, below N * block,
+    the positions of the slots, where padding makes them differ from 0, 1, 2...: slot j is in block
+    position[j] // block. Fused ops expect that, inside the span, positions never fall, and rise by
+    at most 1 from slot to slot. Returns (B, H, 1, W).
     """
+    if position is not None:  # a block's slots may be anywhere: R_(i - c) q · φ = q · R_(c - i) φ
+        own = (position // block).long()[:, None, :, None]
+        cos, sin = (x.take_along_dim(own, 2) for x in (cos, sin))  # (B or 1, 1, S, D / 2)
+        return latent_decode(q, rebuild(z, cos, -sin, up, mean), v, span, scale, bias)
     z, v = unpacked(z, q.dtype), unpacked(v, q.dtype)
     blocks, slots = cos.size(2), z.size(2)
     block = min(block, slots)

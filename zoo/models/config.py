@@ -1,5 +1,6 @@
 """The base class of all configs: sizes of a model, and what its cache keeps per token."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, TypedDict
@@ -9,6 +10,51 @@ from torch import Tensor
 
 from .bits import check_bits
 from .cache import Latent
+
+MOST_LAYERS = 1000  # several times as many as any model has; building 10,000,000 never ends
+LARGEST = 2**31 - 1
+SIZES = {  # fields of config.json that are positive integers, in all families, and their limits
+    **dict.fromkeys(("num_hidden_layers", "n_layers"), MOST_LAYERS),
+    **dict.fromkeys(
+        ("vocab_size", "hidden_size", "d_model", "head_dim", "intermediate_size"), LARGEST
+    ),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "num_key_value_heads", "ffn_dim"), LARGEST),
+    **dict.fromkeys(("word_embed_proj_dim", "max_position_embeddings", "max_seq_len"), LARGEST),
+}
+
+
+def check_sizes(raw: dict[str, Any]) -> None:
+    """Raise ValueError naming a size in config.json that is not an integer in its range.
+
+    Fields that are absent or null have defaults, so they pass.
+    """
+    for name, limit in SIZES.items():
+        value = raw.get(name)
+        if value is not None and not (type(value) is int and 1 <= value <= limit):
+            raise ValueError(f"{name} is {value!r}: expected an integer from 1 to {limit}")
+    width = raw.get("hidden_size") or raw.get("d_model") or 0
+    heads = raw.get("num_attention_heads") or raw.get("n_heads") or 1
+    if width % heads and raw.get("head_dim") is None:
+        raise ValueError(f"the hidden size is {width}: expected a multiple of {heads} heads")
+
+
+def _check_field(name: str, kind: Any, value: Any) -> None:
+    """Raise ValueError if a field of a config has another type, or is out of its range."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        limit = SIZES.get(name, LARGEST)
+        fits, want = type(value) is int and 1 <= value <= limit, f"an integer from 1 to {limit}"
+    elif kind in (float, float | None) and (kind is float or value is not None):
+        fits, want = number and 0 <= value < math.inf, "a finite number, 0 or more"
+    elif kind == tuple[int, ...]:
+        whole = isinstance(value, tuple) and all(type(x) is int and x >= 0 for x in value)
+        fits, want = whole, "a list of integers, 0 or more"
+    elif isinstance(kind, type):
+        fits, want = isinstance(value, kind), f"a {kind.__name__}"
+    else:
+        return
+    if not fits:
+        raise ValueError(f"{name} is {value!r}: expected {want}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +96,8 @@ class Config:
         for f in fields(self):  # JSON has lists, not tuples
             if isinstance(value := getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(value))
+        for f in fields(self):
+            _check_field(f.name, f.type, getattr(self, f.name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}: expected a multiple of "

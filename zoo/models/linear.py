@@ -1,16 +1,16 @@
-"""Linear layers, and their product with one token of a few sequences on a CPU.
+"""Products with linear layers, which are faster for one token of a few sequences on a CPU.
 
-That product is bound by memory bandwidth, of which a library's matrix product uses only a part. The
-loop that torch.compile generates from a product and a sum uses more, and the fused op most.
+Such a product is bound by memory bandwidth, of which a library's matrix product uses only a part.
+The loop that torch.compile generates from a product and a sum uses more, and the fused op most.
 """
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 2  # for more rows, the library's product is as fast as the compiled loop
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def linear_decode(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -23,28 +23,48 @@ def linear_decode(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor 
     return y if bias is None else y + bias
 
 
-class Linear(nn.Linear):
-    """nn.Linear whose weight may be int8 with one scale per output: see `inference/int8.py`."""
+class Projector(nn.Module):
+    """Base class of modules that multiply by linear layers, which they call through `linear`.
 
-    scale: Tensor | None
+    The layers are nn.Linear itself: quantizers, adapters and hooks pass over its subclasses.
+    """
+
     linear_decode: Callable[..., Tensor] = staticmethod(linear_decode)
     rows = ROWS  # `linear_decode` is used for up to so many rows
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True):
-        super().__init__(inputs, outputs, bias)
-        self.register_buffer("scale", None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in) -> (..., out)."""
-        if self.few(x):
-            return self.linear_decode(x, self.weight, self.scale, self.bias)
-        if self.scale is None:
-            return super().forward(x)
-        y = (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
-        return y if self.bias is None else y + self.bias
+    def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """layer(x), by `linear_decode` if nothing has replaced, wrapped or quantized the layer."""
+        if type(layer) is nn.Linear and self.few(x) and _untouched(layer):
+            weight, bias = layer.weight, layer.bias
+            if _plain(x, weight, bias):
+                return self.linear_decode(x, weight, None, bias)
+        return layer(x)
 
     def few(self, x: Tensor) -> bool:
         """Whether `linear_decode` is used: x (B, T, in) is one token of few sequences on a CPU."""
-        one = x.dim() == 3 and x.size(1) == 1 and x.size(0) <= self.rows
+        one = x.dim() == 3 and x.size(1) == 1 and 0 < x.size(0) <= self.rows
         ready = self.linear_decode is not linear_decode or torch.compiler.is_compiling()
         return one and x.device.type == "cpu" and ready
+
+
+def _untouched(layer: nn.Linear) -> bool:
+    """Whether calling the layer runs the `forward` of its class and nothing else."""
+    return not (
+        "forward" in vars(layer)
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are no tensor subclasses, and as `linear_decode` expects them."""
+    return x.dtype in DTYPES and all(
+        type(t) in (Tensor, nn.Parameter)
+        and t.dtype == x.dtype
+        and t.device == x.device
+        and t.layout is torch.strided
+        and t.stride(-1) == 1
+        for t in (x, weight, *(() if bias is None else (bias,)))
+    )

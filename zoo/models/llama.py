@@ -5,7 +5,8 @@ Differences from transformers' `modeling_llama.py`:
   serve several kv heads. A dense model is the same class at full rank, without encoders.
 - Full-rank keys are cached rotated, as usual. Compressed keys are cached before the rotation, and
   are lifted and rotated when they are read.
-- With `anchor` > 1, keys are rotated relative to the center of their block of slots, then encoded.
+- With `anchor` > 1, keys are rotated relative to the center of their block of positions, then
+  encoded.
   Decoding then needs one rotated query per block instead of one lifted key per token.
 - With `pairs`, a basis mixes heads but not rotation frequencies, so it commutes with the rotation:
   latents are cached rotated, and queries read them directly.
@@ -24,10 +25,10 @@ from torch import Tensor, nn
 from .attention import absorb, anchored_decode, lift, lift_heads, rebuild, rotary_decode
 from .cache import Buffer, LayerCache
 from .config import Config
-from .linear import Linear
+from .linear import Projector
 from .mask import DecodeMask, Mask
 from .model import LatentAttention, Model, parameter
-from .rope import frequencies, rotate
+from .rope import check_rope, frequencies, rotate
 
 NAMES = {
     "embed_tokens": "embed",
@@ -42,9 +43,9 @@ NAMES = {
 class LlamaConfig(Config):
     """Sizes of a Llama, named as in transformers' LlamaConfig, and what its cache keeps.
 
-    anchor: slots of a block; above 1, compressed keys are rotated relative to the center of their
-    block when they are cached. key_mean: lifted keys get the part of their mean that the basis
-    drops. pairs: the numbers of a key latent are complex, each with one rotation frequency.
+    anchor: positions in a block; above 1, compressed keys are rotated relative to the center of
+    their block when they are cached. key_mean: lifted keys get the part of their mean that the
+    basis drops. pairs: the numbers of a key latent are complex, each with one rotation frequency.
     """
 
     family: ClassVar[str] = "llama"
@@ -64,8 +65,8 @@ class LlamaConfig(Config):
             raise ValueError(
                 f"joint_kv is not supported for {self.family}, which rotates keys: expected false"
             )
-        if self.anchor < 1:
-            raise ValueError(f"anchor is {self.anchor}: expected 1 or more slots per block")
+        if type(self.anchor) is not int or self.anchor < 1:
+            raise ValueError(f"anchor is {self.anchor}: expected 1 or more positions per block")
         if (self.anchor > 1 or self.pairs) and not self.fixed_angles:
             raise ValueError(
                 "with longrope, the angles of a position change when the text becomes long, so "
@@ -77,6 +78,8 @@ class LlamaConfig(Config):
                 "even ranks, because latents of keys are pairs"
             )
         super().__post_init__()
+        check_rope(self.rope_parameters, self.head_dim)
+        frequencies(self.rope_parameters, self.head_dim, self.max_position_embeddings)
 
     @property
     def fixed_angles(self) -> bool:
@@ -110,7 +113,8 @@ class AttentionMetadata(NamedTuple):
     slot_angles: of every slot; for a prompt with anchored keys, of the center of the slot's block.
     new_angles: of the T new tokens. mask: which slots each new token sees. block_angles: of the
     new tokens, measured from the centers of their blocks. center_angles: of the one new token,
-    measured from the center of every block. The last two are for anchored keys, else None.
+    measured from the center of every block. slot_position: (B or 1, S) in int32, the position of
+    every slot; None if it is the slot. The last three are for anchored keys, else None.
     """
 
     slot_angles: Angles
@@ -118,6 +122,12 @@ class AttentionMetadata(NamedTuple):
     mask: Mask
     block_angles: Angles | None = None
     center_angles: Angles | None = None
+    slot_position: Tensor | None = None
+
+
+def center(position: Tensor, anchor: int) -> Tensor:
+    """The center of the block of each position; blocks follow positions, so padding has no part."""
+    return position // anchor * anchor + anchor // 2
 
 
 class Attention(LatentAttention):
@@ -136,17 +146,19 @@ class Attention(LatentAttention):
         shared = config.k_heads_per_latent, config.v_heads_per_latent
 
         anchored, paired = k_up and config.anchor > 1, k_up and config.pairs
-        self.q_proj = Linear(width, heads * d, bias=config.query_bias)
+        self.q_proj = nn.Linear(width, heads * d, bias=config.query_bias)
         k_width = config.num_key_value_heads * d if anchored else k.heads * k.width
-        self.k_proj = Linear(width, k_width, bias=config.key_bias)
-        self.v_proj = Linear(width, v.heads * v.width, bias=config.value_bias)
-        self.o_proj = Linear(heads * (d if v_up else v.width), width, bias=config.output_bias)
+        self.k_proj = nn.Linear(width, k_width, bias=config.key_bias)
+        self.v_proj = nn.Linear(width, v.heads * v.width, bias=config.value_bias)
+        self.o_proj = nn.Linear(heads * (d if v_up else v.width), width, bias=config.output_bias)
         self.k_up = parameter(k.heads, k.width, shared[0] * d) if k_up else None
         mean = k_up and config.key_mean
         self.anchor = config.anchor
         self.k_down = parameter(k.heads, shared[0] * d, k.width) if anchored else None
         self.k_mean = parameter(config.num_key_value_heads, 1, d) if mean else None
-        pairs = torch.zeros(k.heads, k.width // 2, dtype=torch.long) if paired else None
+        # on the device of the weights: if that is meta, zeros on a CPU would pass for loaded ones
+        shape, device = (k.heads, k.width // 2), self.k_proj.weight.device
+        pairs = torch.zeros(shape, dtype=torch.long, device=device) if paired else None
         self.register_buffer("k_pairs", pairs)
         self.v_up = parameter(v.heads, v.width, shared[1] * d) if v_up else None
 
@@ -154,9 +166,9 @@ class Attention(LatentAttention):
         self, x: Tensor, pos: Tensor, attn_metadata: AttentionMetadata, cache: LayerCache | None
     ) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
-        k = self._keys_to_cache(self.k_proj(x), attn_metadata)  # (B, L, T, R)
-        v = self.v_proj(x).unflatten(-1, (self.v.heads, -1)).transpose(1, 2)  # (B, L, T, R)
+        q = self.project(self.q_proj, x, self.heads)  # (B, H, T, D)
+        k = self._keys_to_cache(self.linear(self.k_proj, x), attn_metadata)  # (B, L, T, R)
+        v = self.project(self.v_proj, x, self.v.heads)  # (B, L, T, R)
         keys, values = (k, v) if cache is None else cache.update(pos, k, v)
         prompt = x.size(1) > 1  # for one token, lifting the output costs less than lifting values
         if self.v_up is not None and prompt:
@@ -164,7 +176,7 @@ class Attention(LatentAttention):
         y = self._attend_rotary(q, keys, values, attn_metadata)
         if self.v_up is not None and not prompt:
             y = lift_heads(y, self.v_up, self.head_dim)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.linear(self.o_proj, y.transpose(1, 2).flatten(2))
 
     def _keys_to_cache(self, k: Tensor, metadata: AttentionMetadata) -> Tensor:
         """From projected keys (B, T, width) to what the cache keeps of them, (B, L, T, R)."""
@@ -188,7 +200,8 @@ class Attention(LatentAttention):
         angles = metadata.center_angles
         if self.k_down is not None and angles is not None and isinstance(mask, DecodeMask):
             return self.anchored_decode(
-                *(q, k, v, mask.span, self.scale, *angles, up, mean, self.anchor, mask.bias)
+                *(q, k, v, mask.span, self.scale, *angles, up, mean, self.anchor, mask.bias),
+                metadata.slot_position,
             )
         q = rotate(q, *metadata.new_angles)
         if self.k_pairs is not None and up is not None:
@@ -202,19 +215,20 @@ class Attention(LatentAttention):
         return self.attend(q, k, v, mask)
 
 
-class MLP(nn.Module):
+class MLP(Projector):
     """SwiGLU feed-forward network."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         width, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(width, hidden, bias=bias)
-        self.up_proj = Linear(width, hidden, bias=bias)
-        self.down_proj = Linear(hidden, width, bias=bias)
+        self.gate_proj = nn.Linear(width, hidden, bias=bias)
+        self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.linear(self.gate_proj, x))
+        return self.linear(self.down_proj, gate * self.linear(self.up_proj, x))
 
 
 class Block(nn.Module):
@@ -249,19 +263,23 @@ class Llama(Model):
         blocks = (self.block(config, i) for i in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
         self.register_buffer("inv_freq", torch.empty(0), persistent=False)
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Recompute the rotary frequencies in fp32, on the device of the weights."""
+        """Recompute the rotary frequencies in fp32, on the device of the weights.
+
+        They are never on the meta device: no checkpoint holds them, so they could not be loaded.
+        """
         c = self.config
-        inv_freq, self.rope_scale = frequencies(
-            c.rope_parameters, c.head_dim, c.max_position_embeddings
-        )
-        self.inv_freq = inv_freq.to(self.device)
+        with torch.device("cpu"):
+            inv_freq, self.rope_scale = frequencies(
+                c.rope_parameters, c.head_dim, c.max_position_embeddings
+            )
+        self.inv_freq = inv_freq if self.device.type == "meta" else inv_freq.to(self.device)
 
     def _apply(self, fn, recurse=True):  # `.to(bfloat16)` would round the frequencies too
         super()._apply(fn, recurse)
@@ -273,27 +291,26 @@ class Llama(Model):
 
         newest: positions of the new tokens; the largest selects longrope's frequencies.
         """
-        inv_freq = self.inv_freq[0]
-        if len(self.inv_freq) == 2:
+        # weights that were on the meta device may have been loaded one by one to another
+        inv_freq, *long = self.inv_freq.to(position.device)
+        if long:
             short = self.config.rope_parameters["original_max_position_embeddings"]
-            inv_freq = torch.where(newest.max() >= short, self.inv_freq[1], inv_freq)
+            inv_freq = torch.where(newest.max() >= short, long[0], inv_freq)
         angle = position[:, None, :, None].float() * inv_freq
         return angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
 
-    def offset(self, position: Tensor, pos: Tensor, anchor: int) -> tuple[Tensor, Angles]:
-        """The block center of every slot, (B or 1, S), and the new tokens' angles relative to it.
+    def offset(self, position: Tensor, anchor: int) -> Angles:
+        """Angles of positions (B or 1, T), measured from the centers of their blocks.
 
-        A block begins at the position of its first slot. These cosines and sines are without
-        RoPE's factor (YaRN, longrope), which is applied with the angles of the center.
+        These cosines and sines are without RoPE's factor (YaRN, longrope), which is applied with
+        the angles of the center.
         """
-        first = torch.arange(position.size(1), device=pos.device) // anchor * anchor
-        center = position[:, first] + anchor // 2
-        cos, sin = self.rope((position - center)[:, pos], position)
-        return center, (cos / self.rope_scale, sin / self.rope_scale)
+        cos, sin = self.rope(position - center(position, anchor), position)
+        return cos / self.rope_scale, sin / self.rope_scale
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Embed tokens (B, T): (B, T, width). Positions enter in attention only."""
-        return self.embed(tokens)
+        return self.embeddings(tokens)
 
     def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> AttentionMetadata:
         """Rotation angles and the mask, for all layers."""
@@ -303,13 +320,16 @@ class Llama(Model):
         anchor = self.config.anchor
         if anchor == 1:
             return metadata
-        center, offset = self.offset(position, pos, anchor)
-        metadata = metadata._replace(block_angles=offset)
-        if len(pos) > 1:
-            return metadata._replace(slot_angles=self.rope(center, new))
-        cos, sin = self.rope(new - center[:, ::anchor], new)
-        angles = cos * self.rope_scale, sin * self.rope_scale
-        return metadata._replace(center_angles=angles)
+        metadata = metadata._replace(block_angles=self.offset(new, anchor))
+        if not isinstance(mask, DecodeMask):
+            return metadata._replace(slot_angles=self.rope(center(position, anchor), new))
+        last = position.size(1) - 1  # fused ops read the angles of the block of each position
+        first = torch.arange(0, position.size(1), anchor, device=pos.device)  # of every block
+        cos, sin = self.rope(new - center(first, anchor), new)
+        return metadata._replace(
+            center_angles=(cos * self.rope_scale, sin * self.rope_scale),
+            slot_position=None if mask.bias is None else position.clamp(max=last).int(),
+        )
 
     def finish(self, x: Tensor) -> Tensor:
         """The final norm."""

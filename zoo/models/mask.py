@@ -56,6 +56,33 @@ def causal_matrix(pos: Tensor, slots: int, valid: Tensor | None = None) -> Tenso
     return ((seen & valid[:, None]) | (slot == pos[:, None]))[:, None]
 
 
+def counted(valid: Tensor) -> Tensor:
+    """Positions (B, S), counted over the slots that hold no padding, from valid (B, S)."""
+    return (valid.cumsum(1) - 1).clamp(min=0)
+
+
+def whole_rows(mask: Tensor, pos: Tensor) -> Tensor:
+    """A mask matrix in which every token attends to some slot: its own if it is hidden from all.
+
+    (A token that attends to nothing would become NaN, and so would all that read its latents.)
+    mask: (B or 1, H or 1, T or 1, S), bool or floats that are added to scores; floats below
+    `HIDDEN`, such as the least number of a dtype, hide. pos: (T,), slots of the tokens. Returns
+    bool or fp32.
+    """
+    own = torch.arange(mask.size(3), device=mask.device) == pos[:, None]
+    if mask.dtype == torch.bool:
+        return mask | (own & ~mask.any(3, keepdim=True))
+    mask = mask.float().masked_fill(mask < HIDDEN, -torch.inf)
+    return mask.masked_fill(own & (mask == -torch.inf).all(3, keepdim=True), 0.0)
+
+
+def hide(mask: Tensor, hidden: Tensor) -> Tensor:
+    """A mask matrix, bool or added to scores, that also hides slots: hidden is bool."""
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, -torch.inf)
+
+
 def decode_mask(pos: Tensor, visible: Tensor | None = None) -> DecodeMask:
     """The mask of one token in slot pos (1,) that attends to the slots up to its own.
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from .attention import latent_attention, latent_decode
 from .cache import Buffer, Latent, StaticCache
 from .config import Config
-from .mask import CausalMask, DecodeMask, Mask, causal_matrix, decode_mask
+from .linear import Projector
+from .mask import CausalMask, DecodeMask, Mask, causal_matrix, counted, decode_mask
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(Projector):
     """Base class of every family's attention. Calibration and folding use these attributes."""
 
     # the definition of attention in a decoding step; `kernels.install` replaces it by a fused op
@@ -56,6 +57,14 @@ class LatentAttention(nn.Module):
         part, parts = self.share
         return x if parts == 1 else x.chunk(parts)[part]
 
+    def source(self, name: str) -> nn.Module:
+        """The module that gives all queries ("q"), keys ("k") or values ("v"), (B, T, outputs)."""
+        return getattr(self, f"{name}_proj")
+
+    def project(self, layer: nn.Module, x: Tensor, heads: int) -> Tensor:
+        """The output of a linear layer for x (B, T, width), by head or latent: (B, heads, T, n)."""
+        return self.linear(layer, x).unflatten(-1, (heads, -1)).transpose(1, 2)
+
     def attend(self, q: Tensor, k: Buffer, v: Buffer, mask: Mask) -> Tensor:
         """Attention of q (B, H, T, R) over k (B, K, S, R) and v (B, L, S, W): (B, H, T, W)."""
         if isinstance(mask, DecodeMask):
@@ -63,7 +72,7 @@ class LatentAttention(nn.Module):
         return latent_attention(q, k, v, mask, self.scale)
 
 
-class Model(nn.Module):
+class Model(Projector):
     """A language model. It keeps no state: tokens, their slots and a cache are arguments."""
 
     config: Config
@@ -72,8 +81,15 @@ class Model(nn.Module):
     head: nn.Linear
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Embed tokens (B, T) at positions (B or 1, T): (B, T, width)."""
+        """Embed tokens (B, T) at positions (B or 1, T): (B, T, width).
+
+        tokens: ids, or their embeddings (B, T, width of `embed`).
+        """
         raise NotImplementedError
+
+    def embeddings(self, tokens: Tensor) -> Tensor:
+        """The embeddings (B, T, width) of ids (B, T); embeddings are returned as they are."""
+        return self.embed(tokens) if tokens.dim() == 2 else tokens
 
     def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> Any:
         """What attention needs to know about positions and mask, made once per step.
@@ -88,8 +104,8 @@ class Model(nn.Module):
         """Cosines and sines of positions, in families that rotate keys: see `llama.py`."""
         raise NotImplementedError
 
-    def offset(self, position: Tensor, pos: Tensor, anchor: int) -> tuple[Tensor, Any]:
-        """Angles within blocks of slots, in families that rotate keys: see `llama.py`."""
+    def offset(self, position: Tensor, anchor: int) -> tuple[Tensor, Tensor]:
+        """Angles within blocks of positions, in families that rotate keys: see `llama.py`."""
         raise NotImplementedError
 
     def finish(self, x: Tensor) -> Tensor:
@@ -105,21 +121,30 @@ class Model(nn.Module):
         pos: Tensor | None = None,
         cache: StaticCache | None = None,
         valid: Tensor | None = None,
+        position: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
-        """The first layer's arguments: x (B, T, width), slots (T,) and the attention metadata."""
+        """The first layer's arguments: x (B, T, width), slots (T,) and the attention metadata.
+
+        tokens: ids (B, T), or their embeddings (B, T, width). position: (B or 1, S), of every slot,
+        by default counted over `valid`. mask: by default causal, without padding. Every token must
+        attend to some slot. Others as in `forward`.
+        """
         slots = tokens.size(1) if cache is None else cache.slots
         last = pos is None or slots == tokens.size(1)  # whether the tokens take the last slots
         if pos is None:
             pos = torch.arange(slots - tokens.size(1), slots, device=tokens.device)
-        self.config.check_length(slots)
         if cache is not None:
             cache.check(tokens, pos)
         slot = torch.arange(slots, device=tokens.device)[None]
-        position = slot if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
-        mask: Mask
-        if tokens.size(1) == 1:
+        if position is None:
+            self.config.check_length(slots)
+            position = slot if valid is None else counted(valid)
+        elif valid is None and tokens.size(1) == 1:  # else ALiBi takes slots for positions
+            valid = torch.ones_like(position, dtype=torch.bool)
+        if mask is None and tokens.size(1) == 1:
             mask = decode_mask(pos, None if valid is None else valid | (slot == pos))
-        else:
+        elif mask is None:
             mask = CausalMask(valid) if last else causal_matrix(pos, slots, valid)
         attn_metadata = self.attention_metadata(position, pos, mask)
         return self.start(tokens, position[:, pos]), pos, attn_metadata
@@ -153,7 +178,7 @@ class Model(nn.Module):
         counted over the other slots. Raises ValueError if the tokens do not fit the cache or the
         model's positions.
         """
-        return self.head(self.hidden(tokens, pos, cache, valid)[:, -last:])
+        return self.linear(self.head, self.hidden(tokens, pos, cache, valid)[:, -last:])
 
     def new_cache(
         self, batch: int, slots: int, dtype: torch.dtype | None = None, bits: int | None = None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .attention import absorb, lift_heads
 from .cache import LayerCache
 from .config import Config
-from .linear import Linear
+from .linear import Projector
 from .mask import CausalMask, DecodeMask, Mask, alibi_slopes
 from .model import LatentAttention, Model, parameter
 
@@ -35,8 +35,8 @@ NAMES = {
     "norm_f": "norm",
     "ffn": "mlp",
     "out_proj": "o_proj",
-    "q_ln": "q_proj.norm",
-    "k_ln": "k_proj.norm",
+    "q_ln": "q_bound.norm",
+    "k_ln": "k_bound.norm",
     "lm_head": "head",
 }
 MULTI_HEAD = "multihead_attention"
@@ -155,17 +155,16 @@ def _check_supported(raw: dict, attn: dict, ffn: dict) -> None:
         )
 
 
-class Projection(Linear):
-    """A linear layer, followed by a clip and then a norm if the config asks for them."""
+class Bound(nn.Module):
+    """A clip and then a norm of queries, keys or values, if the config asks for them."""
 
-    def __init__(self, config: MPTConfig, outputs: int, bias: bool, norm: bool):
-        super().__init__(config.hidden_size, outputs, bias=bias)
+    def __init__(self, config: MPTConfig, outputs: int, norm: bool):
+        super().__init__()
         self.clip = config.clip_qkv
         self.norm = _norm(config, outputs) if norm else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, width) -> (B, T, outputs)."""
-        x = super().forward(x)
+        """x: (B, T, outputs) -> the same shape."""
         if self.clip is not None:
             x = x.clamp(-self.clip, self.clip)
         return x if self.norm is None else self.norm(x)
@@ -192,18 +191,25 @@ class Attention(LatentAttention):
         v_width = kv_width if v_down else v.heads * v.width
 
         q_width = heads * (d if k_up else k.width)
-        self.q_proj = Projection(config, q_width, config.query_bias, config.qk_ln)
-        self.k_proj = Projection(config, k_width, config.key_bias, config.qk_ln)
-        self.v_proj = Projection(config, v_width, config.value_bias, False) if v.width else None
-        self.o_proj = Linear(heads * (d if v_up else read.width), width, config.output_bias)
+        self.q_proj = nn.Linear(width, q_width, config.query_bias)
+        self.k_proj = nn.Linear(width, k_width, config.key_bias)
+        self.v_proj = nn.Linear(width, v_width, config.value_bias) if v.width else None
+        self.q_bound = Bound(config, q_width, config.qk_ln)
+        self.k_bound = Bound(config, k_width, config.qk_ln)
+        self.v_bound = Bound(config, v_width, False)
+        self.o_proj = nn.Linear(heads * (d if v_up else read.width), width, config.output_bias)
         self.k_up = parameter(k.heads, k.width, k_n) if k_up else None
         self.v_up = parameter(read.heads, read.width, v_n) if v_up else None
         self.k_down = parameter(k.heads, k_n, k.width) if k_down else None
         self.v_down = parameter(v.heads, v_n, v.width) if v_down else None
 
+    def source(self, name: str) -> nn.Module:
+        """As in `LatentAttention`: after clips and norms."""
+        return getattr(self, f"{name}_bound")
+
     def split(self, part: int, parts: int) -> None:
         """As in `LatentAttention`. Raises ValueError also for `qk_ln`, a norm over all heads."""
-        if isinstance(self.q_proj.norm, nn.Module):
+        if self.q_bound.norm is not None:
             raise ValueError(
                 "qk_ln norms queries and keys over all heads, but each of several processes holds "
                 "only some: load this model in one process"
@@ -212,18 +218,21 @@ class Attention(LatentAttention):
 
     def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D or R)
-        k = _encode(self.k_proj(x), self.k.heads, self.k_down)  # (B, L, T, R)
+        q = self.q_bound(self.linear(self.q_proj, x))
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D or R)
+        k = self.k_bound(self.linear(self.k_proj, x))
+        k = _encode(k, self.k.heads, self.k_down)  # (B, L, T, R)
         v = k[..., :0]
         if self.v_proj is not None:
-            v = _encode(self.v_proj(x), self.v.heads, self.v_down)
+            v = self.v_bound(self.linear(self.v_proj, x))
+            v = _encode(v, self.v.heads, self.v_down)
         if self.k_up is not None:
             q = absorb(q, self.k_up, self.head_dim)
         keys, values = (k, v) if cache is None else cache.update(pos, k, v)
         y = self.attend(q, keys, values if self.v.width else keys, mask)
         if self.v_up is not None:
             y = lift_heads(y, self.v_up, self.head_dim)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.linear(self.o_proj, y.transpose(1, 2).flatten(2))
 
 
 def _encode(x: Tensor, heads: int, down: Tensor | None) -> Tensor:
@@ -232,18 +241,18 @@ def _encode(x: Tensor, heads: int, down: Tensor | None) -> Tensor:
     return x if down is None else x @ down
 
 
-class MLP(nn.Module):
+class MLP(Projector):
     """Two-layer feed-forward network."""
 
     def __init__(self, config: MPTConfig):
         super().__init__()
         width, hidden = config.hidden_size, config.ffn_hidden_size
-        self.up_proj = Linear(width, hidden, bias=config.bias)
-        self.down_proj = Linear(hidden, width, bias=config.bias)
+        self.up_proj = nn.Linear(width, hidden, bias=config.bias)
+        self.down_proj = nn.Linear(hidden, width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
-        return self.down_proj(F.gelu(self.up_proj(x)))
+        return self.linear(self.down_proj, F.gelu(self.linear(self.up_proj, x)))
 
 
 class Block(nn.Module):
@@ -276,13 +285,13 @@ class MPT(Model):
         blocks = (Block(config, i) for i in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = _norm(config, width)
-        self.head = Linear(width, config.vocab_size, bias=False)
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Embed tokens (B, T) at positions (B or 1, T): (B, T, width)."""
-        x = self.embed(tokens)
+        x = self.embeddings(tokens)
         return x if self.positions is None else x + self.positions(position)
 
     def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> Mask:
@@ -298,7 +307,7 @@ class MPT(Model):
             return mask._replace(position=position, slopes=slopes)
         ahead = position[:, None] - position[:, pos, None]  # (B or 1, T, S), <= 0 up to the token
         bias = slopes[:, None, None] * ahead[:, None]
-        return bias.masked_fill(~mask, -torch.inf)
+        return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
     def finish(self, x: Tensor) -> Tensor:
         """The final norm, times the scale of the logits."""

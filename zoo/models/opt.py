@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .attention import absorb, lift_heads
 from .cache import LayerCache
 from .config import Config
-from .linear import Linear
+from .linear import Projector
 from .mask import Mask
 from .model import LatentAttention, Model, parameter
 
@@ -124,42 +124,42 @@ class Attention(LatentAttention):
         k_up, v_up = config.lifted(layer)
         shared = config.k_heads_per_latent, config.v_heads_per_latent
 
-        self.q_proj = Linear(width, heads * (d if k_up else k.width), bias=config.query_bias)
-        self.k_proj = Linear(width, k.heads * k.width, bias=config.key_bias)
-        self.v_proj = Linear(width, v.heads * v.width, config.value_bias) if v.width else None
-        self.o_proj = Linear(heads * (d if v_up else read.width), width, config.output_bias)
+        self.q_proj = nn.Linear(width, heads * (d if k_up else k.width), bias=config.query_bias)
+        self.k_proj = nn.Linear(width, k.heads * k.width, bias=config.key_bias)
+        self.v_proj = nn.Linear(width, v.heads * v.width, config.value_bias) if v.width else None
+        self.o_proj = nn.Linear(heads * (d if v_up else read.width), width, config.output_bias)
         self.k_up = parameter(k.heads, k.width, shared[0] * d) if k_up else None
         self.v_up = parameter(read.heads, read.width, shared[1] * d) if v_up else None
 
     def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D or R)
-        k = self.k_proj(x).unflatten(-1, (self.k.heads, -1)).transpose(1, 2)  # (B, L, T, R)
+        q = self.project(self.q_proj, x, self.heads)  # (B, H, T, D or R)
+        k = self.project(self.k_proj, x, self.k.heads)  # (B, L, T, R)
         v = k[..., :0]
         if self.v_proj is not None:
-            v = self.v_proj(x).unflatten(-1, (self.v.heads, -1)).transpose(1, 2)  # (B, L, T, R)
+            v = self.project(self.v_proj, x, self.v.heads)  # (B, L, T, R)
         if self.k_up is not None:
             q = absorb(q, self.k_up, self.head_dim)
         keys, values = (k, v) if cache is None else cache.update(pos, k, v)
         y = self.attend(q, keys, values if self.v.width else keys, mask)
         if self.v_up is not None:
             y = lift_heads(y, self.v_up, self.head_dim)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.linear(self.o_proj, y.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class MLP(Projector):
     """Two-layer feed-forward network."""
 
     def __init__(self, config: OPTConfig):
         super().__init__()
         width, hidden, bias = config.hidden_size, config.ffn_dim, config.enable_bias
-        self.up_proj = Linear(width, hidden, bias=bias)
-        self.down_proj = Linear(hidden, width, bias=bias)
+        self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
         self.activation = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
-        return self.down_proj(self.activation(self.up_proj(x)))
+        return self.linear(self.down_proj, self.activation(self.linear(self.up_proj, x)))
 
 
 class Block(nn.Module):
@@ -194,22 +194,23 @@ class OPT(Model):
         self.embed = nn.Embedding(config.vocab_size, narrow)
         self.positions = nn.Embedding(config.max_position_embeddings + OFFSET, width)
         projected = narrow != width
-        self.project_in = Linear(narrow, width, bias=False) if projected else nn.Identity()
+        self.project_in = nn.Linear(narrow, width, bias=False) if projected else nn.Identity()
         blocks = (Block(config, i) for i in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = _norm(config) if config.final_norm else nn.Identity()
-        self.project_out = Linear(width, narrow, bias=False) if projected else nn.Identity()
-        self.head = Linear(narrow, config.vocab_size, bias=False)
+        self.project_out = nn.Linear(width, narrow, bias=False) if projected else nn.Identity()
+        self.head = nn.Linear(narrow, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Embed tokens (B, T) at positions (B or 1, T): (B, T, width)."""
-        return self.project_in(self.embed(tokens)) + self.positions(position + OFFSET)
+        x = self.linear(self.project_in, self.embeddings(tokens))
+        return x + self.positions(position + OFFSET)
 
     def finish(self, x: Tensor) -> Tensor:
         """The final norm, and the projection to the width of the embeddings."""
-        return self.project_out(self.norm(x))
+        return self.linear(self.project_out, self.norm(x))
 
 
 def _norm(config: OPTConfig) -> nn.LayerNorm:

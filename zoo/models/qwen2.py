@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cache import LayerCache
 from .llama import AttentionMetadata, Block, Llama, LlamaConfig
-from .mask import CausalMask, DecodeMask, Mask, causal_matrix, decode_mask
+from .mask import CausalMask, DecodeMask, Mask, causal_matrix, decode_mask, hide, whole_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,11 @@ class Qwen2(Llama):
             if isinstance(mask, DecodeMask):
                 near = (ahead > -window)[:, 0]
                 visible = near if mask.bias is None else near & (mask.bias == 0)
+                visible = whole_rows(visible[:, None, None], pos)[:, 0, 0]
                 by_window[window] = full._replace(mask=decode_mask(pos, visible))
                 continue
             if isinstance(mask, CausalMask):
                 mask = causal_matrix(pos, position.size(1), mask.valid)
-            by_window[window] = full._replace(mask=mask & (ahead > -window)[:, None])
+            near = hide(mask, (ahead <= -window)[:, None])
+            by_window[window] = full._replace(mask=whole_rows(near, pos))
         return by_window

@@ -10,7 +10,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+NEEDED = {  # fields by type, beside rope_theta
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        *("factor", "low_freq_factor", "high_freq_factor"),
+        "original_max_position_embeddings",
+    ),
+    "yarn": ("original_max_position_embeddings",),
+    "longrope": ("original_max_position_embeddings", "short_factor", "long_factor"),
+}
+TYPES = tuple(NEEDED)
+NUMBERS = {  # fields that are numbers, which are larger than these
+    **dict.fromkeys(("rope_theta", "original_max_position_embeddings"), 1.0),
+    **dict.fromkeys(("factor", "attention_factor", "beta_fast", "beta_slow"), 0.0),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor", "partial_rotary_factor"), 0.0),
+    **dict.fromkeys(("mscale", "mscale_all_dim"), -1.0),
+}
+
+
+def check_rope(rope: Mapping[str, Any], head_dim: int) -> None:
+    """Raise ValueError naming what is absent from `rope_parameters`, or is not a number."""
+    kind = rope.get("rope_type", "default")
+    needed = NEEDED.get(kind, ()) if isinstance(kind, str) else ()
+    missing = [name for name in ("rope_theta", *needed) if rope.get(name) is None]
+    if missing:
+        raise ValueError(f"rope_parameters of type {kind!r} lack {', '.join(missing)}")
+    for name, least in NUMBERS.items():
+        if rope.get(name) is not None and not _above(least, rope[name]):
+            raise ValueError(f"{name} of rope_parameters is {rope[name]!r}: expected over {least}")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError("low_freq_factor of rope_parameters: expected less than high_freq_factor")
+    for name in needed[1:] if kind == "longrope" else ():
+        factors = rope[name]
+        right = isinstance(factors, list | tuple) and len(factors) == head_dim // 2
+        if not right or not all(_above(0.0, x) for x in factors):
+            raise ValueError(
+                f"{name} of rope_parameters: expected {head_dim // 2} positive numbers"
+            )
+
+
+def _above(least: float, value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and least < value < math.inf
 
 
 def frequencies(rope: Mapping[str, Any], head_dim: int, context: int) -> tuple[Tensor, float]:
@@ -22,7 +64,7 @@ def frequencies(rope: Mapping[str, Any], head_dim: int, context: int) -> tuple[T
     for a rotation of only a part of the head.
     """
     kind = rope.get("rope_type", "default")
-    if kind not in TYPES:
+    if not isinstance(kind, str) or kind not in TYPES:
         dynamic = "; its angles would change with the length of the text" * (kind == "dynamic")
         raise ValueError(
             f"rope_type {kind!r} is not supported: expected one of {', '.join(TYPES)}{dynamic}"

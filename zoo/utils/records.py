@@ -84,7 +84,7 @@ class BenchFigures(TypedDict):
 
 
 class BenchOrigin(TypedDict):
-    """How the rows of one `eigenzoo bench` were made."""
+    """How the rows of one `eigenzoo bench` were made. contestants, code: fingerprints."""
 
     ops: str
     compiled: bool
@@ -92,6 +92,8 @@ class BenchOrigin(TypedDict):
     weights: NotRequired[str]
     processor: NotRequired[str]
     versions: NotRequired[Versions]
+    contestants: NotRequired[str]
+    code: NotRequired[str]
 
 
 @final
@@ -294,9 +296,12 @@ RUN = tuple(SweepRun.__annotations__)
 
 
 class SweepOrigin(SweepRun):
-    """Where a row comes from."""
+    """Where a row comes from. tokenizer, code: fingerprints; place: cpu or cuda."""
 
     versions: Versions
+    tokenizer: NotRequired[str]
+    code: NotRequired[str]
+    place: NotRequired[str]
     command: str
     device: str
     date: str  # ISO 8601
@@ -316,6 +321,7 @@ class DecodeRecord(TypedDict):
     """Decoding one sequence at the end of a cache of `slots`; speedup: over the dense model."""
 
     slots: int
+    ops: NotRequired[str]
     seconds_per_step: float
     speedup: float
 

@@ -1,0 +1,248 @@
+"""GGUF files of every layout give the model they were made from, or an error that says why not."""
+
+import shutil
+import struct
+from functools import cache
+
+import ggufs
+import pytest
+import tiny
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, quantize
+from ropes import rope_parameters
+
+from eigenzoo.hub_export.compress import compress_checkpoint
+from eigenzoo.zoo.compression.settings import Settings
+from eigenzoo.zoo.inference.checkpoint import inspect, load
+from eigenzoo.zoo.inference.gguf_file import Stored, open_gguf
+
+TEXT = tiny.tokens(1, 300)
+
+
+@cache
+def model(family="llama", rope="default", **changes):
+    """Transformers' model with heads of 16 numbers, and its logits of 300 tokens."""
+    width = {"head_dim": 16} if family == "llama" else {}
+    parameters = {"rope_parameters": rope_parameters(rope), "max_position_embeddings": 512}
+    theirs = tiny.hf(family, **parameters, **width, **changes)
+    return theirs, theirs(TEXT).logits
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A GGUF file of a Llama with default rotation."""
+    return ggufs.write(tmp_path / "tiny.gguf", model()[0])
+
+
+def check(path, logits):
+    torch.testing.assert_close(load(str(path)).model(TEXT), logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rope", ["default", "linear", "llama3", "yarn", "longrope-scaled"])
+def test_rotation_is_read_as_it_was_written(tmp_path, rope):
+    theirs, logits = model(rope=rope)
+    check(ggufs.write(tmp_path / "tiny.gguf", theirs), logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True}),
+        ("llama", {"mlp_bias": True}),
+        ("llama", {"num_key_value_heads": 8}),
+        ("qwen2", {}),
+        ("qwen2", {"rope": "yarn"}),
+    ],
+)
+def test_variants_give_the_logits_of_transformers(tmp_path, family, changes):
+    theirs, logits = model(family, **changes)
+    check(ggufs.write(tmp_path / "tiny.gguf", theirs), logits)
+
+
+@pytest.mark.parametrize("low_freq_factor", [1.0, 0.7])  # the second fits no published llama3
+def test_factors_of_a_rotation_are_kept_whatever_they_are(tmp_path, low_freq_factor):
+    theirs, _ = model()
+    rope = rope_parameters("llama3") | {"low_freq_factor": low_freq_factor}
+    found = load(str(ggufs.write(tmp_path / "tiny.gguf", theirs, rope))).model
+    plain = rope["rope_theta"] ** -(torch.arange(0, 16, 2) / 16)
+    want = plain / ggufs.llama3_factors(rope, theirs.config)
+    torch.testing.assert_close(found.inv_freq[0], want, atol=0, rtol=1e-5)
+    kind = "llama3" if low_freq_factor == 1.0 else "longrope"
+    assert found.config.rope_parameters["rope_type"] == kind
+
+
+def test_a_compressed_gguf_keeps_its_rotation(tmp_path):
+    checkpoint = load(str(ggufs.write(tmp_path / "tiny.gguf", model(rope="llama3")[0])))
+    compress_checkpoint(checkpoint, tmp_path / "out", Settings(keep=0.5), samples=2, seq_len=32)
+    out = load(str(tmp_path / "out")).model
+    assert out.config.rope_parameters["rope_type"] == "llama3"
+    assert torch.equal(out.inv_freq, checkpoint.model.inv_freq)
+
+
+def test_inspect_reads_a_gguf(path):
+    info = inspect(str(path))
+    assert (info["family"], info["head_dim"], info["dtype"]) == ("llama", 16, "float32")
+
+
+@pytest.mark.parametrize(
+    "given", ["folder", "tiny-00001-of-00003.gguf", "tiny-00002-of-00003.gguf"]
+)
+def test_a_split_gguf_is_read_whole_from_any_part(tmp_path, given):
+    theirs, logits = model()
+    ggufs.write(tmp_path / "tiny.gguf", theirs, parts=3)
+    source = tmp_path if given == "folder" else tmp_path / given
+    check(source, logits)
+    assert load(str(source)).name == "tiny"
+
+
+def test_quantized_blocks_are_dequantized(tmp_path):
+    x = torch.randn(4, 64)
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    blocks = quantize(x.numpy(), GGMLQuantizationType.Q8_0)
+    writer.add_tensor("x", blocks, raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    read = open_gguf(tmp_path / "x.gguf").tensors["x"].read()
+    torch.testing.assert_close(read, x, atol=0.03, rtol=0)
+
+
+def test_ends_of_a_text_come_from_the_file(path):
+    generation = load(str(path)).generation
+    assert (generation.bos_token_id, generation.eos_token_id) == (0, 1)
+
+
+def test_missing_parts_are_named(tmp_path):
+    first = ggufs.write(tmp_path / "tiny.gguf", model()[0], parts=3)
+    (tmp_path / "tiny-00002-of-00003.gguf").unlink()
+    with pytest.raises(ValueError, match=r"1 are missing, first tiny-00002-of-00003.gguf"):
+        load(str(first))
+    first.rename(tmp_path / "alone.gguf")
+    with pytest.raises(ValueError, match=r"alone.gguf says that it is part 0 of 3"):
+        load(str(tmp_path / "alone.gguf"))
+
+
+def test_parts_of_another_split_are_refused(tmp_path):
+    first = ggufs.write(tmp_path / "tiny.gguf", model()[0], parts=3)
+    shutil.copy(tmp_path / "tiny-00003-of-00003.gguf", tmp_path / "tiny-00002-of-00003.gguf")
+    with pytest.raises(ValueError, match=r"tiny-00002-of-00003.gguf says that it is part 2 of 3"):
+        load(str(first))
+
+
+def test_several_models_in_a_folder_are_named(tmp_path):
+    for name in ("a", "b"):
+        ggufs.write(tmp_path / f"{name}.gguf", model()[0])
+    with pytest.raises(ValueError, match=r"holds several models, a.gguf, b.gguf"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"drop": ("blk.1.attn_q.weight", "output_norm.weight")}, "lacks 2 weights"),
+        ({"drop": ("token_embd.weight",)}, "lacks 1 weights, first embed"),
+        ({"more": {"blk.0.attn_q_norm.weight": torch.ones(16)}}, "blk.0.attn_q_norm.weight"),
+        ({"more": {"blk.0.attn_q.bias": torch.ones(128)}}, r"attn_q.bias|q_proj.bias"),
+        ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre = 'deepseek-llm'"),
+        ({"attention__key_length": 16, "rope__dimension_count": 8}, "dimension_count is 8"),
+        ({"attention__key_length": 16, "attention__value_length": 8}, "value_length is 8"),
+        ({"attention__sliding_window": 100}, "llama.attention.sliding_window = 100"),
+        ({"expert_count": 8}, "llama.expert_count = 8"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30"),
+        ({"logit_scale": 0.5}, "llama.logit_scale = 0.5"),
+        ({"attention__scale": 0.3}, "llama.attention.scale"),
+        ({"a_new_field": True}, "llama.a_new_field = True"),
+        ({"attention__layer_norm_rms_epsilon": None}, "lacks llama.attention.layer_norm_rms"),
+        ({"block_count": None}, "lacks llama.block_count"),
+        ({"block_count": 10_000_000}, "block_count|num_hidden_layers"),
+        ({"embedding_length": 0}, "llama.embedding_length is 0: expected a positive"),
+        ({"vocab_size": 999}, r"shape \(320, 64\).* expects \(999, 64\)"),
+        ({"rope__scaling__type": 3}, "rope.scaling.type = 3"),
+        ({"rope__scaling__alpha": 2.0}, "llama.rope.scaling.alpha = 2"),
+        ({"rope__scaling__yarn_log_multiplier": 0.1}, "yarn_log_multiplier"),
+        ({"more": {"rope_factors_long.weight": torch.ones(8)}}, "rope_factors_"),
+        ({"more": {"rope_freqs.weight": torch.ones(5)}}, "expected 8 positive numbers"),
+        (
+            {"more": {"rope_freqs.weight": torch.ones(8)}, "rope__scaling__factor": 2.0},
+            "scales its rotation twice",
+        ),
+    ],
+)
+def test_what_a_file_lacks_or_asks_for_in_vain_is_named(tmp_path, changes, named):
+    path = ggufs.write(tmp_path / "tiny.gguf", model()[0], **changes)
+    with pytest.raises(ValueError, match=named):
+        load(str(path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention__sliding_window": 512},  # of the whole context
+        {"expert_count": 0},
+        {"attention__causal": True},
+        {"attention__scale": 0.25},
+        {"rope__scaling__finetuned": True},
+        {"rope__scaling__factor": 1.0},
+        {"vocab_size": None},
+    ],
+)
+def test_what_changes_nothing_is_accepted(tmp_path, changes):
+    theirs, logits = model()
+    check(ggufs.write(tmp_path / "tiny.gguf", theirs, **changes), logits)
+
+
+def test_other_architectures_are_named(tmp_path):
+    writer = GGUFWriter(tmp_path / "x.gguf", "gemma")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with pytest.raises(
+        ValueError, match="architecture 'gemma': expected a model of llama or qwen2"
+    ):
+        load(str(tmp_path / "x.gguf"))
+
+
+def cut(data: bytes) -> bytes:
+    return data[:-1000]
+
+
+def cut_header(data: bytes) -> bytes:
+    return data[:3000]
+
+
+def empty(data: bytes) -> bytes:
+    return b""
+
+
+def other(data: bytes) -> bytes:
+    return b"PK" + data
+
+
+def endless(data: bytes) -> bytes:
+    """The list of tokens claims to have 2**60 entries."""
+    at = data.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 8
+    return data[:at] + struct.pack("<Q", 2**60) + data[at + 8 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (cut, "damaged .*ends before the end of"),
+        (cut_header, "damaged"),
+        (empty, "is empty"),
+        (other, "expected GGUF of version"),
+        (endless, "damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(path, damage, named):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"tiny\.gguf.*{named}"):
+        load(str(path))
+
+
+def test_an_unknown_type_of_tensor_is_named(path):
+    with pytest.raises(ValueError, match="ggml type 999 is unknown"):
+        Stored(path, (1, 32), 999, 0).read()

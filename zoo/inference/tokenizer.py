@@ -1,0 +1,47 @@
+"""The tokenizer of a checkpoint folder, read by transformers."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .files import read_json, readable
+
+OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+OTHERS = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
+PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "tiktoken": "tiktoken"}
+
+
+def read_tokenizer(
+    folder: Path, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder. options: of transformers' `AutoTokenizer.from_pretrained`.
+
+    Raises ValueError if there is none, a file is damaged, or a package is missing that it needs.
+    """
+    for name in (*OBJECTS, *OTHERS):
+        path = folder / name
+        if path.exists() or path.is_symlink():
+            (read_json if name in OBJECTS else readable)(path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # the package tokenizers raises nothing narrower for a broken file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{folder} has no tokenizer: {_advice(folder)} ({reason})") from error
+
+
+def _advice(folder: Path) -> str:
+    """What to do: install a package if the only tokenizer is one that it reads."""
+    slow = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
+    missing = [name for name, module in PACKAGES.items() if not _installed(module)]
+    if slow and missing:
+        return f"tokenizer.model needs packages that are missing, pip install {' '.join(missing)}"
+    return "add its files, or replace them"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package
+        return False
