@@ -4,9 +4,13 @@ from pathlib import Path
 
 
 def check_links(folder: Path, pattern: str = "**/*") -> None:
-    """Raise ValueError for a link that leads out of the folder, or nowhere."""
+    """Raise ValueError for a link that leads out of the folder, or nowhere.
+
+    Hidden files are not looked at: they are not published.
+    """
     for path in sorted(folder.glob(pattern)):
-        if path.is_symlink():
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_symlink() and not hidden:
             check_inside(path, folder)
 
 

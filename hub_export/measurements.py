@@ -43,7 +43,8 @@ def add(folder: Path, files: Sequence[Path]) -> str:
 def _plots(folder: Path) -> list[Path]:
     """The plots beside a file, to be copied. Raises ValueError for one that lies elsewhere."""
     check_links(folder, "*.png")
-    return sorted(path for path in folder.glob("*.png") if path.is_file())
+    plots = (path for path in folder.glob("*.png") if not path.name.startswith("."))
+    return sorted(path for path in plots if path.is_file())
 
 
 def _measured(files: Sequence[Path], plots: Sequence[Path]) -> Measurements:

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import tiny
 from huggingface_hub import ModelCard
 
 from eigenzoo.hub_export.compress import compress_checkpoint
@@ -66,10 +67,26 @@ def test_a_card_holds_no_markup_of_others(run, hostile, tmp_path):
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} <= {4, 5}
 
 
-def test_a_report_holds_no_markup_of_others(run, dense_folder, tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+def test_a_report_holds_no_markup_of_others(run, dense_folder, tmp_path, monkeypatch):
+    plots = pytest.importorskip("matplotlib.figure", reason="the extra `plot` is not installed")
+    drawn = []  # a figure takes seconds; laying out its words is what may fail
+    monkeypatch.setattr(
+        plots.Figure, "savefig", lambda self, path: drawn.append(self) or path.touch()
+    )
     file = tmp_path / "rows.jsonl"
-    words = ["--keep", "0.6", "--samples", 4, "--seq-len", 32, "--window", 64, "--windows", 1]
+    (tmp_path / "text.txt").write_text(tiny.WORDS)
+    words = [
+        "--keep",
+        "0.6",
+        "--samples",
+        4,
+        "--seq-len",
+        32,
+        "--window",
+        64,
+        "--no-save-statistics",
+    ]
+    words += ["--method", "pca", "--text", tmp_path / "text.txt"]
     assert run("sweep", dense_folder, file, *words)[0] == 0
     file.write_text(file.read_text().replace('"dense"', json.dumps(HOSTILE)))
     assert sections(read_rows(file, SWEEP))[0].dense["model"] == HOSTILE
@@ -77,6 +94,7 @@ def test_a_report_holds_no_markup_of_others(run, dense_folder, tmp_path):
     assert code == 0, error
     assert harmless(text)
     assert SHOWN in text
+    drawn[0].draw_without_rendering()
     report = (tmp_path / "out" / "report.md").read_text()
     assert harmless(report)
     assert "<script>" not in report.replace(r"\<script>", "")

@@ -75,7 +75,8 @@ def test_every_table_states_the_share_beside_16_bits(run, dense, tmp_path):
     asked = ["--keep", 0.3, "--kv-bits", "8", "--rank-multiple", 2, "--samples", 4, "--seq-len", 32]
     done = json.loads(run("compress", dense, out, *asked, "--dtype", "float32", "--json")[1])
     assert 0.25 < done["share"] <= 0.3
-    measured = ["--window", 64, "--windows", 1]
+    (tmp_path / "text.txt").write_text(tiny.WORDS)
+    measured = ["--window", 64, "--text", tmp_path / "text.txt"]
     words = ["evaluate", out, *measured]
     (tmp_path / "row.json").write_text(run(*words, "--json")[1])
     assert f"{done['share']:.1%} of the {2 * 3 * 2 * 32}" in run(*words)[1]

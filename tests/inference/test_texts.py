@@ -97,6 +97,11 @@ def test_a_byte_order_mark_is_no_text_and_line_ends_are_alike(tmp_path, name):
     assert read_text(written(tmp_path, "a.txt.gz", gzip.compress(b"the cat"))).rows == ["the cat"]
 
 
+def test_text_that_begins_like_json_is_text(tmp_path):
+    for words in ('{"id": 3}\nthe cat', "[1] the cat", '{"text": '):
+        assert read_text(written(tmp_path, "a.txt", words.encode())).rows == [words]
+
+
 def no_chat(**message) -> bytes:
     return lines([{"messages": [message]}])
 
@@ -133,6 +138,8 @@ BAD = {
     "text.txt.zst": (b"\x28\xb5\x2f\xfd\x00", "text.txt.zst is not a text file"),
     "cut.txt.gz": (gzip.compress(b"the cat" * 99)[:-9], "cut.txt.gz cannot be read"),
     "text.jsonl.gz": (b'{"text": "a"}', "text.jsonl.gz cannot be read: Not a gzipped file"),
+    "rows.txt": (b'{"text": "a"}\n{"text": "b"}', "rows.txt holds rows in JSON: name it .jsonl"),
+    "rows": (json.dumps(ROWS, indent=1).encode(), "holds rows in JSON"),
     "table.csv": (b"id,text\n1,a", "table.csv is a table"),
 }  # fmt: skip
 
@@ -171,7 +178,9 @@ def test_what_is_no_file_is_refused(tmp_path):
         tmp_path / "none.txt": "does not exist",
         tmp_path: "is a folder",
         tmp_path / "pipe": "is no regular file",
-        tmp_path / "loop": "does not exist",
+        tmp_path / "loop": "cannot be read: Too many levels",
+        tmp_path / ("long" * 99): "cannot be read: File name too long",
+        tmp_path / "a.txt" / "b": "does not exist",
         tmp_path / "a.txt": "is not a text file",
         "https://example.org/a.txt": "is an address: download it",
         "~nobody-here/a.txt": "does not exist",

@@ -5,6 +5,7 @@ import json
 import os
 import pydoc_data.topics
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,7 +66,7 @@ def read_text(path: str | Path | None) -> Text:
     place = _file(path)
     name = place.name.lower().removesuffix(".gz")
     reader = next((READERS[endings] for endings in READERS if name.endswith(endings)), None)
-    text = take(str(path), reader(place)) if reader else Text("", [_decoded(place)])
+    text = take(str(path), reader(place)) if reader else Text("", [_plain(place)])
     if not any(row.strip() if isinstance(row, str) else row for row in text.rows):
         raise ValueError(f"{path} is empty: expected text")
     return text._replace(name=place.name)
@@ -139,17 +140,41 @@ def _shown(value: Any) -> str:
 def _file(path: str | Path) -> Path:
     """The path of a file that may hold text."""
     place = Path(os.path.expanduser(path))
-    if place.is_file():
-        if place.name.lower().removesuffix(".gz").endswith(TABLES):
-            raise ValueError(f"{path} is a table: write its texts to a .jsonl with a column `text`")
-        return place
-    if place.is_dir():
+    try:
+        mode = place.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if re.match(r"\w\w+:/", str(path)):
+            raise ValueError(f"{path} is an address: download it, and give the file") from None
+        raise ValueError(f"{path} does not exist: expected a text file") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if stat.S_ISDIR(mode):
         raise ValueError(f"{path} is a folder: expected a text file")
-    if place.exists():
+    if not stat.S_ISREG(mode):  # reading a pipe would wait, and the text is read again later
         raise ValueError(f"{path} is no regular file: write the text to a file first")
-    if re.match(r"\w\w+:/", str(path)):
-        raise ValueError(f"{path} is an address: download it, and give the file")
-    raise ValueError(f"{path} does not exist: expected a text file")
+    if place.name.lower().removesuffix(".gz").endswith(TABLES):
+        raise ValueError(f"{path} is a table: write its texts to a .jsonl with a column `text`")
+    return place
+
+
+def _plain(path: Path) -> str:
+    """The text of a file. Raises ValueError where it is rows under another name."""
+    text = _decoded(path)
+    if text.lstrip().startswith(("{", "[")) and _is_rows(text):
+        raise ValueError(f"{path} holds rows in JSON: name it .jsonl, or .json if it is one list")
+    return text
+
+
+def _is_rows(text: str) -> bool:
+    for part in (text.lstrip().partition("\n")[0], text):
+        try:
+            value = json.loads(part)
+        except (ValueError, RecursionError):
+            continue
+        row = value[0] if isinstance(value, list) and value else value
+        if isinstance(row, dict) and any(column in row for column in COLUMNS):
+            return True
+    return False
 
 
 def _decoded(path: Path) -> str:

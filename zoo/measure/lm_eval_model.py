@@ -59,6 +59,7 @@ class NativeLM(TemplateLM):
         """The token to put before a text without context. Raises ValueError if there is none."""
         for token in (self.tokenizer.bos_token_id, self.eot_token_id):
             if token is not None:
+                check_ids([token], self.tokenizer, self.model.config.vocab_size, "every text")
                 return token
         raise ValueError("the tokenizer has no first and no end token: expected one, for tasks")
 
