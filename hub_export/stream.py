@@ -121,8 +121,10 @@ def stream_checkpoint(
                 }
                 write_about(fresh, stream.low, original, record)
                 put(fresh, place, force)
-        except BaseException:
-            if not (left / PROGRESS).exists():
+        except BaseException as error:
+            # nothing goes on from what is refused, unlike what the disk or a signal cut off
+            refused = isinstance(error, ValueError) and error.__cause__ is None and not resume
+            if refused or not (left / PROGRESS).exists():
                 discard_partial(place)
             raise
         discard_partial(place)

@@ -23,8 +23,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # files that take ten seconds or more, the longest first
 LONGEST = (
     "smollm2", "kernels", "generate", "tiny_models", "benchmarks", "cpu_ops", "export", "examples",
-    "stream", "readme", "keys", "linear", "cli", "bench", "hub", "refine", "mixing", "fold",
-    "parallel", "aot", "card", "ways_in",
+    "stream", "killed", "readme", "keys", "linear", "cli", "bench", "hub", "refine", "mixing",
+    "fold", "parallel", "aot", "card", "ways_in",
 )  # fmt: skip
 
 

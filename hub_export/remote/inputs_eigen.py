@@ -97,32 +97,48 @@ def new_positions(position_ids: Tensor, call: Call) -> Tensor:
 
 
 def slot_positions(
-    position_ids: Tensor | None, cache: Cache | None, valid: Tensor | None, call: Call, learned: int
+    position_ids: Tensor | None,
+    cache: Cache | None,
+    valid: Tensor | None,
+    matrix: Tensor | None,
+    call: Call,
+    learned: int,
 ) -> Tensor | None:
     """Positions of all slots, (B, S), or None if they are those counted over `valid`.
 
-    Some keys are rotated when they are read, by the positions of their slots. So positions that
-    were passed are kept with the cache, as its `slot_positions`; those of a growing cache only if
-    they are not the counted ones. learned: how many positions the model has, 0 for any.
+    Some keys are rotated when they are read, by the positions of their slots. So positions are kept
+    with the cache, as its `slot_positions`. As long as all were counted, they are counted again, so
+    a user may select rows of the cache; its `positions_counted` tells. By default positions are
+    counted over a 2-D mask, and go on behind others. learned: how many the model has, 0 for any.
     """
     kept = getattr(cache, "slot_positions", None)
-    if not call.fixed and call.past == 0:
-        kept = None  # of tokens that the cache holds no longer
-    if position_ids is None and kept is None:
+    counting = getattr(cache, "positions_counted", True)
+    if (call.checked or not call.fixed) and call.past == 0:
+        kept, counting = None, True  # of tokens that the cache holds no longer
+    given = [x for x in (position_ids, kept, valid, matrix) if x is not None]
+    if not given or (cache is None and position_ids is None):
         return None
     slot = torch.arange(call.slots, device=call.pos.device)[None]
     usual = slot if valid is None else counted(valid)
-    new = usual[:, call.pos] if position_ids is None else new_positions(position_ids, call)
+    if position_ids is not None:
+        new = new_positions(position_ids, call)
+    elif counting and matrix is not None and kept is not None:
+        new = kept[:, call.pos[:1] - 1] + 1 + slot[:, : call.new]
+    else:
+        new = (usual if counting else slot)[:, call.pos]
+    counting = counting and matrix is None and (position_ids is None or call.checked)
     if call.checked:
         real = torch.ones_like(new, dtype=torch.bool) if valid is None else valid[:, call.pos]
-        if kept is None and not call.fixed and ((new == usual[:, call.pos]) | ~real).all():
-            return None
         _check_learned(new[real.expand_as(new)], learned)
-    if learned:  # of padding, which may have any
-        new = new.clamp(min=0)
-    position = _merged(kept, usual, new, call)
+        counting = counting and bool(((new == usual[:, call.pos]) | ~real).all())
+    if counting and not call.fixed:
+        position, kept = None, None if valid is None else usual
+    else:
+        position = kept = _merged(kept, usual, new.clamp(min=0) if learned else new, call)
     if cache is not None:
-        cache.slot_positions = position  # type: ignore[attr-defined]
+        cache.slot_positions = kept  # type: ignore[attr-defined]
+        if call.checked:
+            cache.positions_counted = counting  # type: ignore[attr-defined]
     return position
 
 
@@ -134,14 +150,15 @@ def _check_learned(position: Tensor, learned: int) -> None:
 
 def _merged(kept: Tensor | None, usual: Tensor, new: Tensor, call: Call) -> Tensor:
     """Positions of all slots: of a static cache a buffer, which is written in place."""
-    if kept is not None and kept.size(0) != call.batch:
+    if kept is not None and kept.size(0) not in (1, call.batch):
         raise ValueError(
             f"the cache holds position_ids of {kept.size(0)} sequences, given {call.batch}: pass "
             "the tokens again, without this cache"
         )
     new = new.expand(call.batch, -1)
-    if kept is not None and not call.fixed:
-        return torch.cat((kept[:, : call.past], new), 1)
+    if not call.fixed:
+        past = (usual if kept is None else kept)[:, : call.past].expand(call.batch, -1)
+        return torch.cat((past, new), 1)
     if kept is None:
         kept = usual.expand(call.batch, -1).clone()
         if call.checked:

@@ -120,7 +120,8 @@ class EigenPreTrainedModel(PreTrainedModel):
         valid, mask = read_mask(attention_mask, call, attn.heads)
         if attention_mask is None and cache is None:
             mask = packed_matrix(position_ids, call)
-        position = slot_positions(position_ids, cache, valid, call, config.learned_positions)
+        places = (position_ids, cache, valid, mask)
+        position = slot_positions(*places, call, config.learned_positions)
         how = (mask, valid, position, cache, call, getattr(config, "anchor", 1))
         mask = mask_of_call(*how)
         native = None if cache is None else LatentCache(cache, call.slots, config)

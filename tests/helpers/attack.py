@@ -65,7 +65,7 @@ NOTES = (
     "going on from ",
     "stopped",
     "compiling at ",
-    "there is nothing to resume",
+    *("there is nothing to resume", "1 cells are in ", "[1/2] dense: "),
 )
 
 

@@ -68,6 +68,21 @@ def test_positions_that_restart_separate_texts_without_a_cache(model):
         close(got[:, 8:], alone[1][:, :6])
 
 
+def test_one_token_reads_every_form_of_a_mask_alike(model):
+    seen = torch.arange(14)[None] > 3
+    rows = seen[:, None, None]
+    forms = [seen, rows, rows.int(), added(rows), rows.expand(1, 8, 1, 14), added(rows).half()]
+    got = []
+    for mask in forms:
+        cache = DynamicCache()
+        model(IDS[:, :13], past_key_values=cache, attention_mask=seen[:, :13])
+        how = {"position_ids": torch.tensor([[9]]), "past_key_values": cache}
+        got.append(model(IDS[:, 13:], attention_mask=mask, **how).logits)
+    for logits in got[1:]:
+        close(logits, got[0])
+    close(got[0][:, -1], model(IDS[:, 4:]).logits[:, -1])
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_packed_texts_are_continued_from_a_cache(model, alone, static):
     cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache()
@@ -240,9 +255,17 @@ def test_what_cannot_be_meant_is_refused(what):
         model(IDS, **REFUSED[what])
 
 
-def test_a_cache_with_positions_of_other_sequences_is_refused():
-    model, cache = exported.of_kind("rebuilt keys"), DynamicCache()
-    model(IDS, position_ids=RESTART, past_key_values=cache)
-    cache.batch_repeat_interleave(2)
-    with pytest.raises(ValueError, match="position_ids of 1 sequences"):
-        model(ROWS[:, :1], past_key_values=cache)
+def test_rows_of_a_cache_may_be_selected_unless_their_positions_were_given():
+    model, mask = exported.of_kind("rebuilt keys"), torch.ones(2, 14, dtype=torch.long)
+    mask[1, :4] = 0
+    cache, more = DynamicCache(), torch.nn.functional.pad(mask[1:], (0, 1), value=1)
+    model(ROWS, attention_mask=mask, past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([1]))
+    got = model(ROWS[:1, :1], attention_mask=more, past_key_values=cache).logits
+    close(got[0, -1], model(torch.cat((ROWS[1:, 4:], ROWS[:1, :1]), 1)).logits[0, -1])
+
+    cache = DynamicCache()
+    model(ROWS, position_ids=TWO, past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([1]))
+    with pytest.raises(ValueError, match="position_ids of 2 sequences"):
+        model(ROWS[:1, :1], past_key_values=cache)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from eigenzoo.hub_export.compress import compress_checkpoint
@@ -122,6 +123,18 @@ def test_a_disk_without_room_for_the_weights_is_named_before_the_work(
     assert sorted(os.listdir(home)) == before
 
 
+@pytest.mark.parametrize("spoil", ["shape", "missing", "not finite"])
+def test_weights_that_are_refused_late_leave_no_unfinished_work(run, home, spoil):
+    file = home / "model" / "model.safetensors"
+    weights, name = load_file(file), "model.layers.0.mlp.down_proj.weight"
+    x = weights.pop(name)
+    changed = {"shape": {name: x.T.contiguous()}, "not finite": {name: x / 0}, "missing": {}}
+    save_file(weights | changed[spoil], file, {"format": "pt"})
+    for _ in range(2):
+        assert "down_proj" in refused(run, *command(home, "--stream"))
+        assert sorted(os.listdir(home)) == ["model", "text.txt"]
+
+
 class KilledError(Exception):
     """Ends the work as a signal would."""
 
@@ -137,7 +150,9 @@ def test_work_that_dies_after_its_folder_took_its_place_is_not_gone_on_from(run,
     want = {p.name: p.read_bytes() for p in (home / "out").iterdir()}
     assert (home / "out.partial").exists()
     monkeypatch.setattr("eigenzoo.hub_export.stream.put", put)
-    assert "out exists: choose another" in refused(run, *command(home, "--resume"))
+    assert "out is finished, so there is nothing to resume" in refused(
+        run, *command(home, "--resume")
+    )
     code, _, error = run(*command(home, "--resume", "--force"))
     assert code == 0, error
     assert {p.name: p.read_bytes() for p in (home / "out").iterdir()} == want

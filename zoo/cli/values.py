@@ -70,11 +70,20 @@ def torch_device(name: str) -> Any:
 
 
 def fuse(model: Any, ops: str, compile: bool) -> Any:
-    """The model, with the fused ops in it if `ops`, a name in `options.OPS`, says so."""
+    """The model, with the fused ops in it if `ops`, a name in `options.OPS`, says so.
+
+    Where "auto" would take them but cannot, it says why. Raises ValueError where "fused" cannot.
+    """
     from ...kernels.install import DEVICES, install
 
-    wanted = compile and model.device.type in DEVICES if ops == "auto" else ops == "fused"
-    return install(model) if wanted else model
+    if ops == "fused":
+        return install(model)
+    if ops == "auto" and compile and model.device.type in DEVICES:
+        try:
+            return install(model)
+        except ValueError as error:
+            say(f"decoding with the reference ops: {error}")
+    return model
 
 
 def preparation(weights: str, ops: str, compile: bool) -> Callable[[Any], Any]:

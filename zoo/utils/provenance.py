@@ -29,7 +29,7 @@ def code() -> str:
     root = Path(__file__).parents[2]
     rooms = [root / name for name in ("zoo", "kernels", "hub_export")]
     paths = sorted(path for room in rooms for kind in CODE for path in room.rglob(kind))
-    return fingerprint(*(f"{path.relative_to(root)}\n{path.read_text()}" for path in paths))
+    return fingerprint(*(f"{path.relative_to(root)}\n{path.read_text('utf-8')}" for path in paths))
 
 
 def work(device: torch.device, **parts: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .provenance import fingerprint
+from .regular import regular
 from .replace import replacing
 
 VERSIONS = {"eigenzoo", "code", "torch", "transformers"}  # as `provenance.work` names them
@@ -29,13 +30,13 @@ def read_state(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_state` wrote. Raises ValueError if the file holds anything else by a bit."""
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            about = file.metadata()
+        with safe_open(regular(path), "pt", device=str(device)) as file:
+            about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if about[CHECKSUM] != _checksum(about["facts"], tensors):
-            raise ValueError("its checksum differs")
-        return tensors, json.loads(about["facts"])
-    except (SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
+        told = about.get("facts", "")
+        _compare(about.get(CHECKSUM), _checksum(told, tensors))
+        return tensors, json.loads(told)
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it to start again") from error
 
 
@@ -53,9 +54,13 @@ def unsealed(read: Any) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise ValueError("it is no JSON object")
     facts = {name: value for name, value in read.items() if name != CHECKSUM}
-    if read.get(CHECKSUM) != fingerprint(json.dumps(facts)):
-        raise ValueError("its checksum differs")
+    _compare(read.get(CHECKSUM), fingerprint(json.dumps(facts)))
     return facts
+
+
+def _compare(saved: str | None, found: str) -> None:
+    if saved != found:
+        raise ValueError("it has no checksum" if saved is None else "its checksum differs")
 
 
 def check_same(
