@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..zoo.inference.checkpoint import MODEL_TYPE, native_config, read_config
+from ..zoo.models.config import Config, kv_bytes
 from ..zoo.utils.jsonl import MEASURED, read_rows
 from ..zoo.utils.records import CompressionRecord, EvaluationRow, Measurements, TimedRow
 from ..zoo.utils.replace import replacing
@@ -19,7 +20,7 @@ def add(folder: Path, files: Sequence[Path]) -> str:
     files: what `eigenzoo evaluate --json` printed, of the checkpoint or of its original, and
     bench.jsonl as `eigenzoo bench --out` wrote it, whose plots are copied. Earlier measurements of
     the same kind are replaced. Raises ValueError for a file of anything else, for a folder that is
-    no compressed checkpoint, and for links that lead out of a folder.
+    no compressed checkpoint, for an evaluation of another model, and for links out of a folder.
     """
     check_links(folder)
     raw = read_config(folder)
@@ -27,8 +28,11 @@ def add(folder: Path, files: Sequence[Path]) -> str:
         raise ValueError(f"{folder} was not written by eigenzoo compress: expected such a folder")
     compression: CompressionRecord = raw["compression"]
     plots = [plot for file in files if file.suffix == ".jsonl" for plot in _plots(file.parent)]
-    compression["measured"] = {**compression.get("measured", {}), **_measured(files, plots)}
-    text = card(native_config(raw), compression)
+    config = native_config(raw)
+    measured = _measured(files, plots)
+    _check_model(folder, config, measured.get("evaluations", []))
+    compression["measured"] = {**compression.get("measured", {}), **measured}
+    text = card(config, compression)
     for plot in plots:
         (folder / FIGURES).mkdir(exist_ok=True)
         with replacing(folder / FIGURES / plot.name) as part:
@@ -38,6 +42,18 @@ def add(folder: Path, files: Sequence[Path]) -> str:
         with replacing(folder / name) as part:
             part.write_text(content)
     return text
+
+
+def _check_model(folder: Path, config: Config, rows: Sequence[EvaluationRow]) -> None:
+    """Raise ValueError for an evaluation whose uncompressed cache is not that of the checkpoint."""
+    dense = kv_bytes(config)["kv_bytes_per_token_dense"]
+    for row in rows:
+        if row["kv_bytes_per_token_dense"] != dense:
+            raise ValueError(
+                f"{row['model']} has {row['kv_bytes_per_token_dense']} KV bytes per token before "
+                f"compression, and {folder} has {dense}: evaluate the same model, or do it again "
+                "with this version"
+            )
 
 
 def _plots(folder: Path) -> list[Path]:

@@ -88,14 +88,18 @@ USAGE = {
     "pull of a bad id": "pull name out",
     "length of nothing": "evaluate dense --length 16",
 }
+FREE = {  # where these may write
+    "report": ("below the source",),
+    "demo": ("below the source",),
+    "sweep": ("below the source",),
+    "bench": ("below the source", "source", "taken", "empty", "here", "above", "root"),
+}
 ROWS = [
     *(
         Row(f"{command} to {name}", nothing, words.replace("OUT", out))
         for command, words in WRITERS.items()
         for name, out in OUTS.items()
-        if (command, name)
-        not in {("bench", x) for x in ("taken", "source", "here", "above", "root")}
-        and (command, name) not in {("bench", "below the source"), ("sweep", "below the source")}
+        if name not in FREE.get(command, ())
     ),
     *(
         Row(f"{command} to a {name}", change, words.replace("OUT", "out"))

@@ -49,7 +49,7 @@ def test_inspect_shows_escapes_and_markup_as_they_are(run, hostile, monkeypatch)
 
 def test_a_card_holds_no_markup_of_others(run, hostile, tmp_path):
     row = {"model": HOSTILE, "kv_share": 0.5, "command": f"```\n{HOSTILE}", "processor": HOSTILE}
-    row |= {"kv_bytes_per_token": 1, "kv_bytes_per_token_dense": 2, "versions": {}}
+    row |= {"kv_bytes_per_token": 1, "kv_bytes_per_token_dense": 3 * 2 * 64 * 2, "versions": {}}
     row |= {"perplexity": 3.0, "tokens": 4, "text": HOSTILE, "tasks": {HOSTILE: {"acc,none": 0.5}}}
     (tmp_path / "row.json").write_text(json.dumps(row))
     code, text, error = run("card", hostile, tmp_path / "row.json")

@@ -58,7 +58,15 @@ COMMANDS = {
     "pull": "pull org/name out",
     "demo": "demo --out out",
 }
-NOTES = ("read ", "keys: ", "progress is kept in ", "going on from ", "stopped", "compiling at ")
+NOTES = (
+    "read ",
+    "keys: ",
+    "progress is kept in ",
+    "going on from ",
+    "stopped",
+    "compiling at ",
+    *("there is nothing to resume", "1 cells are in ", "[1/2] dense: "),
+)
 
 
 class Row(NamedTuple):

@@ -31,9 +31,16 @@ def start() -> TemporaryDirectory:
 
 
 def python(
-    *words, stdin: str = "", cwd: Path | None = None, env: dict[str, str] | None = None
+    *words,
+    stdin: str = "",
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    limit: float | None = None,
 ) -> CompletedProcess[str]:
-    """The result of `python WORDS`, with words `-c CODE ...` or `FILE ...`."""
+    """The result of `python WORDS`, with words `-c CODE ...` or `FILE ...`.
+
+    limit: seconds after which the process is killed.
+    """
     start()
     with TemporaryDirectory() as folder:
         streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
@@ -42,6 +49,8 @@ def python(
         args = list(map(str, words)), streams, cwd or Path.cwd(), env or dict(os.environ)
         process = CONTEXT.Process(target=_main, args=args)
         process.start()
+        process.join(limit)
+        process.kill()  # which is nothing to one that ended
         process.join()
         return CompletedProcess(args[0], process.exitcode, *(x.read_text() for x in streams[1:]))
 

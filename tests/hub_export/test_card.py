@@ -192,6 +192,16 @@ def test_a_plot_that_is_a_link_is_not_copied(run, low, tmp_path):
     assert not (low / "figures" / "speed.png").exists()
 
 
+def test_an_evaluation_of_another_model_is_refused(run, low, tmp_path):
+    row = {"model": "other", "kv_bytes_per_token": 8, "kv_bytes_per_token_dense": 16}
+    row |= {"kv_share": 0.5, "processor": "x", "versions": {}, "command": "eigenzoo evaluate other"}
+    (tmp_path / "x.json").write_text(json.dumps(row))
+    before = text(low)
+    code, _, error = run("card", low, tmp_path / "x.json")
+    assert (code, "other has 16 KV bytes per token before compression, and " in error) == (2, True)
+    assert text(low) == before
+
+
 def test_a_file_without_measurements_is_refused(run, dense, low, tmp_path):
     (tmp_path / "x.json").write_text('{"perplexity": 3}')
     before = text(low)

@@ -292,7 +292,8 @@ def test_missing_repositories_and_revisions_are_reported_in_a_sentence(run, hub,
     assert code == 0, error
 
 
-def test_a_link_within_the_folder_is_published(run, hub, folder):
+def test_a_link_within_the_folder_is_published_and_a_hidden_one_is_not(run, hub, folder, tmp_path):
+    (folder / ".hidden").symlink_to(tmp_path / "nowhere")
     (folder / "LICENSE.md").symlink_to("README.md")
     assert states(run("push", folder, REPO, "--dry-run", "--json")[1])["LICENSE.md"] == "new"
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from ..utils.regular import regular
 from ..utils.replace import replacing
 from ..utils.resume import KeptFiles, check_same, sealed, unsealed
 
@@ -62,7 +63,7 @@ def _done(kept: KeptFiles, facts: Mapping[str, Any]) -> int:
     """How many steps are done by the files, which are those of `facts`, and whole."""
     state = kept.folder / PROGRESS
     try:
-        left = unsealed(json.loads(state.read_bytes()))
+        left = unsealed(json.loads(regular(state).read_bytes()))
     except FileNotFoundError:
         return 0
     except (ValueError, RecursionError) as error:

@@ -97,13 +97,10 @@ def open_layers(
     """
     path = locate(source, revision)
     raw = read_config(path)
-    config, stored = native_config(raw), quantization(raw)
-    plain = dequantizer(stored)
+    config, plain = native_config(raw), dequantizer(quantization(raw))
     if plain is None:
         raise ValueError(f"{source} is quantized so that it is read whole: omit --stream")
-    files = LayerFiles(
-        path, config, dtype or _dequantized_dtype(raw), device, plain if stored else None
-    )
+    files = LayerFiles(path, config, dtype or _dequantized_dtype(raw), device, plain)
     return _checkpoint(source, path, raw, files.model(), trust_remote_code), files
 
 

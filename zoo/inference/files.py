@@ -1,25 +1,10 @@
-"""Files of a checkpoint: only regular files are read, and JSON must be one object."""
+"""Files of a checkpoint: JSON must be one object."""
 
 import json
-import stat
 from pathlib import Path
 from typing import Any
 
-
-def readable(path: Path) -> Path:
-    """The path, if it leads to a regular file. Raises ValueError for anything else.
-
-    Opening a pipe would wait for ever.
-    """
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} cannot be read: {reason}") from error
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
-        raise ValueError(f"{path} is {kind}: expected a file")
-    return path
+from ..utils.regular import readable
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.regular import readable
+
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # by value type
 STRING, ARRAY = 8, 9  # the other value types
@@ -128,7 +130,7 @@ def open_gguf(path: Path) -> GGUF:
 
 
 def _header(path: Path) -> GGUF:
-    if path.stat().st_size == 0:
+    if readable(path).stat().st_size == 0:
         raise ValueError(f"{path} is empty: download it again")
     try:
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:

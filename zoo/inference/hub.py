@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .files import readable
+from ..utils.regular import readable
 
 FAILURES = (HTTPError, HFValidationError, OSError)  # connection, bad name, disk
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .files import read_json, readable
+from ..utils.regular import readable
+from .files import read_json
 
 OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 OTHERS = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path, PurePath
@@ -15,7 +15,8 @@ from torch import Tensor
 from ..models.config import Config
 from ..models.families import model_of, new_model
 from ..models.model import Model
-from .files import read_json, readable
+from ..utils.regular import readable
+from .files import read_json
 
 EMBED = "embed.weight"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -159,19 +160,13 @@ def _weights(
                 raise ValueError(f"weight {key} is given twice: export the checkpoint again")
             _check_part(key, part, expected.get(name))
             weights[name] = _cast(key, part, dtype, device)
-    _check_complete(expected, weights)
+    _check_missing(expected.keys() - weights.keys())
     if tied is not None and not torch.equal(_cast("head", tied, dtype, device), weights[EMBED]):
         raise ValueError(
             "the embedding and the head have different weights, and tie_word_embeddings in "
             "config.json is true: expected false, or equal weights"
         )
     return weights
-
-
-def _check_complete(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    missing = expected.keys() - weights.keys()
-    if missing:
-        raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
 
 
 def _check_part(key: str, part: Tensor, expected: Tensor | None) -> None:
@@ -181,9 +176,7 @@ def _check_part(key: str, part: Tensor, expected: Tensor | None) -> None:
 
 
 def _check_kind(key: str, part: Tensor, expected: Tensor | None) -> None:
-    if expected is None or part.shape != expected.shape:
-        want = "no such weight" if expected is None else tuple(expected.shape)
-        raise ValueError(f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}")
+    expected = _check_shape(key, part, expected)
     whole = expected.dtype == torch.int64
     if part.layout != torch.strided or part.dtype not in ((torch.int64,) if whole else FLOATS):
         want = "int64" if whole else "float16, bfloat16, float32 or float64"
@@ -191,6 +184,18 @@ def _check_kind(key: str, part: Tensor, expected: Tensor | None) -> None:
             f"weight {key} is {_short(part.dtype)}: expected {want}; quantized weights need their "
             "quantization_config in config.json"
         )
+
+
+def _check_shape(key: str, part: Tensor, expected: Tensor | None) -> Tensor:
+    if expected is None or part.shape != expected.shape:
+        want = "no such weight" if expected is None else tuple(expected.shape)
+        raise ValueError(f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}")
+    return expected
+
+
+def _check_missing(missing: Set[str]) -> None:
+    if missing:
+        raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
 
 
 def _cast(key: str, part: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
@@ -218,50 +223,52 @@ class LayerFiles:
         config: Config,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        plain: Callable[[Tensors], Tensors] | None = None,
+        plain: Callable[[Tensors], Tensors] = iter,
     ):
-        """Read only names, shapes and dtypes, and check them.
+        """Read only names and shapes.
 
-        folder: of the checkpoint. plain: makes tensors as they are stored floating-point; None if
-        they are. The rest as in `build`.
+        folder: of the checkpoint. plain: makes tensors as they are stored floating-point. The rest
+        as in `build`.
         """
         if not list(folder.glob("*.safetensors*")):
             raise ValueError(
                 f"{folder} has no safetensors, which reading layer by layer needs: convert the "
                 "checkpoint, or omit --stream"
             )
-        self.config, self.device, self.plain = config, device, plain or iter
+        self.config, self.device, self.plain = config, device, plain
         self.paths = shards(folder, "model.safetensors")
         # names of tensors by layer ("" for those outside layers) and file
         self.keys: dict[str, dict[Path, list[str]]] = {}
         self.expected: dict[str, dict[str, Tensor]] = {}
-        self.found: dict[str, dict[str, Tensor]] = {}
-        for name, x in _expected(config).items():
+        missing = _expected(config)
+        for name, x in missing.items():
             self.expected.setdefault(_layer_of(name), {})[name] = x
         numbers: Counter[torch.dtype] = Counter()
         for path in self.paths:
             with opened(path) as file:
                 for key in file.keys():  # noqa: SIM118, the file is no mapping
                     tensor = file.get_slice(key)
-                    self._place(path, key, _on_meta(file, key), whole=plain is None)
+                    for name in self._place(path, key, _on_meta(file, key)):
+                        missing.pop(name, None)
                     if tensor.get_dtype() in STORED:
                         numbers[STORED[tensor.get_dtype()]] += prod(tensor.get_shape())
         self.dtype = dtype or _main_dtype(numbers)
-        if plain is None:
-            for layer, expected in self.expected.items():
-                _check_complete(expected, self.found.get(layer, {}))
+        if self.plain is iter:
+            _check_missing(missing.keys())
 
-    def _place(self, path: Path, key: str, tensor: Tensor, whole: bool) -> None:
-        for name, part in self.config.weights(key, tensor):
+    def _place(self, path: Path, key: str, tensor: Tensor) -> list[str]:
+        """Note the file of a tensor; returns the names of its parts."""
+        parts = dict(self.config.weights(key, tensor))
+        for name, part in parts.items():
             layer = _layer_of(name)
             if layer not in self.expected:
                 raise ValueError(f"weight {key}: config.json expects no such weight")
-            if whole and (name != "head.weight" or name in self.expected[layer]):  # else tied
-                _check_kind(key, part, self.expected[layer].get(name))
-            self.found.setdefault(layer, {})[name] = part
-            names = self.keys.setdefault(layer, {}).setdefault(path, [])
-            if key not in names:
-                names.append(key)
+            if self.plain is iter and name in self.expected[layer]:
+                _check_kind(key, part, self.expected[layer][name])
+            keys = self.keys.setdefault(layer, {}).setdefault(path, [])
+            if key not in keys:
+                keys.append(key)
+        return [*parts]
 
     def model(self) -> Model:
         """The model with the weights outside layers; its layers are on meta."""

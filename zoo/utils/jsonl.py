@@ -29,6 +29,7 @@ from .records import (
     SweepRow,
     TimedRow,
 )
+from .regular import regular
 from .replace import replacing, sync
 from .resume import CHECKSUM, sealed, unsealed
 
@@ -134,7 +135,7 @@ def _read(path: Path, form: Format[Row]) -> tuple[list[tuple[str, bytes]], bytes
     not its content, which then is zeros.
     """
     try:
-        whole = path.read_bytes()
+        whole = regular(path).read_bytes()
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
         raise ValueError(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .provenance import fingerprint
+from .regular import regular
 from .replace import replacing
 
 VERSIONS = {"eigenzoo", "code", "torch", "transformers"}  # as `provenance.work` names them
@@ -29,7 +30,7 @@ def read_state(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_state` wrote. Raises ValueError if the file holds anything else by a bit."""
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
+        with safe_open(regular(path), "pt", device=str(device)) as file:
             about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         told = about.get("facts", "")
