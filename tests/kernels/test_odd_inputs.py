@@ -123,5 +123,5 @@ def test_an_op_refuses_odd_arguments_or_gives_what_the_definition_does(name):
 @pytest.mark.parametrize("name", [n for n in calls() if "linear" not in n])
 def test_a_span_outside_of_the_cache_or_of_nothing_is_refused(name, bounds):
     op, _, (q, k, v, _, *rest) = calls()[name]
-    with pytest.raises(RuntimeError, match="expected (a span|keys)"):
+    with pytest.raises(RuntimeError, match=r"expected (a span|keys)"):
         op(q, k, v, torch.tensor([bounds]), *rest)
