@@ -54,9 +54,12 @@ def install(model: AnyModel) -> AnyModel:
     """Make every layer of a model decode with the fused ops. Prompts are processed as before.
 
     Returns the model, changed in place; a second call changes nothing. On a CPU, the first call
-    compiles the ops, which takes half a minute. Raises ValueError for a device that has no fused
-    ops, and if the compiler or Triton is missing.
+    compiles the ops, which takes half a minute. Raises ValueError for a device or a dtype (float64)
+    that has no fused ops, and if the compiler or Triton is missing.
     """
+    if any(p.dtype == torch.float64 for p in model.parameters()):
+        remove(model)
+        raise ValueError("there are no fused ops for float64: use the reference ops in it")
     devices = {p.device.type for p in model.parameters()} - {"meta"}  # meta: offloaded to disk
     for device in devices:
         register(device)
@@ -67,6 +70,16 @@ def install(model: AnyModel) -> AnyModel:
         if "cpu" in devices and _calls(module, linear_decode):
             vars(module).update(linear_decode=ops.linear_decode, rows=LINEAR_ROWS)
     return model
+
+
+def remove(model: nn.Module) -> None:
+    """Make a model decode with the reference ops again."""
+    for module in model.modules():
+        for definition in (*FUSED, linear_decode):
+            if _calls(module, definition):
+                vars(module).pop(definition.__name__, None)
+        if _calls(module, linear_decode):
+            vars(module).pop("rows", None)
 
 
 def _calls(module: nn.Module, definition: Callable[..., Any]) -> bool:

@@ -28,11 +28,19 @@ SCHEMAS = {
 }
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+def _check_devices(*arguments: object) -> None:
+    devices = {str(x.device) for x in arguments if isinstance(x, Tensor)}
+    if len(devices) > 1:  # of which one is meta, so this would be taken for the op itself
+        raise RuntimeError(f"expected arguments on one device, got {', '.join(sorted(devices))}")
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, *more: object, **named: object) -> Tensor:
+    _check_devices(q, k, v, *more, *named.values())
     return q.new_empty(*q.shape[:3], v.size(3) * (2 if v.dtype == torch.uint8 else 1))
 
 
-def _product(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+def _product(x: Tensor, weight: Tensor, *more: object) -> Tensor:
+    _check_devices(x, weight, *more)
     return x.new_empty(*x.shape[:-1], weight.size(0))
 
 

@@ -16,6 +16,7 @@
 
 #include "attend.h"
 #include "cache.h"
+#include "checks.h"
 #include "multiply.h"
 #include "tensors.h"
 
@@ -113,6 +114,8 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
                        const OptionalTensor& position, const OptionalTensor& z_scale,
                        const OptionalTensor& v_scale) {
   const Cache keys{z, z_scale}, values{v, v_scale};
+  check_attention(q, keys, values, span, bias, std::nullopt);
+  check_rotation(q, keys, up, mean, cos, sin);
   const int64_t K = z.size(1), rank = keys.width(), rows = q.size(1) / K;
   const int64_t latents = K / std::gcd(K, v.size(1));  // of a unit
   int64_t N = 0;  // blocks of the longest sequence

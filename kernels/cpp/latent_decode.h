@@ -7,6 +7,7 @@
 
 #include "attend.h"
 #include "cache.h"
+#include "checks.h"
 #include "multiply.h"
 #include "tensors.h"
 
@@ -16,6 +17,9 @@ Tensor latent_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Te
                      double scale, const OptionalTensor& bias, const OptionalTensor& slopes,
                      const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
   const Cache keys{k, k_scale}, values{v, v_scale};
+  check_attention(q, keys, values, span, bias, slopes);
+  TORCH_CHECK(q.size(3) == keys.width(), "queries have ", q.size(3), " numbers, and keys ",
+              keys.width());
   const int64_t K = k.size(1), rank = q.size(3), rows = q.size(1) / K * q.size(2);
   const int64_t latents = K / std::gcd(K, v.size(1));  // of a unit
   return DISPATCH(q, "latent_decode", [&] {

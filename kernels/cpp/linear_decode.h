@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "checks.h"
 #include "lanes.h"
 #include "multiply.h"
 #include "tensors.h"
@@ -16,7 +17,7 @@
 
 namespace {
 
-// out = scale * (x weightᵀ) + bias for the rows of x (..., in), weight (out, in) of T
+// out = scale * (x weightᵀ) + bias for the rows of x (B, 1, in), weight (out, in) of T
 template <class T, class X>
 void linear(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
             const OptionalTensor& bias, Tensor& out) {
@@ -51,8 +52,16 @@ void linear(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
 
 Tensor linear_decode(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
                      const OptionalTensor& bias) {
-  TORCH_CHECK(weight.stride(1) == 1, "linear_decode: each row of weights must be contiguous, got ",
-              "strides ", weight.strides(), ": pass weight.contiguous()");
+  check_dense("weights (out, in)", weight, 2);
+  check_dense("rows (B, 1, in)", x, 3);
+  expect(weight.stride(1) == 1 || weight.size(1) == 1, "weights whose rows are contiguous", weight);
+  expect(x.size(1) == 1 && x.size(2) == weight.size(1), "rows (B, 1, in) for these weights", x);
+  for (const OptionalTensor& each : {scale, bias}) {
+    if (!each) continue;
+    check_dense("a scale or bias (out,)", *each, 1);
+    expect(each->size(0) == weight.size(0) && each->is_contiguous(),
+           "a scale or bias (out,), contiguous", *each);
+  }
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
   Tensor out = at::empty(shape, x.options());

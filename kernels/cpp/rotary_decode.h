@@ -13,6 +13,7 @@
 
 #include "attend.h"
 #include "cache.h"
+#include "checks.h"
 #include "lift.h"
 #include "packed.h"
 #include "tensors.h"
@@ -90,6 +91,9 @@ Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Te
                      const OptionalTensor& mean, const OptionalTensor& bias,
                      const OptionalTensor& z_scale, const OptionalTensor& v_scale) {
   const Cache latent{z, z_scale}, values{v, v_scale};
+  check_attention(q, latent, values, span, bias, std::nullopt);
+  check_rotation(q, latent, up, mean, cos, sin);
+  expect(cos.size(2) == z.size(2), "angles of all slots", cos);
   const int64_t D = q.size(3), half = D / 2, padded = round_up(D), rank = latent.width();
   const int64_t K = z.size(1), heads = up.size(2) / D, G = heads * K;  // kv heads of a latent, all
   const int64_t latents = K / std::gcd(K, v.size(1)), rows = q.size(1) / G * q.size(2);

@@ -188,6 +188,16 @@ def test_an_installed_model_keeps_its_weights_and_other_models_their_attention()
     assert other.layers[0].attn.latent_decode is attention.latent_decode
 
 
+def test_a_model_in_float64_decodes_by_the_definitions():
+    model, x, pos = install(low("anchored")), tiny.tokens(2, 1), torch.zeros(1, dtype=torch.long)
+    want = model(x, pos, model.new_cache(2, 4))
+    with pytest.raises(ValueError, match="no fused ops for float64"):
+        install(model.double())
+    assert not any("decode" in name for m in model.modules() for name in vars(m))
+    got = model(x, pos, model.new_cache(2, 4))
+    torch.testing.assert_close(got.float(), want, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", LOW)
 def test_a_growing_text_compiles_one_step(name):
     torch._dynamo.reset()

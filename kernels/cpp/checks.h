@@ -1,0 +1,103 @@
+// What the ops expect of their arguments. They read memory by sizes, strides and spans without
+// further checks, so whatever would be read wrongly, or from outside a tensor, raises an error here.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cache.h"
+#include "tensors.h"
+
+namespace {
+
+inline void expect(bool holds, const char* what, const Tensor& x) {
+  TORCH_CHECK(holds, "expected ", what, ", got sizes ", x.sizes(), ", strides ", x.strides(), ", ",
+              x.scalar_type(), " on ", x.device());
+}
+
+// A tensor of this number of dimensions in this CPU's memory, none of them empty
+inline void check_dense(const char* what, const Tensor& x, int64_t dimensions) {
+  expect(x.device().is_cpu() && x.layout() == at::kStrided && x.dim() == dimensions &&
+             x.numel() > 0 && !x.is_conj() && !x.is_neg(),
+         what, x);
+}
+
+inline bool one_or(int64_t size, int64_t batch) { return size == 1 || size == batch; }
+
+// A cache (B, L, S, R) for queries q (B, H, T, ...), where L divides H, with slots up to `end`
+inline void check_cache(const char* what, const Cache& cache, const Tensor& q, int64_t end) {
+  const Tensor& x = cache.x;
+  check_dense(what, x, 4);
+  expect(x.size(0) == q.size(0) && q.size(1) % x.size(1) == 0 && end <= x.size(2) &&
+             (x.stride(3) == 1 || x.size(3) == 1),
+         what, x);
+  if (!cache.scale) return;
+  const Tensor& scale = *cache.scale;
+  check_dense("scales of a cache", scale, 4);
+  expect(scale.sizes().slice(0, 3) == x.sizes().slice(0, 3) && scale.size(3) == 1 &&
+             scale.scalar_type() == at::kBFloat16,
+         "scales of a cache (B, L, S, 1) in bfloat16", scale);
+}
+
+// The arguments that all attention shares. Before any of them is read.
+inline void check_attention(const Tensor& q, const Cache& keys, const Cache& values,
+                            const Tensor& span, const OptionalTensor& bias,
+                            const OptionalTensor& slopes) {
+  check_dense("queries (B, H, T, R)", q, 4);
+  const int64_t batch = q.size(0);
+  const char* what = "a span (B or 1, 2) in int64, contiguous, of slots of the cache";
+  check_dense(what, span, 2);
+  expect(one_or(span.size(0), batch) && span.size(1) == 2 && span.scalar_type() == at::kLong &&
+             span.is_contiguous(),
+         what, span);
+  int64_t last = 0;
+  for (int64_t b = 0; b < span.size(0); ++b) {
+    const int64_t* bound = span.const_data_ptr<int64_t>() + 2 * b;
+    TORCH_CHECK(0 <= bound[0] && bound[0] < bound[1], "expected ", what, ", got ", bound[0], " to ",
+                bound[1]);
+    last = std::max(last, bound[1]);
+  }
+  check_cache("keys (B, K, S, R), rows contiguous, K a divisor of H, S up to the span's end", keys,
+              q, last);
+  check_cache("values (B, L, S, W), rows contiguous, L a divisor of H, S up to the span's end",
+              values, q, last);
+  expect(values.x.size(2) == keys.x.size(2), "as many slots of values as of keys", values.x);
+  if (bias) {
+    check_dense("a bias (B or 1, S)", *bias, 2);
+    expect(one_or(bias->size(0), batch) && bias->size(1) == keys.x.size(2) &&
+               bias->is_contiguous() &&
+               bias->scalar_type() == at::kFloat,
+           "a bias (B or 1, S) in float32, contiguous", *bias);
+  }
+  if (slopes) {
+    check_dense("slopes (H,)", *slopes, 1);
+    expect(slopes->size(0) == q.size(1) && slopes->is_contiguous() &&
+               slopes->scalar_type() == at::kFloat,
+           "slopes (H,) in float32, contiguous", *slopes);
+  }
+}
+
+// Maps from latents of keys to heads, and cosines and sines for queries q (B, H, T, D)
+inline void check_rotation(const Tensor& q, const Cache& latents, const Tensor& up,
+                           const OptionalTensor& mean, const Tensor& cos, const Tensor& sin) {
+  const int64_t D = q.size(3), K = latents.x.size(1);
+  check_dense("maps (L, R, G / L * D)", up, 3);
+  const int64_t G = up.size(2) / D * K;
+  expect(up.size(0) == K && up.size(1) == latents.width() && up.size(2) % D == 0 && G > 0 &&
+             q.size(1) % G == 0 && D % 2 == 0 && up.is_floating_point(),
+         "maps (L, R, G / L * D), D even", up);
+  if (mean) {
+    check_dense("a mean (G, 1, D)", *mean, 3);
+    expect(mean->size(0) == G && mean->size(1) == 1 && mean->size(2) == D &&
+               mean->is_floating_point(),
+           "a mean (G, 1, D)", *mean);
+  }
+  for (const Tensor& x : {cos, sin}) {
+    check_dense("cosines and sines (B or 1, 1, n, D / 2)", x, 4);
+    expect(one_or(x.size(0), q.size(0)) && x.size(1) == 1 && x.sizes() == cos.sizes() &&
+               x.size(3) == D / 2 && x.scalar_type() == at::kFloat,
+           "cosines and sines (B or 1, 1, n, D / 2) in float32", x);
+  }
+}
+
+}  // namespace

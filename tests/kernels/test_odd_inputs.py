@@ -1,0 +1,127 @@
+"""The C++ ops, given arguments that nobody should give: an error, or what the definition says.
+
+Never another answer, and never a read outside a tensor, which may end the process.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from eigenzoo.kernels import cpu, ops
+from eigenzoo.zoo.models import attention, linear
+from eigenzoo.zoo.models.cache import Packed, pack
+
+pytestmark = pytest.mark.slow  # the ops are built
+BATCH, HEADS, SLOTS, RANK, WIDTH, SIZE = 2, 4, 40, 16, 24, 8
+
+HALVES = {torch.float16, torch.bfloat16}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _built():
+    cpu.load()
+
+
+def calls() -> dict[str, tuple]:
+    """By name: the op, its definition, and arguments that are as they should be."""
+    torch.manual_seed(0)
+    span = torch.tensor([[0, 33], [2, 33]])
+    bias, slopes = torch.randn(BATCH, SLOTS), torch.rand(HEADS)
+    k, v = torch.randn(BATCH, 2, SLOTS, RANK), torch.randn(BATCH, 1, SLOTS, WIDTH)
+    angle = torch.randn(BATCH, 1, SLOTS, SIZE // 2)
+    maps = torch.randn(2, RANK, 2 * SIZE) / 4, torch.randn(4, 1, SIZE)
+    rotation = angle.cos(), angle.sin(), *maps
+    q, narrow = torch.randn(BATCH, HEADS, 1, RANK), torch.randn(BATCH, HEADS, 1, SIZE)
+    latent = ops.latent_decode, attention.latent_decode
+    rotary = ops.rotary_decode, attention.rotary_decode
+    anchored = ops.anchored_decode, attention.anchored_decode
+    ahead = tuple(x[:, :, ::16] for x in rotation[:2])
+    product = ops.linear_decode, linear.linear_decode
+    row, scale = torch.randn(BATCH, 1, 12), torch.rand(7)
+    weight, codes = torch.randn(7, 12), torch.randint(-127, 128, (7, 12)).char()
+    return {
+        "latent": (*latent, (q, k, v, span, 0.2, bias, slopes)),
+        "latent, some tokens": (*latent, (torch.cat([q] * 3, 2), k, v, span, 0.2, None, slopes)),
+        "latent, 8 and 4 bits": (*latent, (q, pack(k, 8), pack(v, 4), span, 0.2)),
+        "rotary": (*rotary, (narrow, k, v, span, 0.2, *rotation, bias)),
+        "rotary, 4 bits": (*rotary, (narrow, pack(k, 4), v, span, 0.2, *rotation)),
+        "anchored": (*anchored, (narrow, k, v, span, 0.2, *ahead, *maps, 16, bias)),
+        "linear": (*product, (row, weight, None, torch.randn(7))),
+        "linear, int8": (*product, (row, codes, scale, None)),
+    }
+
+
+def odd(x: Tensor):
+    """Pairs of what is odd, and x made so."""
+    yield "NaN", torch.full_like(x, torch.nan) if x.is_floating_point() else x
+    for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.int64):
+        yield str(dtype), x.to(dtype)
+    yield "a dimension more", x[None]
+    yield "a dimension less", x[0]
+    yield "elsewhere", x.to("meta")
+    yield "sparse", x.to_sparse()
+    yield "a view of negatives", torch._neg_view(-x)
+    yield "every second", torch.stack((x, x), -1).flatten(-2)[..., ::2]
+    if x.dim() > 1:
+        yield "transposed", x.mT.contiguous().mT
+        yield "outer dimensions swapped", x.transpose(0, 1).contiguous().transpose(0, 1)
+    for i, size in enumerate(x.shape):
+        yield f"empty in {i}", x.narrow(i, 0, 0)
+        yield f"shorter in {i}", x.narrow(i, 0, max(1, size - 1))
+        yield f"one in {i}", x.narrow(i, 0, 1)
+        yield f"doubled in {i}", torch.cat((x, x), i)
+
+
+def mutations(args: tuple):
+    for i, x in enumerate(args):
+        parts = x if isinstance(x, Packed) else (x,)
+        for j, part in enumerate(parts):
+            for name, changed in odd(part) if isinstance(part, Tensor) else ():
+                new = changed
+                if isinstance(x, Packed):
+                    new = Packed(*(changed if n == j else p for n, p in enumerate(x)))
+                yield f"argument {i}.{j}: {name}", (*args[:i], new, *args[i + 1 :])
+
+
+def alike(args: tuple) -> list:
+    """Maps and means in the dtype of the queries, as models have them and definitions need them."""
+    return [
+        x.to(args[0].dtype)
+        if isinstance(x, Tensor) and x.is_floating_point() and i in (7, 8)
+        else x
+        for i, x in enumerate(args)
+    ]
+
+
+SPANS = [(-1, 33), (0, SLOTS + 1), (0, 2**40), (33, 33), (33, 5), (-(2**62), 2**62)]
+
+
+@pytest.mark.parametrize("name", calls())
+def test_an_op_refuses_odd_arguments_or_gives_what_the_definition_does(name):
+    op, definition, args = calls()[name]
+    torch.testing.assert_close(op(*args), definition(*args), atol=1e-4, rtol=1e-4)
+    taken = 0
+    for what, changed in mutations(args):
+        try:
+            got = op(*changed)
+        except (RuntimeError, NotImplementedError):
+            continue
+        if got.is_meta:  # the shape of a result, without one
+            continue
+        taken += 1
+        want = definition(*alike(changed))
+        assert got.shape == want.shape, what
+        halves = {x.dtype for x in changed if isinstance(x, Tensor)} & HALVES
+        rough = 5e-2 if halves else 1e-4
+        torch.testing.assert_close(
+            got, want, atol=rough, rtol=rough, equal_nan=True, msg=lambda m, what=what: what + m
+        )
+    assert taken > 10
+
+
+@pytest.mark.parametrize("bounds", SPANS)
+@pytest.mark.parametrize("name", [n for n in calls() if "linear" not in n])
+def test_a_span_outside_of_the_cache_or_of_nothing_is_refused(name, bounds):
+    op, _, (q, k, v, _, *rest) = calls()[name]
+    with pytest.raises(RuntimeError, match=r"expected (a span|keys)"):
+        op(q, k, v, torch.tensor([bounds]), *rest)
