@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
 
 def rows(changes: dict[str, Change], commands: Iterable[str], waits: dict[str, str]) -> list[Row]:
-    """Every change with every command. waits: faults that still stand, by (part of) a row's name."""
+    """Every change with every command. waits: faults that stand, by (part of) a row's name."""
     made = []
     for name, change in changes.items():
         for command in commands:
@@ -279,7 +279,7 @@ def check_refusal(error: str) -> None:
 
 
 def assert_refused(row: Row, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Run a row; assert that it ends in one line and exit code 2, and leaves all files as they are."""
+    """Assert that a row ends in one line and exit code 2, and leaves all files as they are."""
     row.change(place)
     before = snapshot(place)
     capsys.readouterr()

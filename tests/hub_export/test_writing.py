@@ -150,7 +150,7 @@ def test_work_that_dies_after_its_folder_took_its_place_is_not_gone_on_from(run,
     want = {p.name: p.read_bytes() for p in (home / "out").iterdir()}
     assert (home / "out.partial").exists()
     monkeypatch.setattr("eigenzoo.hub_export.stream.put", put)
-    assert "out is finished, so there is nothing to resume" in refused(run, *command(home, "--resume"))
+    assert "nothing to resume" in refused(run, *command(home, "--resume"))
     code, _, error = run(*command(home, "--resume", "--force"))
     assert code == 0, error
     assert {p.name: p.read_bytes() for p in (home / "out").iterdir()} == want
