@@ -1,6 +1,7 @@
 """What becomes of errors: bad input is one line, a bug stays a traceback."""
 
 import os
+import select
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -77,12 +78,12 @@ def reader_is_gone() -> bool:
 
 def _is_broken(stream: TextIO | None) -> bool:
     try:
-        flush(stream)
-    except BrokenPipeError:
-        return True
-    except OSError:
+        pipe = select.poll()
+        if stream is not None:
+            pipe.register(stream, 0)  # errors are told in any case
+        return any(event & select.POLLERR for _, event in pipe.poll(0))
+    except (OSError, ValueError):  # no file, or closed
         return False
-    return False
 
 
 def flush(stream: TextIO | None) -> None:
