@@ -88,7 +88,7 @@ def test_commands_have_the_options_that_are_shown(page):
 
 
 def test_options_alone_belong_to_some_command_or_script():
-    known = {"--version", "--no-deps"}  # of eigenzoo itself and of pip
+    known = {"--version", "--debug", "--no-deps"}  # of eigenzoo itself and of pip
     for command in COMMANDS.values():
         known |= options(command)
     for script in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]:
