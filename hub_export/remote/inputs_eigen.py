@@ -109,7 +109,8 @@ def slot_positions(
     Some keys are rotated when they are read, by the positions of their slots. So positions are kept
     with the cache, as its `slot_positions`. As long as all were counted, they are counted again, so
     a user may select rows of the cache; its `positions_counted` tells. By default positions are
-    counted over a 2-D mask, and go on behind others. learned: how many the model has, 0 for any.
+    counted over a 2-D mask; with a 4-D mask they go on where counted ones ended, and else are the
+    slots. learned: how many positions the model has, 0 for any.
     """
     kept = getattr(cache, "slot_positions", None)
     counting = getattr(cache, "positions_counted", True)
@@ -145,7 +146,10 @@ def slot_positions(
 def _check_learned(position: Tensor, learned: int) -> None:
     """Raise ValueError for a position that the model has not learned. learned: 0 for any number."""
     if learned and ((position < 0) | (position >= learned)).any():
-        raise ValueError(f"position_ids must be from 0 to {learned - 1}, which this model learned")
+        raise ValueError(
+            f"position_ids (given or counted) reach {int(position.max())}, but this model learned "
+            f"0 to {learned - 1}: use fewer tokens"
+        )
 
 
 def _merged(kept: Tensor | None, usual: Tensor, new: Tensor, call: Call) -> Tensor:
