@@ -168,3 +168,37 @@ def test_bitsandbytes_is_dequantized_by_transformers(folder, bits):
     found = load(str(low)).model.layers[0].mlp.up_proj.weight.float()
     want = original["model.layers.0.mlp.up_proj.weight"]
     assert 0 < (found - want).abs().max() < (0.1 if bits == 4 else 0.01) * want.abs().max() * 2
+
+
+@pytest.mark.skipif(not find_spec("compressed_tensors"), reason="needs compressed-tensors")
+def test_packed_compressed_tensors_are_dequantized_by_transformers(tmp_path):
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+    tiny.save(tmp_path)
+    exact = {}
+
+    def pack(weights):
+        for key in [key for key in weights if "_proj.weight" in key]:
+            groups = weights.pop(key).unflatten(1, (-1, 32))
+            scale = groups.abs().amax(-1) / 7
+            whole = (groups / scale[..., None]).round()
+            exact[key] = (whole * scale[..., None]).flatten(1)
+            stem, whole = key.removesuffix("weight"), whole.flatten(1).to(torch.int8)
+            weights[stem + "weight_packed"] = pack_to_int32(whole, 4)
+            weights[stem + "weight_scale"] = scale
+            weights[stem + "weight_shape"] = torch.tensor(whole.shape)
+
+    change_weights(tmp_path, pack)
+    group = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    change_config(
+        tmp_path,
+        quantization_config=COMPRESSED
+        | {
+            "format": "pack-quantized",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": group}},
+        },
+    )
+    found = load(str(tmp_path), torch.float32).model.layers[0].mlp.up_proj.weight
+    want = exact["model.layers.0.mlp.up_proj.weight"]
+    torch.testing.assert_close(found, want, atol=1e-3, rtol=1e-2)

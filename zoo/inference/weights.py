@@ -47,7 +47,10 @@ def _shards(folder: Path, whole: str) -> list[Path]:
     names = _listed(index) if index.exists() else [whole]
     for name in names:
         if not (folder / name).exists():
-            raise ValueError(f"{folder} lacks {name}: expected weights as safetensors or .bin")
+            also = " (a GGUF file is given by its own path)" if list(folder.glob("*.gguf")) else ""
+            raise ValueError(
+                f"{folder} lacks {name}: expected weights as safetensors or .bin{also}"
+            )
     return [readable(folder / name) for name in names]
 
 
@@ -123,6 +126,11 @@ def build(
     """
     parts = _native_parts if native else config.weights
     weights = _weights(_expected(config), parts, tensors, dtype, device)
+    for key, x in weights.items():
+        if x.dtype == torch.int64 and not (x.min() >= 0 and x.max() < config.head_dim // 2):
+            raise ValueError(
+                f"weight {key} numbers frequencies from 0 to {config.head_dim // 2 - 1}"
+            )
     numbers: Counter[torch.dtype] = Counter()
     for x in weights.values():
         numbers[x.dtype] += x.numel()
