@@ -46,7 +46,7 @@ def test_pairs_that_name_no_frequency_are_refused(dense, tmp_path, number):
         next(x for key, x in weights.items() if key.endswith("k_pairs"))[0, 0] = number
 
     change_weights(tmp_path / "out", change)
-    with pytest.raises(ValueError, match="k_pairs is damaged: it numbers frequencies from 0 to 7"):
+    with pytest.raises(ValueError, match="k_pairs is damaged: expected numbers from 0 to 7"):
         load(str(tmp_path / "out"))
 
 

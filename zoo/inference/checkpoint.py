@@ -118,7 +118,7 @@ def _checkpoint(
     else:
         # transformers chooses the tokenizer's class by the config, and may not accept this config
         foreign = model.config.foreign or raw["model_type"] == MODEL_TYPE
-        like = {"config": CONFIG_MAPPING[model.config.family]()} if foreign else {}
+        like: dict[str, Any] = {"config": CONFIG_MAPPING[model.config.family]()} if foreign else {}
         tokenizer = read_tokenizer(path, trust_remote_code, **like)
         generation = _generation(path, raw)
     local = model_name(path) if gguf else path.name  # cards show it, so not the user's whole path

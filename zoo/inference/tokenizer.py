@@ -45,7 +45,9 @@ def read_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     with TemporaryDirectory() as folder:
         alone = Path(folder) / path.name
         alone.symlink_to(path.resolve())
-        return read_tokenizer(alone.parent, named=path, gguf_file=alone.name)
+        tokenizer = read_tokenizer(alone.parent, named=path, gguf_file=alone.name)
+    tokenizer.name_or_path = path.name
+    return tokenizer
 
 
 def _advice(folder: Path) -> str:

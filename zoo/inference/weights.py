@@ -129,7 +129,7 @@ def build(
     for key, x in weights.items():
         if x.dtype == torch.int64 and not (x.min() >= 0 and x.max() < config.head_dim // 2):
             raise ValueError(
-                f"weight {key} numbers frequencies from 0 to {config.head_dim // 2 - 1}"
+                f"weight {key} is damaged: expected numbers from 0 to {config.head_dim // 2 - 1}"
             )
     numbers: Counter[torch.dtype] = Counter()
     for x in weights.values():
