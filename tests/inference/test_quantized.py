@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import inspect, load, open_layers, read_config
+from eigenzoo.zoo.inference.weights import stored_bytes
 
 FP8 = torch.float8_e4m3fn
 COMPRESSED = {"quant_method": "compressed-tensors", "quantization_status": "compressed"}
@@ -94,6 +95,14 @@ def test_a_compressed_copy_is_quantized_no_more(folder, tmp_path):
     )
     assert "quantization_config" not in read_config(tmp_path / "out")
     assert load(str(tmp_path / "out")).model(tiny.tokens(1, 8)).isfinite().all()
+
+
+def test_the_size_of_quantized_weights_is_that_in_memory(folder):
+    projections = quantize(folder, "fp8 tensor").values()
+    rest = sum(x.numel() for x in load(str(folder)).model.parameters())
+    rest -= sum(x.numel() for x in projections)
+    want = 2 * sum(x.numel() for x in projections) + 4 * rest  # the rest is stored in float32
+    assert stored_bytes(folder) == pytest.approx(want, rel=0.05)
 
 
 @pytest.mark.parametrize("ending", ["weight_scale_inv", "weight"])

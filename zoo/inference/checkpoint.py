@@ -99,7 +99,10 @@ def open_layers(
     raw = read_config(path)
     config, plain = native_config(raw), dequantizer(quantization(raw))
     if plain is None:
-        raise ValueError(f"{source} is quantized so that it is read whole: omit --stream")
+        raise ValueError(
+            f"{source} is quantized in a format that cannot be read layer by layer: omit --stream, "
+            "and use a machine with more memory if it needs that"
+        )
     files = LayerFiles(path, config, dtype or _dequantized_dtype(raw), device, plain)
     return _checkpoint(source, path, raw, files.model(), trust_remote_code), files
 

@@ -18,8 +18,9 @@ from .files import read_json, readable
 
 EMBED = "embed.weight"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")  # names of quantized dtypes
 Tensors = Iterator[tuple[str, Tensor]]
-STORED = dict(zip(("F32", "BF16", "F16", "F64"), FLOATS, strict=True))  # names in safetensors
+STORED = dict(zip(("F32", "BF16", "F16", "F64"), FLOATS, strict=True))  # by name in safetensors
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -100,15 +101,20 @@ def _open_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def stored_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
-    """Bytes of the weights in a dtype, by default as stored; 0 if they are not in safetensors."""
+    """Bytes of the weights in a dtype; 0 if they are not in safetensors.
+
+    dtype: None counts them as stored; those of 8 bits are quantized, and count as 16 bits.
+    """
     paths = list(folder.glob("*.safetensors"))
-    if dtype is None:
-        return sum(path.stat().st_size for path in paths)
-    numbers = 0
+    numbers: Counter[str] = Counter()
     for path in paths:
         with opened(path) as file:
-            numbers += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    return numbers * dtype.itemsize
+            for key in file.keys():  # noqa: SIM118, not a mapping
+                tensor = file.get_slice(key)
+                numbers[tensor.get_dtype()] += prod(tensor.get_shape())
+    if dtype is not None:
+        return numbers.total() * dtype.itemsize
+    return sum(path.stat().st_size for path in paths) + sum(numbers[name] for name in EIGHT_BITS)
 
 
 def build(
