@@ -132,7 +132,7 @@ def test_a_hub_repository_without_safetensors_gives_its_bin_files(monkeypatch, t
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         (
             {"quantization_config": {"quant_method": "gptq"}},
-            "quantization_config: expected weights that are not quantized",
+            "the weights are quantized by 'gptq'",
         ),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

@@ -109,8 +109,17 @@ def test_quantized_blocks_are_dequantized(tmp_path):
     torch.testing.assert_close(read, x, atol=0.03, rtol=0)
 
 
-def test_ends_of_a_text_come_from_the_file(path):
-    generation = load(str(path)).generation
+def test_files_beside_a_gguf_belong_to_other_models(path):
+    alone = load(str(path)).tokenizer
+    other = tiny.tokenizer(begin=True)
+    other.add_tokens(["cat sat"])
+    other.add_special_tokens({"eos_token": "on"})
+    other.save_pretrained(path.parent)
+    tiny.hf("opt", eos_token_id=7).save_pretrained(path.parent)
+    checkpoint = load(str(path))
+    generation, words = checkpoint.generation, checkpoint.tokenizer
+    assert words("the cat sat on")["input_ids"] == alone("the cat sat on")["input_ids"]
+    assert words.eos_token == alone.eos_token == "</s>"
     assert (generation.bos_token_id, generation.eos_token_id) == (0, 1)
 
 
@@ -240,6 +249,13 @@ def endless(data: bytes) -> bytes:
 def test_a_damaged_file_is_named(path, damage, named):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=rf"tiny\.gguf.*{named}"):
+        load(str(path))
+
+
+def test_a_tokenizer_that_is_unknown_is_named(path):
+    data = path.read_bytes().replace(b"gpt2", b"gpt9")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{path} has no tokenizer"):
         load(str(path))
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import inspect, load, open_layers, read_config
+from eigenzoo.zoo.inference.weights import stored_bytes
 
 FP8 = torch.float8_e4m3fn
 COMPRESSED = {"quant_method": "compressed-tensors", "quantization_status": "compressed"}
@@ -96,6 +97,14 @@ def test_a_compressed_copy_is_quantized_no_more(folder, tmp_path):
     assert load(str(tmp_path / "out")).model(tiny.tokens(1, 8)).isfinite().all()
 
 
+def test_the_size_of_quantized_weights_is_that_in_memory(folder):
+    projections = quantize(folder, "fp8 tensor").values()
+    rest = sum(x.numel() for x in load(str(folder)).model.parameters())
+    rest -= sum(x.numel() for x in projections)
+    want = 2 * sum(x.numel() for x in projections) + 4 * rest  # the rest is stored in float32
+    assert stored_bytes(folder) == pytest.approx(want, rel=0.05)
+
+
 @pytest.mark.parametrize("ending", ["weight_scale_inv", "weight"])
 def test_a_scale_or_its_numbers_that_are_missing_are_named(folder, ending):
     quantize(folder, "fp8 blocks")
@@ -168,3 +177,37 @@ def test_bitsandbytes_is_dequantized_by_transformers(folder, bits):
     found = load(str(low)).model.layers[0].mlp.up_proj.weight.float()
     want = original["model.layers.0.mlp.up_proj.weight"]
     assert 0 < (found - want).abs().max() < (0.1 if bits == 4 else 0.01) * want.abs().max() * 2
+
+
+@pytest.mark.skipif(not find_spec("compressed_tensors"), reason="needs compressed-tensors")
+def test_packed_compressed_tensors_are_dequantized_by_transformers(tmp_path):
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+    tiny.save(tmp_path)
+    exact = {}
+
+    def pack(weights):
+        for key in [key for key in weights if "_proj.weight" in key]:
+            groups = weights.pop(key).unflatten(1, (-1, 32))
+            scale = groups.abs().amax(-1) / 7
+            whole = (groups / scale[..., None]).round()
+            exact[key] = (whole * scale[..., None]).flatten(1)
+            stem, whole = key.removesuffix("weight"), whole.flatten(1).to(torch.int8)
+            weights[stem + "weight_packed"] = pack_to_int32(whole, 4)
+            weights[stem + "weight_scale"] = scale
+            weights[stem + "weight_shape"] = torch.tensor(whole.shape)
+
+    change_weights(tmp_path, pack)
+    group = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    change_config(
+        tmp_path,
+        quantization_config=COMPRESSED
+        | {
+            "format": "pack-quantized",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": group}},
+        },
+    )
+    found = load(str(tmp_path), torch.float32).model.layers[0].mlp.up_proj.weight
+    want = exact["model.layers.0.mlp.up_proj.weight"]
+    torch.testing.assert_close(found, want, atol=1e-3, rtol=1e-2)

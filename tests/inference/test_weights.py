@@ -9,6 +9,8 @@ import torch
 from damage import change_weights
 from safetensors.torch import load_file, save_file
 
+from eigenzoo.hub_export.compress import compress_checkpoint
+from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load, open_layers
 
 INDICES = [
@@ -33,6 +35,19 @@ def test_an_index_lists_files_of_its_folder_only(folder, index, named, kind):
     (folder / f"{kind}.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=named):
         load(str(folder))
+
+
+@pytest.mark.parametrize("number", [-1, 8])
+def test_pairs_that_name_no_frequency_are_refused(dense, tmp_path, number):
+    settings = Settings(keep=0.5, keys="pairs")
+    compress_checkpoint(dense, tmp_path / "out", settings, samples=4, seq_len=32)
+
+    def change(weights):
+        next(x for key, x in weights.items() if key.endswith("k_pairs"))[0, 0] = number
+
+    change_weights(tmp_path / "out", change)
+    with pytest.raises(ValueError, match="k_pairs is damaged: expected numbers from 0 to 7"):
+        load(str(tmp_path / "out"))
 
 
 def truncate(folder):

@@ -22,7 +22,7 @@ from .gguf import gguf_config, gguf_tensors
 from .gguf_file import first_part, model_name, open_gguf
 from .hub import FAILURES, card_license, failure_reason, parse_hub_id
 from .quantized import dequantizer, quantization, read_by_transformers, unquantized
-from .tokenizer import read_tokenizer
+from .tokenizer import read_gguf_tokenizer, read_tokenizer
 from .weights import LayerFiles, build, read_folder
 
 MODEL_TYPE = "eigen"  # `model_type` in config.json of a compressed checkpoint
@@ -99,7 +99,10 @@ def open_layers(
     raw = read_config(path)
     config, plain = native_config(raw), dequantizer(quantization(raw))
     if plain is None:
-        raise ValueError(f"{source} is quantized so that it is read whole: omit --stream")
+        raise ValueError(
+            f"{source} is quantized in a format that cannot be read layer by layer: omit --stream, "
+            "and use a machine with more memory if it needs that"
+        )
     files = LayerFiles(path, config, dtype or _dequantized_dtype(raw), device, plain)
     return _checkpoint(source, path, raw, files.model(), trust_remote_code), files
 
@@ -112,15 +115,18 @@ def _dequantized_dtype(raw: dict[str, Any]) -> torch.dtype | None:
 def _checkpoint(
     source: str, path: Path, raw: dict[str, Any], model: Model, trust_remote_code: bool
 ) -> Checkpoint:
-    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    folder = path.parent if gguf else path
-    # transformers chooses the tokenizer's class by the config, and may not accept this config
-    foreign = model.config.foreign or raw["model_type"] == MODEL_TYPE
-    like = {"config": CONFIG_MAPPING[model.config.family]()} if foreign else {}
-    tokenizer = read_tokenizer(folder, trust_remote_code, **gguf, **like)
+    gguf = path.suffix == ".gguf"
+    if gguf:
+        tokenizer, generation = read_gguf_tokenizer(path), _generation(None, raw)
+    else:
+        # transformers chooses the tokenizer's class by the config, and may not accept this config
+        foreign = model.config.foreign or raw["model_type"] == MODEL_TYPE
+        like: dict[str, Any] = {"config": CONFIG_MAPPING[model.config.family]()} if foreign else {}
+        tokenizer = read_tokenizer(path, trust_remote_code, **like)
+        generation = _generation(path, raw)
     local = model_name(path) if gguf else path.name  # cards show it, so not the user's whole path
     name = local if Path(source).expanduser().exists() else parse_hub_id(source)[0]
-    generation, license = _generation(folder, raw), card_license(folder)
+    license = card_license(path.parent if gguf else path)
     return Checkpoint(model, tokenizer, unquantized(raw), generation, name, license)
 
 
@@ -254,16 +260,16 @@ def config_dtype(raw: dict[str, Any]) -> torch.dtype | None:
     return getattr(torch, name)
 
 
-def _generation(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
-    """The checkpoint's generation config, or one with the token ids of its config.json."""
-    path, names = folder / "generation_config.json", ("bos", "eos", "pad")
+def _generation(folder: Path | None, raw: dict[str, Any]) -> GenerationConfig:
+    """The folder's generation config, or one with the token ids of config.json."""
+    path, names = (folder or Path()) / "generation_config.json", ("bos", "eos", "pad")
     ids = {f"{name}_token_id": raw.get(f"{name}_token_id") for name in names}
-    values = read_json(path) if path.exists() or path.is_symlink() else ids
+    values = read_json(path) if folder and (path.exists() or path.is_symlink()) else ids
     for name in ids:
         given = values.get(name)
         listed = given if isinstance(given, list) else [given]
         if not all(token is None or type(token) is int for token in listed):
-            raise ValueError(f"{name} of {folder} is {given!r}: expected the number of a token")
+            raise ValueError(f"{name} is {given!r}: expected the number of a token")
     values.pop("max_new_tokens", None)  # it would override the caller's max_length
     try:
         return GenerationConfig.from_dict(values)

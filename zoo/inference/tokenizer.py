@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -15,9 +16,12 @@ PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "ti
 
 
 def read_tokenizer(
-    folder: Path, trust_remote_code: bool = False, **options: Any
+    folder: Path, trust_remote_code: bool = False, named: Path | None = None, **options: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder. options: of transformers' `AutoTokenizer.from_pretrained`.
+    """The tokenizer in a folder.
+
+    named: what errors call it, by default the folder. options: of transformers'
+    `AutoTokenizer.from_pretrained`.
 
     Raises ValueError if there is none, a file is damaged, or a package is missing that it needs.
     """
@@ -29,7 +33,22 @@ def read_tokenizer(
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # the package tokenizers raises nothing narrower for a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{folder} has no tokenizer: {_advice(folder)} ({reason})") from error
+        raise ValueError(
+            f"{named or folder} has no tokenizer: {_advice(folder)} ({reason})"
+        ) from error
+
+
+def read_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file; files beside it may belong to another model.
+
+    Raises ValueError as `read_tokenizer`.
+    """
+    with TemporaryDirectory() as folder:
+        alone = Path(folder) / path.name
+        alone.symlink_to(path.resolve())
+        tokenizer = read_tokenizer(alone.parent, named=path, gguf_file=alone.name)
+    tokenizer.name_or_path = path.name
+    return tokenizer
 
 
 def _advice(folder: Path) -> str:

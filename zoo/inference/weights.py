@@ -20,8 +20,9 @@ from .files import read_json
 
 EMBED = "embed.weight"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")  # names of quantized dtypes
 Tensors = Iterator[tuple[str, Tensor]]
-STORED = dict(zip(("F32", "BF16", "F16", "F64"), FLOATS, strict=True))  # names in safetensors
+STORED = dict(zip(("F32", "BF16", "F16", "F64"), FLOATS, strict=True))  # by name in safetensors
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -49,7 +50,10 @@ def shards(folder: Path, whole: str) -> list[Path]:
     names = _listed(index) if index.exists() else [whole]
     for name in names:
         if not (folder / name).exists():
-            raise ValueError(f"{folder} lacks {name}: expected weights as safetensors or .bin")
+            also = " (a GGUF file is given by its own path)" if list(folder.glob("*.gguf")) else ""
+            raise ValueError(
+                f"{folder} lacks {name}: expected weights as safetensors or .bin{also}"
+            )
     return [readable(folder / name) for name in names]
 
 
@@ -99,15 +103,20 @@ def _open_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def stored_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
-    """Bytes of the weights in a dtype, by default as stored; 0 if they are not in safetensors."""
+    """Bytes of the weights in a dtype; 0 if they are not in safetensors.
+
+    dtype: None counts them as stored; those of 8 bits are quantized, and count as 16 bits.
+    """
     paths = list(folder.glob("*.safetensors"))
-    if dtype is None:
-        return sum(path.stat().st_size for path in paths)
-    numbers = 0
+    numbers: Counter[str] = Counter()
     for path in paths:
         with opened(path) as file:
-            numbers += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    return numbers * dtype.itemsize
+            for key in file.keys():  # noqa: SIM118, not a mapping
+                tensor = file.get_slice(key)
+                numbers[tensor.get_dtype()] += prod(tensor.get_shape())
+    if dtype is not None:
+        return numbers.total() * dtype.itemsize
+    return sum(path.stat().st_size for path in paths) + sum(numbers[name] for name in EIGHT_BITS)
 
 
 def build(
@@ -125,6 +134,11 @@ def build(
     """
     parts = _native_parts if native else config.weights
     weights = _weights(_expected(config), parts, tensors, dtype, device)
+    for key, x in weights.items():
+        if x.dtype == torch.int64 and not (x.min() >= 0 and x.max() < config.head_dim // 2):
+            raise ValueError(
+                f"weight {key} is damaged: expected numbers from 0 to {config.head_dim // 2 - 1}"
+            )
     numbers: Counter[torch.dtype] = Counter()
     for x in weights.values():
         numbers[x.dtype] += x.numel()
