@@ -33,7 +33,6 @@ GOOD = {
     "--top-k": ("0",),
     "--patience": ("0",),
 }
-WAITS: dict[str, str] = {}
 
 
 def values_of(option) -> tuple[str, ...]:
@@ -55,7 +54,7 @@ def rows():
                 if value not in GOOD.get(flag, ()) + GOOD.get(f"{command} {flag}", ()):
                     words = f"{COMMANDS[command]} {flag} {shlex.quote(value)}"
                     name = f"{command} {flag} {value[:40]!r}"
-                    yield Row(name, nothing, words, WAITS.get(name, ""))
+                    yield Row(name, nothing, words)
 
 
 @attack.table(rows())
