@@ -28,8 +28,9 @@ TEXTS = {
 GOOD = {
     "--seed": ("-1", "0"),
     "--windows": ("0",),
-    "sweep --anchor-block": ("-1", "0"),  # a row of a sweep says what does not fit
+    "sweep --anchor-block": ("-1", "0"),  # its row says what does not fit
     "sweep --heads-per-latent": ("3", "9" * 30),
+    "sweep --calibration": ("hub:", "hub:org/none"),  # after the row of the dense model
     "--top-k": ("0",),
     "--patience": ("0",),
 }
