@@ -107,12 +107,11 @@ LOW = {
     "negative block": set_json("low/config.json", anchor=-16),
     "text block": set_json("low/config.json", anchor="x"),
 }
-WAITS: dict[str, str] = {}
 ROWS = [
-    *rows(BROKEN, ("generate", "compress", "refine"), WAITS),
-    *rows(UNFIT, ("generate", "stream", "sweep"), WAITS),
-    *rows(LOW, ("inspect low", "generate low", "push"), WAITS),
-    *rows({"null": BROKEN["null"], "deep": BROKEN["deep"]}, ("evaluate", "bench", "force"), WAITS),
+    *rows(BROKEN, ("generate", "compress", "refine")),
+    *rows(UNFIT, ("generate", "stream", "sweep")),
+    *rows(LOW, ("inspect low", "generate low", "push")),
+    *rows({"null": BROKEN["null"], "deep": BROKEN["deep"]}, ("evaluate", "bench", "force")),
 ]
 
 

@@ -28,12 +28,12 @@ TEXTS = {
 GOOD = {
     "--seed": ("-1", "0"),
     "--windows": ("0",),
-    "sweep --anchor-block": ("-1", "0"),  # a row of a sweep says what does not fit
+    "sweep --anchor-block": ("-1", "0"),  # its row says what does not fit
     "sweep --heads-per-latent": ("3", "9" * 30),
+    "sweep --calibration": ("hub:", "hub:org/none"),  # after the row of the dense model
     "--top-k": ("0",),
     "--patience": ("0",),
 }
-WAITS: dict[str, str] = {}
 
 
 def values_of(option) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ def rows():
                 if value not in GOOD.get(flag, ()) + GOOD.get(f"{command} {flag}", ()):
                     words = f"{COMMANDS[command]} {flag} {shlex.quote(value)}"
                     name = f"{command} {flag} {value[:40]!r}"
-                    yield Row(name, nothing, words, WAITS.get(name, ""))
+                    yield Row(name, nothing, words)
 
 
 @attack.table(rows())

@@ -83,6 +83,7 @@ TOKENIZERS = {
     "config list": write("dense/tokenizer_config.json", "[1]"),
     "config binary": write("dense/tokenizer_config.json", b"\xff\xfe"),
     "class list": set_json("dense/tokenizer_config.json", tokenizer_class=["Frob"]),
+    "length list": set_json("dense/tokenizer_config.json", model_max_length=[9]),
     "begin number": set_json("dense/tokenizer_config.json", bos_token=7),
     "sentencepiece": both(
         remove("dense/tokenizer.json"),
@@ -189,7 +190,6 @@ READERS = {
 ENOUGH = [  # two tokens to measure on; a sweep measures the dense model before it calibrates
     ("short", reader) for reader in ("compress --text", "refine --text", "sweep --calibration")
 ]
-WAITS: dict[str, str] = {}
 ROWS = [
     *(
         Row(f"{reader}: {name}", change, words)
@@ -201,12 +201,12 @@ ROWS = [
         Row(f"jsonl: {name}", write("a.jsonl", text), "evaluate dense --windows 1 --text a.jsonl")
         for name, text in ROWS_OF_TEXT.items()
     ),
-    *rows({f"tokenizer {k}": x for k, x in TOKENIZERS.items()}, ("generate", "stream"), WAITS),
-    *rows({f"template {k}": x for k, x in TEMPLATES.items()}, ("generate",), WAITS),
-    *rows({f"generation {k}": x for k, x in GENERATIONS.items()}, ("generate", "compress"), WAITS),
-    *rows(TABLES | SPOILED, ("report",), WAITS),
+    *rows({f"tokenizer {k}": x for k, x in TOKENIZERS.items()}, ("generate", "stream")),
+    *rows({f"template {k}": x for k, x in TEMPLATES.items()}, ("generate",)),
+    *rows({f"generation {k}": x for k, x in GENERATIONS.items()}, ("generate", "compress")),
+    *rows(TABLES | SPOILED, ("report",)),
     *(Row(f"sweep: {k}", x, "sweep dense rows.jsonl") for k, x in TABLES.items() if k not in NEW),
-    *rows(SHEET, ("card",), WAITS),
+    *rows(SHEET, ("card",)),
     Row("no prompt", nothing, "generate dense -p '' --no-chat --no-compile"),
     Row("a pipe as text", fifo("a.txt"), "inspect a.txt"),
 ]

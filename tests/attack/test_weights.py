@@ -136,12 +136,11 @@ GGUFS = {
     "counts": write("dense.gguf", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60)),
     "nothing in it": write("dense.gguf", b"GGUF" + struct.pack("<IQQ", 3, 0, 0)),
 }
-WAITS: dict[str, str] = {}
 ROWS = [
-    *rows(BROKEN, ("generate", "stream", "refine"), WAITS),
-    *rows(LAYER, ("evaluate", "compress", "sweep"), WAITS),
-    *rows({f"index, {k}": x for k, x in INDICES.items()}, ("compress", "stream"), WAITS),
-    *rows({f".bin, {k}": x for k, x in PICKLED.items()}, ("evaluate", "stream"), WAITS),
+    *rows(BROKEN, ("generate", "stream", "refine")),
+    *rows(LAYER, ("evaluate", "compress", "sweep")),
+    *rows({f"index, {k}": x for k, x in INDICES.items()}, ("compress", "stream")),
+    *rows({f".bin, {k}": x for k, x in PICKLED.items()}, ("evaluate", "stream")),
     *(
         attack.Row(f"gguf: {name}", change, f"{command} dense.gguf")
         for name, change in GGUFS.items()

@@ -33,3 +33,7 @@ def test_losses_are_of_every_token_though_logits_come_in_pieces(family):
 def test_a_text_shorter_than_a_window_is_refused(length, window):
     with pytest.raises(ValueError, match="window"):
         perplexity(tiny.native(), tiny.tokens(1, length)[0], window)
+
+
+def test_a_loss_beyond_floating_point_is_infinite_perplexity():
+    assert mean_perplexity(torch.full((2, 3), 1e3)).perplexity == math.inf

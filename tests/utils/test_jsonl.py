@@ -60,7 +60,7 @@ def test_a_missing_file_has_no_rows_to_resume(tmp_path):
     expected = r"none\.jsonl: does not exist; expected a file in which each line is a row that"
     with pytest.raises(ValueError, match=expected):
         read_rows(tmp_path / "none.jsonl", BENCH)
-    with pytest.raises(ValueError, match=f"{tmp_path.name}: Is a directory"):
+    with pytest.raises(ValueError, match=f"{tmp_path.name} is a folder: expected a file"):
         read_rows(tmp_path, BENCH)
 
 

@@ -1,6 +1,5 @@
 """Perplexity as in the papers: of windows that do not overlap."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -39,7 +38,7 @@ def perplexity(
 
 def mean_perplexity(losses: Tensor) -> Perplexity:
     """Perplexity of negative log-likelihoods in nats, of any shape."""
-    return Perplexity(math.exp(losses.double().mean().item()), losses.numel())
+    return Perplexity(losses.double().mean().exp().item(), losses.numel())
 
 
 @torch.inference_mode()

@@ -30,7 +30,11 @@ def read_tokenizer(
         if path.exists() or path.is_symlink():
             (read_json if name in OBJECTS else readable)(path)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **options
+        )
+        tokenizer("a", verbose=False)  # some values in its files are looked at only here
+        return tokenizer
     except Exception as error:  # the package tokenizers raises nothing narrower for a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
