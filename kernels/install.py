@@ -83,11 +83,13 @@ def remove(model: nn.Module) -> None:
 
 
 def _calls(module: nn.Module, definition: Callable[..., Any]) -> bool:
-    """Whether a module calls `definition`, or a function of the same name and arguments.
+    """Whether a module calls `definition`, or a function of the same name and first arguments.
 
-    Code that comes with a checkpoint has its own copy of a definition, maybe of another version.
+    Code that comes with a checkpoint has its own copy of a definition, maybe an older one, which
+    lacks what was added at the end: ops without that do as it does.
     """
     called = getattr(type(module), definition.__name__, None)
-    return called is not None and [*signature(called).parameters] == [
-        *signature(definition).parameters
-    ]
+    if called is None:
+        return False
+    theirs, ours = ([*signature(x).parameters] for x in (called, definition))
+    return theirs == ours[: len(theirs)]

@@ -167,17 +167,18 @@ def test_an_installed_model_answers_padded_prompts_as_each_alone(name, bits):
     assert torch.equal(torch.stack(list(batch), 1), torch.stack(alone))
 
 
-def test_code_with_an_older_definition_keeps_it(monkeypatch):
-    model = low("anchored")
-    attention_class = type(model.layers[0].attn)
+def test_code_with_an_older_definition_gets_the_op_and_with_another_keeps_it(monkeypatch):
+    attention_class = type(low("anchored").layers[0].attn)
 
-    def older(q, z, v, span, scale, cos, sin, up, mean, block, bias=None):
-        return attention.anchored_decode(q, z, v, span, scale, cos, sin, up, mean, block, bias)
+    def older(q, z, v, span, scale, cos, sin, up, mean, block, bias=None): ...
 
-    monkeypatch.setattr(attention_class, "anchored_decode", staticmethod(older))
-    attn = install(model).layers[0].attn
-    assert attn.anchored_decode is older
-    assert attn.rotary_decode is not attention_class.rotary_decode
+    def other(q, z, v, span, scale, cos, sin, up, mean, bias=None): ...
+
+    for definition, is_kept in ((older, False), (other, True)):
+        monkeypatch.setattr(attention_class, "anchored_decode", staticmethod(definition))
+        attn = install(low("anchored")).layers[0].attn
+        assert (attn.anchored_decode is definition) == is_kept
+        assert attn.rotary_decode is not attention_class.rotary_decode
 
 
 def test_an_installed_model_keeps_its_weights_and_other_models_their_attention():
