@@ -58,6 +58,8 @@ def compress_source(
     """
     settings.check()
     check_shard_size(shard_size)
+    if resume and stream is False:
+        raise ValueError("only work that was streamed can go on: leave --no-stream out")
     if resume and not check_resume(out, force):
         say(f"there is nothing to resume in {partial_folder(out)}: beginning anew")
     check_folder(out, force, (source.name, text, None if calibration == "self" else calibration))
@@ -67,8 +69,6 @@ def compress_source(
     check_source(calibration)
     if stream is None:
         stream = resume or (not plain and _exceeds_memory(source, say))
-    if resume and not stream:
-        raise ValueError("only work that was streamed can go on: leave --no-stream out")
     if stream and plain:
         raise ValueError("an ordinary checkpoint is made in memory: leave --stream or --plain out")
     original, files = open_layers(*source) if stream else (load(*source), None)

@@ -116,6 +116,7 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
   const Cache keys{z, z_scale}, values{v, v_scale};
   check_attention(q, keys, values, span, bias, std::nullopt);
   check_rotation(q, keys, up, mean, cos, sin);
+  if (position) check_positions(*position, keys);
   const int64_t K = z.size(1), rank = keys.width(), rows = q.size(1) / K;
   const int64_t latents = K / std::gcd(K, v.size(1));  // of a unit
   int64_t N = 0;  // blocks of the longest sequence

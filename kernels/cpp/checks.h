@@ -77,6 +77,14 @@ inline void check_attention(const Tensor& q, const Cache& keys, const Cache& val
   }
 }
 
+// The position of every slot of the cache of latents, for each sequence
+inline void check_positions(const Tensor& position, const Cache& latents) {
+  check_dense("positions (B or 1, S)", position, 2);
+  expect(one_or(position.size(0), latents.x.size(0)) && position.size(1) == latents.x.size(2) &&
+             position.is_contiguous() && position.scalar_type() == at::kInt,
+         "positions (B or 1, S) in int32, contiguous", position);
+}
+
 // Maps from latents of keys to heads, and cosines and sines for queries q (B, H, T, D)
 inline void check_rotation(const Tensor& q, const Cache& latents, const Tensor& up,
                            const OptionalTensor& mean, const Tensor& cos, const Tensor& sin) {

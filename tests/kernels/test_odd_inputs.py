@@ -36,6 +36,7 @@ def calls() -> dict[str, tuple]:
     rotary = ops.rotary_decode, attention.rotary_decode
     anchored = ops.anchored_decode, attention.anchored_decode
     ahead = tuple(x[:, :, ::16] for x in rotation[:2])
+    place = (torch.arange(SLOTS) - span[:, :1]).clamp(min=0).int()
     product = ops.linear_decode, linear.linear_decode
     row, scale = torch.randn(BATCH, 1, 12), torch.rand(7)
     weight, codes = torch.randn(7, 12), torch.randint(-127, 128, (7, 12)).char()
@@ -46,6 +47,7 @@ def calls() -> dict[str, tuple]:
         "rotary": (*rotary, (narrow, k, v, span, 0.2, *rotation, bias)),
         "rotary, 4 bits": (*rotary, (narrow, pack(k, 4), v, span, 0.2, *rotation)),
         "anchored": (*anchored, (narrow, k, v, span, 0.2, *ahead, *maps, 16, bias)),
+        "anchored, padded": (*anchored, (narrow, k, v, span, 0.2, *ahead, *maps, 16, bias, place)),
         "linear": (*product, (row, weight, None, torch.randn(7))),
         "linear, int8": (*product, (row, codes, scale, None)),
     }

@@ -199,6 +199,8 @@ def bench(
         say("compiling before each first step: a minute or two for many layers")
     cells = grid.cells(kind or contestants.dtype, place, compile)
     rows += bench_cells(contestants.all, cells, rounds, origin, rows, file)
+    print(json.dumps(rows)) if as_json else tables.bench(rows)
+    if all("failed" in row for row in rows):
+        raise ValueError(f"no model could be timed; the first says: {rows[0]['failed']}")
     if out is not None:
         save_decoding(rows, contestants.title, out)
-    print(json.dumps(rows)) if as_json else tables.bench(rows)

@@ -150,7 +150,8 @@ def _serve(pipe: Connection, contestant: Contestant, cell: Cell) -> None:
         return
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
-        raise
+        if not isinstance(error, ValueError):  # which the row tells in full
+            raise
 
 
 def _orders(pipe: Connection) -> Iterator[Any]:
