@@ -37,7 +37,7 @@ class Timed(Stream):
 
     seconds: dict[str, list[float]] = {}  # noqa: RUF012
     peaks: dict[str, int] = {}  # noqa: RUF012
-    kept = 0
+    most = 0  # bytes of the files at any time
 
     def _steps(self):
         def timed(step):
@@ -48,8 +48,8 @@ class Timed(Stream):
                 stale = step.take()
                 self.peaks[sweep] = max(self.peaks.get(sweep, 0), peak(CPU))
                 self.seconds.setdefault(sweep, []).append(time.perf_counter() - start)
-                size = sum(x.stat().st_size for x in self.folder.glob("*.safetensors"))
-                type(self).kept = max(self.kept, size)
+                size = sum(x.stat().st_size for x in self.kept.folder.glob("*.safetensors"))
+                type(self).most = max(self.most, size)
                 return stale
 
             return step._replace(take=take)
@@ -152,7 +152,7 @@ def main() -> None:
         "layer_bytes": sizes[0],
         "outside_bytes": sizes[-1],
         "hidden_state_bytes": seen,
-        "disk_bytes": Timed.kept,
+        "disk_bytes": Timed.most,
         "peak_above_start": used,
         "share": record["share"],
         "generated": json.loads(made.stdout),

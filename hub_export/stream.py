@@ -16,6 +16,7 @@ from ..zoo.compression.steps import PROGRESS
 from ..zoo.compression.stream import Stream, check_stream
 from ..zoo.inference.checkpoint import Checkpoint
 from ..zoo.inference.weights import LayerFiles
+from ..zoo.utils.interrupt import interruptible
 from ..zoo.utils.output import check_disk, claimed, discard, put, scratch, writing
 from ..zoo.utils.provenance import fingerprint, tokenizer_fingerprint, work
 from ..zoo.utils.records import CompressionRecord
@@ -110,7 +111,11 @@ def stream_checkpoint(
         told = {**calibrated_on(calibration, tokens), "text": test.name, "seed": seed}
         fresh = left / NEW
         try:
-            with writing(left, "; what is done is kept there, and --resume goes on from it"):
+            # interruptible: else code in C may turn Ctrl-C into what looks like a refusal
+            with (
+                interruptible(),
+                writing(left, "; what is done is kept there, and --resume goes on from it"),
+            ):
                 fresh.mkdir(parents=True, exist_ok=True)
                 kept = KeptFiles(left)
                 stream = _stream(original, files, settings, tokens, test.rows, kept, told)

@@ -7,6 +7,7 @@ import pytest
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # share cores; before torch
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a Hub has one of its own
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool per process
 
 import fresh

@@ -146,7 +146,18 @@ def test_a_killed_contestant_fails_only_its_own_row(last):
 def test_a_bench_in_which_nothing_can_be_timed_ends_in_an_error(run, dense_folder, tmp_path):
     broken = shutil.copytree(dense_folder, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"none")
-    options = "--context 32 --steps 2 --rounds 1 --no-compile --ops reference --out".split()
+    options = [
+        "--context",
+        "32",
+        "--steps",
+        "2",
+        "--rounds",
+        "1",
+        "--no-compile",
+        "--ops",
+        "reference",
+        "--out",
+    ]
     code, table, said = run("bench", broken, *options, tmp_path / "out")
     assert (code, "broken failed: ValueError" in table) == (2, True)
     assert "no model could be timed; the first says: ValueError" in said.splitlines()[-1]

@@ -32,10 +32,10 @@ def check_sizes(raw: dict[str, Any]) -> None:
         value = raw.get(name)
         if value is not None and not (type(value) is int and 1 <= value <= limit):
             raise ValueError(f"{name} is {value!r}: expected an integer from 1 to {limit}")
-    width = raw.get("hidden_size") or raw.get("d_model") or 0
-    heads = raw.get("num_attention_heads") or raw.get("n_heads") or 1
-    if width % heads and raw.get("head_dim") is None:
-        raise ValueError(f"the hidden size is {width}: expected a multiple of {heads} heads")
+    for size, count in (("hidden_size", "num_attention_heads"), ("d_model", "n_heads")):
+        width, heads = raw.get(size) or 0, raw.get(count) or 1
+        if width % heads and raw.get("head_dim") is None:
+            raise ValueError(f"{size} is {width}: expected a multiple of {count}, {heads}")
 
 
 def _check_field(name: str, kind: Any, value: Any) -> None:
