@@ -28,6 +28,7 @@ from eigenzoo.zoo.models.llama import LlamaConfig
 from eigenzoo.zoo.models.model import Model
 
 STEPS = 64
+WAYS = "nested", "whole"
 
 
 def model(layers: int, pairs: int) -> Model:
@@ -76,13 +77,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--pairs", type=int, action="append")
-    parser.add_argument("--way", choices=["nested", "whole"], help="measure here and now")
+    parser.add_argument("--way", choices=WAYS, help="measure here and now")
     args = parser.parse_args()
     if args.way:
         print(json.dumps(measure(args.layers, args.pairs[0], args.way)))
         return
     for pairs in args.pairs or [1, 8]:
-        for way in ("nested", "whole"):
+        for way in WAYS:
             words = ["--layers", args.layers, "--pairs", pairs, "--way", way]
             with TemporaryDirectory() as folder:
                 for start in ("cold", "warm"):
