@@ -11,8 +11,8 @@ from ..zoo.compression.record import about, evaluation, texts
 from ..zoo.compression.settings import Settings
 from ..zoo.inference.checkpoint import Checkpoint, load, locate, open_layers
 from ..zoo.inference.data import check_source
+from ..zoo.inference.tensor_files import stored_bytes
 from ..zoo.inference.texts import read_text
-from ..zoo.inference.weights import stored_bytes
 from ..zoo.utils import memory
 from ..zoo.utils.interrupt import interruptible
 from ..zoo.utils.output import check_disk, check_folder, claimed, new_folder, writing

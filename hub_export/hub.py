@@ -16,7 +16,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..zoo.inference.checkpoint import native_config, read_config
 from ..zoo.inference.hub import FAILURES, failure_reason, parse_hub_id
-from ..zoo.inference.weights import shards
+from ..zoo.inference.tensor_files import shards
 from ..zoo.utils.output import check_disk, claimed, put, writing
 from .card import FIGURES
 from .links import check_inside

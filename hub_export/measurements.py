@@ -5,10 +5,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..zoo.inference.checkpoint import MODEL_TYPE, native_config, read_config
+from ..zoo.inference.checkpoint import native_config, read_config, recorded
 from ..zoo.models.config import Config, kv_bytes
 from ..zoo.utils.jsonl import MEASURED, read_rows
-from ..zoo.utils.records import CompressionRecord, EvaluationRow, Measurements, TimedRow
+from ..zoo.utils.records import EvaluationRow, Measurements, TimedRow
 from ..zoo.utils.replace import replacing
 from .card import FIGURES, card
 from .links import check_links
@@ -24,9 +24,7 @@ def add(folder: Path, files: Sequence[Path]) -> str:
     """
     check_links(folder)
     raw = read_config(folder)
-    if raw.get("model_type") != MODEL_TYPE or not raw.get("compression"):
-        raise ValueError(f"{folder} was not written by eigenzoo compress: expected such a folder")
-    compression: CompressionRecord = raw["compression"]
+    compression = recorded(raw, folder)
     plots = [plot for file in files if file.suffix == ".jsonl" for plot in _plots(file.parent)]
     config = native_config(raw)
     measured = _measured(files, plots)
@@ -72,6 +70,8 @@ def _measured(files: Sequence[Path], plots: Sequence[Path]) -> Measurements:
         if not rows:
             raise ValueError(f"{file} has no whole row: expected {MEASURED.expected}")
         evaluations += [row for row in rows if "kv_share" in row]
+        if any("perplexity" in row and not {"text", "tokens"} <= row.keys() for row in evaluations):
+            raise ValueError(f"{file} has a perplexity without text or tokens: evaluate again")
         speed += [row for row in rows if "kv_share" not in row and "failed" not in row]
     measured: Measurements = {}
     if evaluations:

@@ -5,7 +5,7 @@ from typing import cast
 
 from ..zoo.compression.record import calibrated_on, evaluation, held_out_windows, windows
 from ..zoo.compression.refine import RefineSettings, check_pair, learned, refine
-from ..zoo.inference.checkpoint import MODEL_TYPE, Checkpoint
+from ..zoo.inference.checkpoint import Checkpoint, recorded
 from ..zoo.inference.data import calibration_tokens, hold_out
 from ..zoo.models.model import Model
 from ..zoo.utils.output import check_disk, new_folder, writing
@@ -18,10 +18,7 @@ def original_of(low: Checkpoint) -> str:
 
     Raises ValueError if it was a local model, of which the record keeps the name only.
     """
-    record = low.config.get("compression")
-    if low.config["model_type"] != MODEL_TYPE or record is None:
-        raise ValueError(f"{low.name} was not written by eigenzoo compress: refine what was")
-    name = record["base_model"]
+    name = recorded(low.config, low.name)["base_model"]
     if "/" not in name:
         raise ValueError(f"{low.name} was made from the local model {name}: give it as --original")
     return name
@@ -60,11 +57,12 @@ def refine_checkpoint(
     instead. After an interruption the same call continues.
     """
     check_pair(dense, low.model)  # before text is sampled or read
+    before = recorded(low.config, low.name)
     check_shard_size(shard_size)
     check_room(low.model, out)
     with new_folder(out, force) as folder:
         with writing(out):
-            write_about(folder, low.model, low, low.config["compression"])  # fails before the work
+            write_about(folder, low.model, low, before)  # fails before the work
         refined, record = _refine(low, dense, settings, calibration, samples, seq_len, text, out)
         with writing(out):
             export(folder, refined, low, record, shard_size)
@@ -103,7 +101,7 @@ def _refine(
         "stopped": refined.stopped,
         "history": refined.history,
     }
-    record = cast(CompressionRecord, dict(low.config["compression"]))
+    record = recorded(low.config, low.name).copy()
     record["evaluation"] = measured
     record["refined"] = [*record.get("refined", []), cast(RefineRecord, run)]
     return refined.model, record

@@ -27,7 +27,7 @@ WORDS = (
 )
 FILES = {
     "dense/config.json": ("inspect", "generate"),
-    "low/config.json": ("inspect low", "generate low"),
+    "low/config.json": ("inspect low", "generate low", "card"),
     "dense/model.safetensors.index.json": ("evaluate",),
     "dense/model.safetensors": ("generate", "stream"),
     "dense/tokenizer.json": ("generate",),

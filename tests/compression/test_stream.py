@@ -16,7 +16,7 @@ from eigenzoo.zoo.cli import app
 from eigenzoo.zoo.compression import stream
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load, open_layers
-from eigenzoo.zoo.inference.weights import stored_bytes
+from eigenzoo.zoo.inference.tensor_files import stored_bytes
 
 WORDS = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ,.", k=1500)  # all lines differ
 

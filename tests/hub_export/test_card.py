@@ -202,6 +202,28 @@ def test_an_evaluation_of_another_model_is_refused(run, low, tmp_path):
     assert text(low) == before
 
 
+def test_a_perplexity_without_its_text_is_refused(run, low, tmp_path):
+    size = {"kv_bytes_per_token": 8, "kv_bytes_per_token_dense": 16, "kv_share": 0.5}
+    row = size | {"model": "low", "processor": "x", "versions": {}, "command": "x"}
+    (tmp_path / "x.json").write_text(json.dumps(row | {"perplexity": 3.0, "tokens": 5}))
+    code, _, error = run("card", low, tmp_path / "x.json")
+    assert (code, "x.json has a perplexity without text or tokens" in error) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["card", "inspect"])
+@pytest.mark.parametrize(
+    "record", ["x", [1], {"base_model": 3}, {"layers": 3}, {"evaluation": {}}], ids=str
+)
+def test_a_damaged_record_of_a_compression_is_refused(run, low, tmp_path, command, record):
+    copy = shutil.copytree(low, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    whole = config["compression"]
+    config["compression"] = whole | record if isinstance(record, dict) else record
+    (copy / "config.json").write_text(json.dumps(config))
+    code, _, error = run(command, copy)
+    assert (code, "the compression in config.json of" in error) == (2, True)
+
+
 def test_a_file_without_measurements_is_refused(run, dense, low, tmp_path):
     (tmp_path / "x.json").write_text('{"perplexity": 3}')
     before = text(low)

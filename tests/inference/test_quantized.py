@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import inspect, load, open_layers, read_config
-from eigenzoo.zoo.inference.weights import stored_bytes
+from eigenzoo.zoo.inference.tensor_files import stored_bytes
 
 FP8 = torch.float8_e4m3fn
 COMPRESSED = {"quant_method": "compressed-tensors", "quantization_status": "compressed"}

@@ -1,9 +1,9 @@
 """Load checkpoints: Hugging Face folders, Hub ids, GGUF files and compressed checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -17,13 +17,16 @@ from transformers import (
 from ..models.config import Config, check_sizes, kv_bytes
 from ..models.families import FAMILIES
 from ..models.model import Model
+from ..utils.jsonl import COMPRESSION
+from ..utils.records import CompressionRecord
 from .files import read_json
 from .gguf import gguf_config, gguf_tensors
 from .gguf_file import first_part, model_name, open_gguf
 from .hub import FAILURES, card_license, failure_reason, parse_hub_id
 from .quantized import dequantizer, quantization, read_by_transformers, unquantized
+from .tensor_files import read_folder
 from .tokenizer import read_gguf_tokenizer, read_tokenizer
-from .weights import LayerFiles, build, read_folder
+from .weights import LayerFiles, build
 
 MODEL_TYPE = "eigen"  # `model_type` in config.json of a compressed checkpoint
 FORMAT = 1  # newest format of compressed checkpoints; 0: no `format_version` and no code hashes
@@ -137,6 +140,20 @@ def stop_tokens(checkpoint: Checkpoint) -> list[int]:
     return sorted({e for e in (*listed, checkpoint.tokenizer.eos_token_id) if e is not None})
 
 
+def recorded(config: Mapping[str, Any], folder: Path | str) -> CompressionRecord:
+    """The record of a compression in config.json.
+
+    folder: of the checkpoint, for the error. Raises ValueError if there is no such record.
+    """
+    if config.get("model_type") != MODEL_TYPE or not config.get("compression"):
+        raise ValueError(f"{folder} was not written by eigenzoo compress: expected such a folder")
+    if problem := COMPRESSION.problem(config["compression"]):
+        raise ValueError(
+            f"the compression in config.json of {folder} {problem}: expected {COMPRESSION.expected}"
+        )
+    return cast(CompressionRecord, config["compression"])
+
+
 def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
     """What config.json of a checkpoint records: sizes, ranks, cache bytes and provenance."""
     raw = read_config(locate(source, revision, ["config.json"]))
@@ -160,7 +177,7 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
         "v_bits": list(c.v_bits),
         "format_version": raw.get("format_version", 0) if raw["model_type"] == MODEL_TYPE else None,
         "code": raw.get("code"),
-        "compression": raw.get("compression"),
+        "compression": recorded(raw, source) if raw.get("compression") else None,
     }
 
 

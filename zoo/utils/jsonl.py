@@ -22,6 +22,7 @@ from typing import (
 from .records import (
     BenchRow,
     CompressedRow,
+    CompressionRecord,
     DenseRow,
     EvaluationRow,
     FailedRow,
@@ -69,6 +70,9 @@ SWEEP: Format[SweepRow] = Format(
     "a row that eigenzoo sweep wrote", (DenseRow, CompressedRow, RefusedRow), "versions"
 )
 BENCH: Format[BenchRow] = Format("a row that eigenzoo bench wrote", (TimedRow, FailedRow), "model")
+COMPRESSION: Format[CompressionRecord] = Format(
+    "what eigenzoo compress wrote", (CompressionRecord,), "base_model"
+)
 MEASURED: Format[EvaluationRow | BenchRow] = Format(
     "what `eigenzoo evaluate --json` printed, or a row that eigenzoo bench wrote",
     (EvaluationRow, TimedRow, FailedRow),
