@@ -177,8 +177,16 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
         "v_bits": list(c.v_bits),
         "format_version": raw.get("format_version", 0) if raw["model_type"] == MODEL_TYPE else None,
         "code": raw.get("code"),
-        "compression": recorded(raw, source) if raw.get("compression") else None,
+        "compression": _record(raw, source),
     }
+
+
+def _record(raw: dict[str, Any], source: str) -> CompressionRecord | None:
+    """The record of a compression, which a plain checkpoint has too; None without one."""
+    record = raw.get("compression")
+    if raw["model_type"] == MODEL_TYPE and record:
+        return recorded(raw, source)
+    return None if COMPRESSION.problem(record) else cast(CompressionRecord, record)
 
 
 def locate(source: str, revision: str | None = None, files: Sequence[str] = FILES) -> Path:
