@@ -36,30 +36,36 @@ def loaded(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, ops="reference", **options)
 
 
+NOT_NEEDED = "this quantizer is not installed: eigenzoo does not depend on it"
+
+
 def four_bits(folder):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason=NOT_NEEDED)
     return loaded(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
 
 
 def eight_bits(folder):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason=NOT_NEEDED)
     return loaded(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
 def torchao(folder):
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = pytest.importorskip("torchao.quantization", reason=NOT_NEEDED)
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     return loaded(folder, quantization_config=config)
 
 
 def torchao_later(folder):
-    quantization, model = pytest.importorskip("torchao.quantization"), loaded(folder)
+    quantization, model = (
+        pytest.importorskip("torchao.quantization", reason=NOT_NEEDED),
+        loaded(folder),
+    )
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     return model
 
 
 def quanto(folder):
-    pytest.importorskip("optimum.quanto")
+    pytest.importorskip("optimum.quanto", reason=NOT_NEEDED)
     return loaded(folder, quantization_config=QuantoConfig(weights="int8"))
 
 
@@ -90,6 +96,7 @@ def test_a_quantizer_replaces_every_layer_but_the_head_and_the_model_still_decod
     greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     assert model.generate(IDS, **greedy).shape == (2, 26)  # one token at a time, by their layers
     cached = model(IDS[:, -1:], cache=model(IDS[:, :-1]).to_tuple()[-1]).logits[:, -1]
+    # dynamic activations have scales of their own in each call
     torch.testing.assert_close(cached.float(), got[:, -1], atol=error, rtol=0.1)
 
 
@@ -111,6 +118,7 @@ def test_an_adapter_counts_when_one_token_is_decoded(folder):
         got = adapted(x).logits
         merged = adapted.merge_and_unload()
         assert not [m for m in merged.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+        # merging rounds the sum of both weights to fp32
         torch.testing.assert_close(got, merged(x).logits, atol=1e-4, rtol=1e-4)
 
 
