@@ -16,6 +16,7 @@ from ..zoo.compression.record import about
 from ..zoo.compression.settings import Settings
 from ..zoo.inference.checkpoint import FORMAT, Checkpoint
 from ..zoo.models.model import Model
+from ..zoo.utils.escape import told
 from ..zoo.utils.records import CompressionRecord
 from . import card, code
 from .remote.configuration_eigen import EigenConfig
@@ -110,8 +111,9 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name} of the new checkpoint cannot be written: {reason}") from error
+        raise ValueError(
+            f"{name} of the new checkpoint cannot be written: {told(error)}"
+        ) from error
 
 
 def _config(low: Model, original: Checkpoint, compression: CompressionRecord) -> EigenConfig:

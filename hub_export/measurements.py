@@ -69,9 +69,10 @@ def _measured(files: Sequence[Path], plots: Sequence[Path]) -> Measurements:
         rows = read_rows(file, MEASURED)
         if not rows:
             raise ValueError(f"{file} has no whole row: expected {MEASURED.expected}")
-        evaluations += [row for row in rows if "kv_share" in row]
-        if any("perplexity" in row and not {"text", "tokens"} <= row.keys() for row in evaluations):
+        evaluated = [row for row in rows if "kv_share" in row]
+        if any("perplexity" in row and not {"text", "tokens"} <= row.keys() for row in evaluated):
             raise ValueError(f"{file} has a perplexity without text or tokens: evaluate again")
+        evaluations += evaluated
         speed += [row for row in rows if "kv_share" not in row and "failed" not in row]
     measured: Measurements = {}
     if evaluations:

@@ -17,6 +17,7 @@ from transformers.utils import can_return_tuple, logging
 
 from ...zoo.models.families import FAMILIES
 from ...zoo.models.model import Model
+from ...zoo.models.mpt import OLD_NAMES
 from .cache_eigen import LatentCache, check_not_quantized
 from .configuration_eigen import EigenConfig
 from .inputs_eigen import call_of, check_options, one_cache, one_input, slot_positions
@@ -28,7 +29,6 @@ try:
 except ImportError:
     install = None
 
-OLD_NAMES = {rf"\.{x}_proj\.norm\.": f".{x}_bound.norm." for x in "qk"}  # of MPT's qk_ln
 logger = logging.get_logger(__name__)
 LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")  # keywords of transformers' loss
 

@@ -100,10 +100,11 @@ REFIT = {"auto": f"{_own_refits()}, else none", "none": "nothing", **REFITS}
 SOURCE_HELP = "Checkpoint: a folder, a GGUF file or a Hub id, org/name or org/name@revision."
 FILE_HELP = (
     "plain text; or rows with a column `text`, or with `messages` for the chat template, in "
+    ".jsonl, .json or .parquet."
 )
-FILE_HELP += ".jsonl, .json or .parquet."
-TEXT_HELP = "hub:DATASET[:CONFIG], or self, which is text sampled from the model. A file is "
-TEXT_HELP += FILE_HELP
+TEXT_HELP = (
+    "hub:DATASET[:CONFIG], or self, which is text sampled from the model. A file is " + FILE_HELP
+)
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
 Method = Annotated[str, choice("--method", METHODS, "How to find bases and ranks:")]
@@ -167,6 +168,6 @@ Trust = Annotated[
     ),
 ]
 ShardSize = Annotated[str, option("--shard-size", help="Largest size of a weight file.")]
-Seed = Annotated[int, option("--seed", help="Seed of all random numbers.", min=0, max=2**63 - 1)]
+Seed = Annotated[int, option("--seed", help="Seed of all random numbers.", min=0, max=LARGEST)]
 AsJson = Annotated[bool, option("--json", help="Print one JSON object and nothing else.")]
 Force = Annotated[bool, option("--force", help="Replace the output if it exists.")]

@@ -9,6 +9,8 @@ from typing import TextIO
 
 import typer
 
+from ..utils.escape import printable
+
 LONGEST = 2000  # characters of a message
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
@@ -54,9 +56,7 @@ def _foreign(error: BaseException) -> bool:
 
 def one_line(text: str) -> str:
     """The text in one line, without characters that a terminal obeys, and not endless."""
-    words = " ".join(text.split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
-    half = LONGEST // 2
+    line, half = printable(" ".join(text.split())), LONGEST // 2
     return line if len(line) <= LONGEST else f"{line[:half]} [...] {line[-half:]}"
 
 

@@ -15,12 +15,7 @@ from ..inference.texts import read_text
 from ..models.config import Config, kv_bytes
 from ..models.model import Model
 from ..utils.provenance import versions
-from ..utils.records import (
-    CompressionOrigin,
-    QualityRecord,
-    SettingsRecord,
-    TextRecord,
-)
+from ..utils.records import CompressionOrigin, QualityRecord, SettingsRecord, TextRecord
 from .methods import METHODS
 from .settings import Settings
 

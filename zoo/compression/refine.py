@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..inference.data import hold_out
 from ..models.families import model_of
 from ..models.model import Model
-from ..utils.provenance import fingerprint, work
+from ..utils.provenance import fingerprint, model_fingerprint, work
 from ..utils.records import RefineStep
 from ..utils.resume import check_same, read_state, write_state
 from .distill import Distiller
@@ -116,10 +116,6 @@ def check_pair(dense: Model, low: Model) -> None:
             )
 
 
-def _content(model: Model) -> str:
-    return fingerprint(repr(model.config), *model.state_dict().values())
-
-
 class _Run:
     """A refinement in progress: its weights, its text, and its state."""
 
@@ -151,7 +147,8 @@ class _Run:
         self.about = work(
             low.device,
             **settings._asdict(),
-            **{name: _content(model) for name, model in (("model", low), ("original", dense))},
+            model=model_fingerprint(low),
+            original=model_fingerprint(dense),
             sequences=len(tokens),
             seq_len=tokens.size(1),
             texts=fingerprint(tokens, held_out),

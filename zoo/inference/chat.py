@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..utils.escape import told
+
 Chat = Sequence[dict[str, Any]]  # messages, each with `role` and `content`
 
 
@@ -30,7 +32,7 @@ def render(
                 continue_final_message=continued,
             )
         except Exception as error:  # a template is foreign code: it may raise anything
-            reasons.append(" ".join(str(error).split()) or type(error).__name__)
+            reasons.append(told(error))
             continue
         if isinstance(text, str) and _holds(text, chat):
             return text

@@ -17,6 +17,7 @@ from transformers import (
 from ..models.config import Config, check_sizes, kv_bytes
 from ..models.families import FAMILIES
 from ..models.model import Model
+from ..utils.escape import told
 from ..utils.jsonl import COMPRESSION
 from ..utils.records import CompressionRecord
 from .files import read_json
@@ -271,8 +272,9 @@ def native_config(raw: dict[str, Any]) -> Config:
             return config.from_hf(known().to_dict() | raw)
         return config.from_hf(raw | known.from_dict(raw).to_dict())
     except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"config.json does not fit transformers' {family}: {reason}") from error
+        raise ValueError(
+            f"config.json does not fit transformers' {family}: {told(error)}"
+        ) from error
 
 
 def config_dtype(raw: dict[str, Any]) -> torch.dtype | None:
@@ -299,5 +301,4 @@ def _generation(folder: Path | None, raw: dict[str, Any]) -> GenerationConfig:
     try:
         return GenerationConfig.from_dict(values)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not fit transformers: {reason}") from error
+        raise ValueError(f"{path} does not fit transformers: {told(error)}") from error

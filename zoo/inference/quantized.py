@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from ..utils.escape import told
+
 FIELDS = ("quantization_config", "compression_config")  # in config.json; the second is old
 SCALED = {"fp8", "fbgemm_fp8"}
 SCALED_FORMATS = {"float-quantized", "int-quantized", "naive-quantized"}  # of compressed-tensors
@@ -78,9 +80,8 @@ def read_by_transformers(folder: Path, raw: dict[str, Any]) -> Tensors:
         model, seen = loaded
         model = model if packed else model.dequantize()
     except Exception as error:  # whatever a quantizer raises
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"transformers cannot dequantize {folder} ({reason}): use the checkpoint before "
+            f"transformers cannot dequantize {folder} ({told(error)}): use the checkpoint before "
             "quantization"
         ) from error
     lost = [key for kind in ("missing_keys", "mismatched_keys") for key in seen[kind]]

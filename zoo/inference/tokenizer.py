@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..utils.escape import told
 from ..utils.regular import readable
 from .files import read_json
 
@@ -36,7 +37,7 @@ def read_tokenizer(
         tokenizer("a", verbose=False)  # some values in its files are looked at only here
         return tokenizer
     except Exception as error:  # the package tokenizers raises nothing narrower for a broken file
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = told(error)
         raise ValueError(
             f"{named or folder} has no tokenizer: {_advice(folder)} ({reason})"
         ) from error

@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from torch import Tensor
 from ..models.config import Config
 from ..models.families import model_of, new_model
 from ..models.model import Model
+from ..models.mpt import OLD_NAMES
 from .tensor_files import opened, shards
 
 EMBED = "embed.weight"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Tensors = Iterator[tuple[str, Tensor]]
-STORED = dict(zip(("F32", "BF16", "F16", "F64"), FLOATS, strict=True))  # by name in safetensors
 
 
 def build(
@@ -93,7 +92,9 @@ def _check_part(key: str, part: Tensor, expected: Tensor | None) -> None:
 
 
 def _check_kind(key: str, part: Tensor, expected: Tensor | None) -> None:
-    expected = _check_shape(key, part, expected)
+    if expected is None or part.shape != expected.shape:
+        want = "no such weight" if expected is None else tuple(expected.shape)
+        raise ValueError(f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}")
     whole = expected.dtype == torch.int64
     if part.layout != torch.strided or part.dtype not in ((torch.int64,) if whole else FLOATS):
         want = "int64" if whole else "float16, bfloat16, float32 or float64"
@@ -101,13 +102,6 @@ def _check_kind(key: str, part: Tensor, expected: Tensor | None) -> None:
             f"weight {key} is {_short(part.dtype)}: expected {want}; quantized weights need their "
             "quantization_config in config.json"
         )
-
-
-def _check_shape(key: str, part: Tensor, expected: Tensor | None) -> Tensor:
-    if expected is None or part.shape != expected.shape:
-        want = "no such weight" if expected is None else tuple(expected.shape)
-        raise ValueError(f"weight {key} has shape {tuple(part.shape)}: config.json expects {want}")
-    return expected
 
 
 def _check_missing(missing: Set[str]) -> None:
@@ -164,11 +158,10 @@ class LayerFiles:
         for path in self.paths:
             with opened(path) as file:
                 for key in file.keys():  # noqa: SIM118, the file is no mapping
-                    tensor = file.get_slice(key)
-                    for name in self._place(path, key, _on_meta(file, key)):
+                    tensor = _on_meta(file, key)
+                    for name in self._place(path, key, tensor):
                         missing.pop(name, None)
-                    if tensor.get_dtype() in STORED:
-                        numbers[STORED[tensor.get_dtype()]] += prod(tensor.get_shape())
+                    numbers[tensor.dtype] += tensor.numel()
         self.dtype = dtype or _main_dtype(numbers)
         if self.plain is iter:
             _check_missing(missing.keys())
@@ -227,6 +220,7 @@ def _layer_of(name: str) -> str:
 
 
 def _native_parts(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    # in older checkpoints, the norms of MPT's qk_ln are parts of its projections
-    name = re.sub(r"\.([qk])_proj\.norm\.", r".\1_bound.norm.", key.removeprefix("model."))
+    name = key.removeprefix("model.")
+    for old, new in OLD_NAMES.items():
+        name = re.sub(old, new, name)
     yield name, tensor

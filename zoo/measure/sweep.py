@@ -23,7 +23,14 @@ from ..inference.perplexity import perplexity
 from ..models.config import kv_bytes
 from ..models.model import Model
 from ..utils.interrupt import interruptible
-from ..utils.provenance import code, device_name, fingerprint, tokenizer_fingerprint, versions, work
+from ..utils.provenance import (
+    code,
+    device_name,
+    model_fingerprint,
+    tokenizer_fingerprint,
+    versions,
+    work,
+)
 from ..utils.records import (
     CompressedResult,
     DecodeRecord,
@@ -93,7 +100,7 @@ class Sweep:
         self.tokens = tokens.to(device)
         run: SweepRun = {
             "model": original.name,
-            "weights": fingerprint(repr(self.model.config), *self.model.state_dict().values()),
+            "weights": model_fingerprint(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "evaluation": evaluation.describe(original.tokenizer),
         }

@@ -39,6 +39,8 @@ NAMES = {
     "k_ln": "k_bound.norm",
     "lm_head": "head",
 }
+# of norms (`qk_ln`) that were parts of projections in older compressed checkpoints: patterns
+OLD_NAMES = {rf"\.{x}_proj\.norm\.": f".{x}_bound.norm." for x in "qk"}
 MULTI_HEAD = "multihead_attention"
 KV_HEADS = {MULTI_HEAD: None, "multiquery_attention": 1}  # None: as many as query heads
 NORMS = {

@@ -15,6 +15,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
 
 
+def told(error: BaseException) -> str:
+    """What an error says, in one line; its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def prose(text: str) -> str:
     """A text of several lines; characters that a terminal obeys are written as Python writes them.
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from .escape import told
 from .jsonl import Format, read_rows
 from .lock import locked
 from .replace import sync
@@ -169,7 +170,7 @@ def writing(out: Path, then: str = "") -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())
+    return getattr(error, "strerror", None) or told(error)
 
 
 def _place(out: Path) -> Path:

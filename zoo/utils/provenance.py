@@ -82,6 +82,11 @@ def _pieces(path: Path) -> Iterator[memoryview]:
             yield memoryview(piece)
 
 
+def model_fingerprint(model: Any) -> str:
+    """A fingerprint of a model's config and weights."""
+    return fingerprint(repr(model.config), *model.state_dict().values())
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A fingerprint of all by which a tokenizer of transformers makes tokens, or a prompt."""
     rules = getattr(tokenizer, "backend_tokenizer", None)
