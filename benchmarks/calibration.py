@@ -22,7 +22,7 @@ from eigenzoo.zoo.compression.compress import gather
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import encode
-from eigenzoo.zoo.inference.texts import python_docs
+from eigenzoo.zoo.inference.python_texts import python_help
 from eigenzoo.zoo.models.model import Model
 
 
@@ -77,6 +77,6 @@ if __name__ == "__main__":
     parser.add_argument("--seq-len", type=int, default=1024)
     asked = parser.parse_args()
     model, tokenizer, *_ = load(asked.model, torch.float32)
-    words = encode(tokenizer, python_docs())[: asked.samples * asked.seq_len]
+    words = encode(tokenizer, python_help(held_out=False))[: asked.samples * asked.seq_len]
     passes(model, words[None, :64])  # warms up
     print(json.dumps(cost(model, words.view(asked.samples, -1), asked.method), indent=1))

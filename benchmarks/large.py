@@ -24,7 +24,7 @@ from eigenzoo.hub_export import stream as hub
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.compression.stream import Stream
 from eigenzoo.zoo.inference.checkpoint import open_layers
-from eigenzoo.zoo.inference.texts import python_docs
+from eigenzoo.zoo.inference.python_texts import python_help
 from eigenzoo.zoo.measure.shapes import SHAPES, shaped
 from eigenzoo.zoo.utils.memory import peak, reset_peak
 from eigenzoo.zoo.utils.provenance import device_name, versions
@@ -98,7 +98,7 @@ def write(folder: Path, shape: str, layers: int) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=8000, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
     )
-    bpe.train_from_iterator([python_docs()], trainer)
+    bpe.train_from_iterator([python_help(held_out=False)], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder)
 
@@ -118,7 +118,7 @@ def main() -> None:
     source, out, text = (given.folder / name for name in ("model", "low", "text.txt"))
     source.mkdir(parents=True)
     write(source, given.shape, given.layers)
-    text.write_text(python_docs())
+    text.write_text(python_help(held_out=False))
 
     hub.Stream = Timed
     reset_peak(CPU)

@@ -16,7 +16,7 @@ from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import calibration_tokens, encode
 from eigenzoo.zoo.inference.perplexity import perplexity
-from eigenzoo.zoo.inference.texts import python_docs
+from eigenzoo.zoo.inference.python_texts import python_help
 from eigenzoo.zoo.models.config import kv_bytes
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2-valid.txt"
@@ -45,7 +45,7 @@ def smol(_parsed_once):
 def test_logits_equal_transformers(smol):
     path = demo_model()
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
-    x = encode(smol.tokenizer, python_docs()[:2000])[None, :200]
+    x = encode(smol.tokenizer, python_help(held_out=True)[:2000])[None, :200]
     want, cache = theirs(x).logits, smol.model.new_cache(1, 200)
     torch.testing.assert_close(smol.model(x), want, atol=1e-4, rtol=0)
     pieces = torch.arange(200).split([150, 30, *[1] * 20])

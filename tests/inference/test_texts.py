@@ -12,7 +12,8 @@ import tiny
 
 from eigenzoo.zoo.compression.record import calibrated_on
 from eigenzoo.zoo.inference.data import calibration_tokens, encode
-from eigenzoo.zoo.inference.texts import python_docs, read_text
+from eigenzoo.zoo.inference.python_texts import python_help
+from eigenzoo.zoo.inference.texts import read_text
 
 ROWS = [{"id": 1, "text": "the cat sat"}, {"id": 2, "text": ""}, {"id": 3, "text": "on a mat"}]
 WORDS = "the cat sat\n\n\n\non a mat"
@@ -53,8 +54,8 @@ def written(folder, name: str, content: bytes):
 
 
 def test_the_default_text_is_english_and_long():
-    text = python_docs()
-    assert len(text) > 300_000
+    text = python_help(held_out=True)
+    assert len(text) > 200_000
     assert " the " in text
     assert read_text(None).rows == [text]
 

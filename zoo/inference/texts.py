@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import pydoc_data.topics
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from .chat import Chat, joined, render
+from .python_texts import python_help
 
 COLUMNS = ("text", "messages")
 TABLES = (".csv", ".tsv")  # their syntax would be read as text
@@ -52,7 +52,7 @@ class Text(NamedTuple):
 
 
 def read_text(path: str | Path | None) -> Text:
-    """The text of a file; None: English text that is part of Python.
+    """The text of a file; None: the part of Python's own help that is never calibrated on.
 
     - .jsonl, .ndjson: an object a line; .json: a list of objects, or the same; .parquet: needs
       pyarrow. The column `text` is read, or else `messages`, chats for the tokenizer's template.
@@ -62,7 +62,7 @@ def read_text(path: str | Path | None) -> Text:
     ValueError, naming file and row, for anything else.
     """
     if path is None:
-        return Text("Python's own help", [python_docs()])
+        return Text("Python's own help", [python_help(held_out=True)])
     place = _file(path)
     name = place.name.lower().removesuffix(".gz")
     reader = next((READERS[endings] for endings in READERS if name.endswith(endings)), None)
@@ -70,11 +70,6 @@ def read_text(path: str | Path | None) -> Text:
     if not any(row.strip() if isinstance(row, str) else row for row in text.rows):
         raise ValueError(f"{path} is empty: expected text")
     return text._replace(name=place.name)
-
-
-def python_docs() -> str:
-    """English text that is part of Python: the topics of its help."""
-    return "\n\n".join(pydoc_data.topics.topics.values())
 
 
 def take(source: str, rows: Iterable[tuple[int, Any]], most: int | None = None) -> Text:

@@ -1,0 +1,18 @@
+import pytest
+
+from eigenzoo.zoo.inference import python_texts
+from eigenzoo.zoo.inference.python_texts import python_help, python_source
+
+
+@pytest.mark.parametrize("read", [python_help, python_source])
+def test_what_is_measured_on_is_never_calibrated_on(read):
+    held_out, rest = read(held_out=True), read(held_out=False)
+    assert min(len(held_out), len(rest)) > 150_000
+    pieces = [rest[i : i + 2000] for i in range(0, len(rest), 2000)]
+    assert not any(piece in held_out for piece in pieces)
+
+
+def test_a_module_without_source_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(python_texts, "MODULES", ("sys",))
+    with pytest.raises(ValueError, match="without the source of its module sys"):
+        python_source(held_out=False)
