@@ -7,9 +7,9 @@ from eigenzoo.zoo.inference.python_texts import python_help, python_source
 @pytest.mark.parametrize("read", [python_help, python_source])
 def test_what_is_measured_on_is_never_calibrated_on(read):
     held_out, rest = read(held_out=True), read(held_out=False)
-    assert min(len(held_out), len(rest)) > 150_000
-    pieces = [rest[i : i + 2000] for i in range(0, len(rest), 2000)]
-    assert not any(piece in held_out for piece in pieces)
+    assert min(len(held_out), len(rest)) > 50_000
+    pieces = [rest[i : i + 300] for i in range(0, len(rest), 300)]
+    assert not any(piece in held_out for piece in pieces if len(piece.strip()) > 100)
 
 
 def test_a_module_without_source_is_refused_by_name(monkeypatch):
