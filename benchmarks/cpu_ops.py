@@ -23,7 +23,8 @@ from torch import Tensor
 
 from eigenzoo.kernels import ops
 from eigenzoo.kernels.install import register
-from eigenzoo.zoo.models.cache import Buffer, Packed, pack
+from eigenzoo.zoo.models.cache import Buffer
+from eigenzoo.zoo.models.packing import Latent, Packed, pack
 
 D = 128
 SHAPES = {  # query heads, kv heads
@@ -46,12 +47,14 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
     def made(latents: int, *widths: int, bits: int = 16) -> list[list[Buffer]]:
         def one(width: int) -> Buffer:
             x = torch.randn(1, latents, slots, width)
-            return x.to(dtype) if bits == 16 else pack(x, bits)
+            return (
+                x.to(dtype) if bits == 16 else pack(x, Latent(x.size(1), x.size(3)).rounded(bits))
+            )
 
         return [[one(w) for w in widths] for _ in range(caches)]
 
     def size(kept: list[list[Buffer]]) -> int:
-        parts = [y for x in kept[0] for y in (x if isinstance(x, Packed) else (x,))]
+        parts = [x.rows if isinstance(x, Packed) else x for x in kept[0]]
         return sum(x.nbytes for x in parts)
 
     full, span = made(kv, D, D), torch.tensor([[0, slots]])

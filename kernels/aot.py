@@ -16,7 +16,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..zoo.models.cache import SCALE
 from . import anchored_decode, latent_decode, rotary_decode, split
 from .disassembly import count, disassemble, loops
 
@@ -64,7 +63,7 @@ class Case(NamedTuple):
             return int(c["WIDTH"] * c["TILE"] * 4)
         if self.bits == 16:
             return int((c["RK"] + c["RV"]) * c["TILE"] * self.dtype.itemsize)
-        return int(((c["RK"] + c["RV"]) * self.bits // 8 + 2 * SCALE.itemsize) * c["TILE"])
+        return int(((c["RK"] + c["RV"]) * self.bits // 8 + 2 * torch.bfloat16.itemsize) * c["TILE"])
 
 
 class Reading(NamedTuple):

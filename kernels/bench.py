@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from ..zoo.models.bits import BITS
-from ..zoo.models.cache import Buffer, Latent, pack
+from ..zoo.models.cache import Buffer
+from ..zoo.models.packing import Latent, pack
 from . import ops
 from .install import register
 
@@ -57,12 +58,12 @@ def caches(
 
     At least two pairs; ROTATION bytes in total.
     """
-    latents = Latent(heads, rk, bits), Latent(heads, rv, bits)
+    latents = Latent(heads, rk).rounded(bits), Latent(heads, rv).rounded(bits)
     size = batch * slots * sum(x.nbytes(torch.bfloat16) for x in latents)
 
     def one(width: int) -> Buffer:
         x = torch.randn(batch, heads, slots, width, dtype=torch.bfloat16, device="cuda")
-        return x if bits == 16 else pack(x, bits)
+        return x if bits == 16 else pack(x, Latent(x.size(1), x.size(3)).rounded(bits))
 
     return [(one(rk), one(rv)) for _ in range(max(2, ROTATION // size))], size
 

@@ -51,12 +51,12 @@ for _name, _arguments in SCHEMAS.items():
     )
 
 
-def _parts(x: Buffer) -> tuple[Tensor, Tensor | None]:
-    """Numbers and None, or codes and scales.
+def _parts(x: Buffer, q: Tensor) -> tuple[Tensor, None]:
+    """Numbers as they are; what is packed is unpacked first.
 
     Not by `isinstance(x, Packed)`: code that comes with a checkpoint has its own `Packed`.
     """
-    return (x, None) if isinstance(x, Tensor) else x
+    return (x, None) if isinstance(x, Tensor) else (x.unpack(q.dtype), None)
 
 
 def latent_decode(
@@ -69,7 +69,7 @@ def latent_decode(
     slopes: Tensor | None = None,
 ) -> Tensor:
     """The op for `zoo.models.attention.latent_decode`; see there for the arguments."""
-    (k, k_scale), (v, v_scale) = _parts(k), _parts(v)
+    (k, k_scale), (v, v_scale) = _parts(k, q), _parts(v, q)
     return torch.ops.eigenzoo.latent_decode(q, k, v, span, scale, bias, slopes, k_scale, v_scale)
 
 
@@ -88,7 +88,7 @@ def anchored_decode(
     position: Tensor | None = None,
 ) -> Tensor:
     """The op for `zoo.models.attention.anchored_decode`; see there for the arguments."""
-    (z, z_scale), (v, v_scale) = _parts(z), _parts(v)
+    (z, z_scale), (v, v_scale) = _parts(z, q), _parts(v, q)
     return torch.ops.eigenzoo.anchored_decode(
         q, z, v, span, scale, cos, sin, up, mean, block, bias, position, z_scale, v_scale
     )
@@ -107,7 +107,7 @@ def rotary_decode(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The op for `zoo.models.attention.rotary_decode`; see there for the arguments."""
-    (z, z_scale), (v, v_scale) = _parts(z), _parts(v)
+    (z, z_scale), (v, v_scale) = _parts(z, q), _parts(v, q)
     return torch.ops.eigenzoo.rotary_decode(
         q, z, v, span, scale, cos, sin, up, mean, bias, z_scale, v_scale
     )

@@ -1,12 +1,12 @@
 """Adapters that let the native model keep its latents in transformers' caches."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ...zoo.models.cache import SCALE, Buffer, Latent, Packed, pack
+from ...zoo.models.cache import Buffer
 from ...zoo.models.config import Config
+from ...zoo.models.packing import Latent, Packed, pack
 
 
 class LatentCache:
@@ -26,10 +26,10 @@ class LatentCache:
 class LatentLayer:
     """A layer's cache for the native model, kept in one of transformers' caches.
 
-    Those require as many heads of values as of keys. If the numbers of latents differ, all latents
-    of a token are concatenated into one head. Below 16 bits, a latent is stored as a row of bytes
-    (its scale, its codes, and padding to an even number of bytes). That works in every cache that
-    does no arithmetic on its contents.
+    Those require as many heads of values as of keys, and one dtype for both. If the numbers of
+    latents differ, or if one of them is packed, a token's keys, and its values, are one head: that
+    of a row, as `StaticCache` has it. This works in every cache that does no arithmetic on its
+    contents.
     """
 
     def __init__(self, cache: Cache, index: int, latents: tuple[Latent, Latent]):
@@ -37,45 +37,33 @@ class LatentLayer:
 
     def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Buffer, Buffer]:
         """Append k and v (B, heads, T, width); return all slots of the layer. pos is not used."""
-        bits = [latent.bits for latent in self.latents]
-        packed, dtype = min(bits) < 16, k.dtype
-        if packed:
-            k, v = (_to_bytes(x, n) for x, n in zip((k, v), bits, strict=True))
-        heads, equal = (k.size(1), v.size(1)), k.size(1) == v.size(1)
-        if not equal:
-            k, v = (x.transpose(1, 2).flatten(2)[:, None] for x in (k, v))
-        cached = self.cache.update(k, v, self.index)
-        if not equal:
-            sides = zip(cached, heads, strict=True)
-            cached = tuple(x[:, 0].unflatten(-1, (n, -1)).transpose(1, 2) for x, n in sides)
-        if not packed:
-            return cached
-        k, v = (
-            _from_bytes(x, latent.width, n, dtype)
-            for x, latent, n in zip(cached, self.latents, bits, strict=True)
+        packed = any(latent.segments for latent in self.latents)
+        if not packed and k.size(1) == v.size(1):
+            return self.cache.update(k, v, self.index)
+        new = (_row(x, latent, packed) for x, latent in zip((k, v), self.latents, strict=True))
+        cached = self.cache.update(*new, self.index)
+        keys, values = (
+            _buffer(x[:, 0], latent, k.dtype)
+            for x, latent in zip(cached, self.latents, strict=True)
         )
-        return k, v
+        return keys, values
 
 
-def _to_bytes(x: Tensor, bits: int) -> Tensor:
-    """Vectors (B, heads, T, width) as rows of bytes, (B, heads, T, bytes) in uint8."""
-    if not x.size(-1):
-        return x
-    if bits == 16:
-        return x.contiguous().view(torch.uint8)
-    codes, scale = pack(x, bits)
-    row = torch.cat((scale.view(torch.uint8), codes.view(torch.uint8)), dim=-1)
-    return F.pad(row, (0, row.size(-1) % 2))  # so that scales, of 2 bytes, are aligned
+def _row(x: Tensor, latent: Latent, packed: bool) -> Tensor:
+    """Vectors (B, heads, T, width) as one head: (B, 1, T, n), in uint8 if `packed`."""
+    if latent.segments:
+        return pack(x, latent).rows[:, None]
+    row = x.transpose(1, 2).flatten(2)[:, None]
+    return row.contiguous().view(torch.uint8) if packed and row.size(-1) else row
 
 
-def _from_bytes(row: Tensor, width: int, bits: int, dtype: torch.dtype) -> Buffer:
-    """The inverse of `_to_bytes`, without unpacking: what eigenzoo's own cache would hold."""
-    if not width:
-        return row
-    if bits == 16:
-        return row.view(dtype)
-    codes = row[..., 2 : 2 + width * bits // 8]
-    return Packed(codes.view(torch.int8) if bits == 8 else codes, row[..., :2].view(SCALE))
+def _buffer(row: Tensor, latent: Latent, dtype: torch.dtype) -> Buffer:
+    """The inverse of `_row`, without unpacking: what eigenzoo's own cache would hold."""
+    if latent.segments:
+        return Packed(row, latent.layout)
+    if row.dtype == torch.uint8 and row.size(-1):
+        row = row.view(dtype)
+    return row.unflatten(-1, (latent.heads, -1)).transpose(1, 2)
 
 
 def check_not_quantized(cache: Cache) -> None:

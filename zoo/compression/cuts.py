@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..models.bits import LEVELS
-from ..models.cache import Latent
+from ..models.bits import LEVELS, PARTS
 from ..models.config import Config
+from ..models.packing import Latent
 from .mixing import rounding
 from .solve import Basis
 
@@ -47,13 +47,15 @@ def cuts(
     for rank in ranks:
         heads = latents if rank < full else latents * full // config.head_dim
         for count in bits:
-            latent = Latent(heads, rank * latents // heads, count)
-            if latent.width * count % 8:
-                continue  # half a byte would be left
+            width = rank * latents // heads
+            if width % PARTS[count]:
+                continue  # part of a byte would be left
             error = float(errors[rank])
             if rounded is not None and count < 16:
                 error += float(rounded[rank]) / LEVELS[count] ** 2
-            unit.append(Cut(rank, count, latent.nbytes(torch.bfloat16), error))
+            unit.append(
+                Cut(rank, count, Latent(heads, width).rounded(count).nbytes(torch.bfloat16), error)
+            )
     return unit
 
 

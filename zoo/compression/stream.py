@@ -203,7 +203,7 @@ class Stream:
         if refit:
             rows["have"] = self._through(low, low_block, rows["have"])
         kept = low.config.latents(i)  # perplexity is measured with rounding, the refit without
-        if min(latent.bits for latent in kept) < 16:
+        if any(latent.segments for latent in kept):
             slots = rows["test"].size(1)
             cache = StaticCache([kept], 1, slots, low.dtype, low.device).layer(0)
         else:

@@ -33,7 +33,8 @@ MODEL_TYPE = "eigen"  # `model_type` in config.json of a compressed checkpoint
 FORMAT = 1  # newest format of compressed checkpoints; 0: no `format_version` and no code hashes
 FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "README.md"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-LATER = {"anchor", "pairs", "k_bits", "v_bits"}  # optional: added to config.json after format 0
+# optional fields of config.json, which were added after format 0
+LATER = {"anchor", "pairs", "k_bits", "v_bits", "k_segments", "v_segments"}
 PICKLED = ["pytorch_model*.bin*"]  # downloaded only if there are no safetensors
 
 
@@ -176,6 +177,8 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
         "v_ranks": list(c.v_ranks),
         "k_bits": list(c.k_bits),
         "v_bits": list(c.v_bits),
+        "k_segments": list(c.k_segments),
+        "v_segments": list(c.v_segments),
         "format_version": raw.get("format_version", 0) if raw["model_type"] == MODEL_TYPE else None,
         "code": raw.get("code"),
         "compression": _record(raw, source),

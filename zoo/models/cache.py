@@ -7,69 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bits import LEVELS, check_bits
-
-SCALE = torch.bfloat16  # dtype of the scales: it has fp32's range, and they need not be exact
-
-
-class Latent(NamedTuple):
-    """What a layer caches per token of its keys, or of its values.
-
-    That is `heads` vectors of `width` numbers with `bits` bits each. Below 16 bits, each vector has
-    a scale too.
-    """
-
-    heads: int
-    width: int
-    bits: int = 16
-
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes per token, scales included. dtype: of numbers that are not quantized."""
-        if self.bits == 16 or not self.width:
-            return self.heads * self.width * dtype.itemsize
-        return self.heads * (self.width * self.bits // 8 + SCALE.itemsize)
-
-
-class Packed(NamedTuple):
-    """Quantized vectors: integer codes, and one scale per vector.
-
-    codes: with 8 bits (B, heads, S, width) in int8; with 4 bits (B, heads, S, width / 2) in uint8,
-    where the low and high halves of the bytes hold the first and second half of a vector. A 4-bit
-    code n means n - 7.5, so the 16 levels are symmetric around zero. scale: (B, heads, S, 1), the
-    largest absolute value of a vector divided by its entry in `LEVELS`.
-    """
-
-    codes: Tensor
-    scale: Tensor
-
-    @property
-    def bits(self) -> int:
-        """Bits per number."""
-        return 8 if self.codes.dtype == torch.int8 else 4
-
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The numbers, (B, heads, S, width), in a dtype."""
-        x = self.codes.to(dtype)
-        if self.bits == 4:
-            x = torch.cat((self.codes & 15, self.codes >> 4), dim=-1).to(dtype) - LEVELS[4]
-        return x * self.scale.to(dtype)
-
-
-def pack(x: Tensor, bits: int) -> Packed:
-    """Quantize vectors (B, heads, S, width) to 8 or 4 bits.
-
-    The error of a number is at most half the scale of its vector.
-    """
-    x = x.float()
-    scale = (x.abs().amax(-1, keepdim=True) / LEVELS[bits]).clamp(min=1e-30)
-    # Round up to bf16 by its bits: torch.compile would remove a cast to bf16 and back.
-    scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
-    x = x / scale
-    if bits == 8:
-        return Packed(x.round().clamp(-127, 127).to(torch.int8), scale.to(SCALE))
-    low, high = (x + 8).floor().clamp(0, 15).to(torch.uint8).chunk(2, dim=-1)
-    return Packed(low | high << 4, scale.to(SCALE))
-
+from .bits import check_bits
+from .packing import Latent, Packed, pack
 
 Buffer = Tensor | Packed
 
@@ -93,16 +32,16 @@ class LayerCache(NamedTuple):
 def _write(buffer: Buffer, pos: Tensor, x: Tensor) -> Buffer:
     if not isinstance(buffer, Packed):
         return buffer.index_copy_(2, pos, x)
-    for kept, new in zip(buffer, pack(x, buffer.bits), strict=True):
-        kept.index_copy_(2, pos, new)
-    return buffer
+    new = pack(x, Latent.of_layout(buffer.layout))
+    return buffer._replace(rows=buffer.rows.index_copy_(1, pos, new.rows))
 
 
 class StaticCache:
-    """Buffers (B, heads, S, width) for the keys and values of every layer, allocated once.
+    """Buffers for the keys and values of every layer, allocated once.
 
-    Below 16 bits they are `Packed`. A token writes its slot before any token reads it, so a cache
-    serves the next prompt without being cleared: what the previous prompt wrote is never read.
+    They are (B, heads, S, width), or `Packed` where a latent has segments. A token writes its slot
+    before any token reads it, so a cache serves the next prompt without being cleared: what the
+    previous prompt wrote is never read.
     """
 
     def __init__(
@@ -114,25 +53,24 @@ class StaticCache:
         device: torch.device | str = "cpu",
         bits: int | None = None,
     ):
-        """bits: 16, 8 or 4 for all numbers; None: the bits of each latent.
+        """bits: for all numbers, one of `bits.BITS`; None: as each latent says.
 
-        Raises ValueError for other bits, and for an odd width at 4 bits.
+        Raises ValueError for other bits, and for a width that does not fill whole bytes.
         """
 
-        def zeros(latent: Latent, width: int, dtype: torch.dtype) -> Tensor:
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             # not empty: slots that are not attended to enter as 0 * v, and 0 * NaN is NaN
-            x = torch.zeros(batch, latent.heads, slots, width, dtype=dtype, device=device)
+            x = torch.zeros(batch, *shape, dtype=dtype, device=device)
             torch._dynamo.mark_static_address(x)  # otherwise in-place writes prevent CUDA graphs
             return x
 
         def buffer(latent: Latent) -> Buffer:
-            width, count = latent.width, latent.bits if bits is None else bits
-            check_bits(count, width)
-            if count == 16 or not width:
-                return zeros(latent, width, dtype)
-            whole = zeros(latent, width, torch.int8) if count == 8 else None
-            codes = zeros(latent, width // 2, torch.uint8) if whole is None else whole
-            return Packed(codes, zeros(latent, 1, SCALE))
+            check_bits(bits, latent.width)
+            kept = latent if bits is None else latent.rounded(bits)
+            if not kept.segments:
+                return zeros(kept.heads, slots, kept.width, dtype=dtype)
+            rows = zeros(slots, kept.nbytes(dtype), dtype=torch.uint8)
+            return Packed(rows, kept.layout)
 
         self.batch, self.slots = batch, slots
         self.keys = [buffer(k) for k, _ in latents]
@@ -151,7 +89,7 @@ class StaticCache:
 
         def cut(x: Buffer) -> Buffer:
             if isinstance(x, Packed):
-                return Packed(*(part[:, :, :slots] for part in x))
+                return x._replace(rows=x.rows[:, :slots])
             return x[:, :, :slots]
 
         view = copy(self)
@@ -178,4 +116,4 @@ class StaticCache:
     def nbytes(self) -> int:
         """Bytes of the buffers."""
         buffers = self.keys + self.values
-        return sum(sum(y.nbytes for y in x) if isinstance(x, Packed) else x.nbytes for x in buffers)
+        return sum(x.rows.nbytes if isinstance(x, Packed) else x.nbytes for x in buffers)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self, TypedDict
 import torch
 from torch import Tensor
 
-from .bits import check_bits
-from .cache import Latent
+from .bits import Segment, check_bits, parse_segments
+from .packing import Latent
 
 MOST_LAYERS = 1000  # several times as many as any model has; building 10,000,000 never ends
 LARGEST = 2**31 - 1
@@ -49,6 +49,9 @@ def _check_field(name: str, kind: Any, value: Any) -> None:
     elif kind == tuple[int, ...]:
         whole = isinstance(value, tuple) and all(type(x) is int and x >= 0 for x in value)
         fits, want = whole, "a list of integers, 0 or more"
+    elif kind == tuple[str, ...]:
+        texts = isinstance(value, tuple) and all(type(x) is str for x in value)
+        fits, want = texts, "a list of strings"
     elif isinstance(kind, type):
         fits, want = isinstance(value, kind), f"a {kind.__name__}"
     else:
@@ -63,6 +66,9 @@ class Config:
 
     k_ranks, v_ranks: the rank of latents, one per layer; empty means full rank.
     k_bits, v_bits: bits per cached number, one per layer; empty means 16, the model's dtype.
+    k_segments, v_segments: instead of bits, segments of the latents as `bits.parse_segments` reads
+    them, one text per layer, empty where a layer has none; their widths add up to the rank. A
+    latent with segments is one even at full rank, where others are whole heads.
     k_heads_per_latent, v_heads_per_latent: kv heads that share one latent.
     joint_kv: one latent holds keys and values; its ranks are k_ranks, and v_ranks are 0.
     """
@@ -87,6 +93,8 @@ class Config:
     v_ranks: tuple[int, ...] = ()
     k_bits: tuple[int, ...] = ()
     v_bits: tuple[int, ...] = ()
+    k_segments: tuple[str, ...] = ()
+    v_segments: tuple[str, ...] = ()
     k_heads_per_latent: int = 1
     v_heads_per_latent: int = 1
     joint_kv: bool = False
@@ -123,13 +131,26 @@ class Config:
                     f"from {least} to {full}"
                 )
             object.__setattr__(self, f"{name}_ranks", ranks)
-            bits = getattr(self, f"{name}_bits")
-            if len(bits) not in (0, self.num_hidden_layers):
+            self._check_bits(name, ranks, full)
+
+    def _check_bits(self, name: str, ranks: tuple[int, ...], full: int) -> None:
+        bits, segments = getattr(self, f"{name}_bits"), getattr(self, f"{name}_segments")
+        for what, given, kind in (("bits", bits, "numbers"), ("segments", segments, "texts")):
+            if len(given) not in (0, self.num_hidden_layers):
                 raise ValueError(
-                    f"{name}_bits is {list(bits)}: expected {self.num_hidden_layers} numbers"
+                    f"{name}_{what} is {list(given)}: expected {self.num_hidden_layers} {kind}"
                 )
-            for count, rank in zip(bits, ranks, strict=bool(bits)):
-                check_bits(count, rank if rank < full else self.head_dim)
+        if bits and any(segments):
+            raise ValueError(f"given {name}_bits and {name}_segments: expected one of them")
+        for count, rank in zip(bits, ranks, strict=bool(bits)):
+            check_bits(count, rank if rank < full else self.head_dim)
+        for text, rank in zip(segments, ranks, strict=bool(segments)):
+            width = sum(segment.width for segment in parse_segments(text))
+            if text and width != rank:
+                raise ValueError(
+                    f"{name}_segments has {text!r} for a rank of {rank}: expected widths that add "
+                    "up to it"
+                )
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
@@ -176,25 +197,36 @@ class Config:
     @property
     def least_bits(self) -> int:
         """The smallest number of bits per cached number in any layer."""
-        return min((16, *self.k_bits, *self.v_bits))
+        pairs = (self.latents(layer) for layer in range(self.num_hidden_layers))
+        return min(latent.bits for pair in pairs for latent in pair)
+
+    def segments(self, layer: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+        """The segments of a layer's latents of keys, and of values."""
+        k, v = self.k_segments, self.v_segments
+        return parse_segments(k[layer] if k else ""), parse_segments(v[layer] if v else "")
 
     def compressed(self, layer: int) -> tuple[bool, bool]:
-        """Whether a layer's keys, and its values, have less than full rank."""
-        k, v = self.k_ranks[layer] < self.full_ranks[0], self.v_ranks[layer] < self.full_ranks[1]
+        """Whether a layer's keys, and its values, are latents rather than whole heads."""
+        ranks, segments = (self.k_ranks[layer], self.v_ranks[layer]), self.segments(layer)
+        k, v = (
+            rank < full or bool(parts)
+            for rank, full, parts in zip(ranks, self.full_ranks, segments, strict=True)
+        )
         return k, k if self.joint_kv else v
 
     def latents(self, layer: int) -> tuple[Latent, Latent]:
         """What a layer caches per token of keys and of values; at full rank, whole heads."""
         heads = self.num_key_value_heads
         low_k, low_v = self.compressed(layer)
-        k = Latent(heads // self.k_heads_per_latent, self.k_ranks[layer])
-        v = Latent(heads // self.v_heads_per_latent, self.v_ranks[layer])
+        k_segments, v_segments = self.segments(layer)
+        k = Latent(heads // self.k_heads_per_latent, self.k_ranks[layer], k_segments)
+        v = Latent(heads // self.v_heads_per_latent, self.v_ranks[layer], v_segments)
         whole = Latent(heads, self.head_dim)
         k, v = k if low_k else whole, v if low_v else whole
         if self.k_bits:
-            k = k._replace(bits=self.k_bits[layer])
+            k = k.rounded(self.k_bits[layer])
         if self.v_bits:
-            v = v._replace(bits=self.v_bits[layer])
+            v = v.rounded(self.v_bits[layer])
         return k, v
 
     def lifted(self, layer: int) -> tuple[bool, bool]:
@@ -241,7 +273,7 @@ def kv_bytes(config: Config, bits: int | None = None) -> KvBytes:
     the config says.
     """
     pairs = (config.latents(layer) for layer in range(config.num_hidden_layers))
-    latents = [x if bits is None else x._replace(bits=bits) for pair in pairs for x in pair]
+    latents = [x if bits is None else x.rounded(bits) for pair in pairs for x in pair]
     kept = sum(latent.nbytes(torch.bfloat16) for latent in latents)
     dense = config.dense_kv_width * torch.bfloat16.itemsize
     return {

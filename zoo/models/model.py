@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .attention import latent_attention, latent_decode
-from .cache import Buffer, Latent, StaticCache
+from .cache import Buffer, StaticCache
 from .config import Config
 from .linear import Projector
 from .mask import CausalMask, DecodeMask, Mask, causal_matrix, counted, decode_mask
+from .packing import Latent
 
 
 class LatentAttention(Projector):
@@ -185,7 +186,7 @@ class Model(Projector):
     ) -> StaticCache:
         """An empty cache for `batch` sequences of up to `slots` tokens.
 
-        dtype: of unpacked numbers, by default the model's. bits: per number, 16, 8 or 4, by
+        dtype: of unpacked numbers, by default the model's. bits: per number, one of `bits.BITS`, by
         default as the config says. Raises ValueError if the model has fewer positions, or if the
         bits do not fit the ranks.
         """
