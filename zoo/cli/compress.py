@@ -44,8 +44,8 @@ def compress(
     kv_bits: Annotated[
         str,
         typer.Option(
-            help=f"{BITS_HELP} One of {listed(map(str, BITS))}, or several as in 8,4, or auto for "
-            "all three: each layer then gets the bits that reduce the error most per byte."
+            help=f"{BITS_HELP} One of {listed(map(str, BITS))}; or several as in 8,4,2; or auto, "
+            "for all: a latent then has segments of falling bits, where its numbers matter less."
         ),
     ] = "16",
     method: Method = "fisher",
