@@ -57,10 +57,12 @@ def test_a_card_says_license_and_bytes(low):
 
 
 @pytest.mark.parametrize(
-    ("bits", "what"), [((8,), "bits"), (BITS, "segments")], ids=["bits", "segments"]
+    ("bits", "keep", "what"),
+    [((8,), 1.0, "bits"), (BITS, 0.3, "segments")],
+    ids=["bits", "segments"],
 )
-def test_a_card_and_inspect_say_bits_and_bytes_with_scales(run, dense, tmp_path, bits, what):
-    out, settings = tmp_path / "few", Settings(keep=0.3, rank_multiple=2, kv_bits=bits)
+def test_a_card_and_inspect_say_bits_and_bytes_with_scales(run, dense, tmp_path, bits, keep, what):
+    out, settings = tmp_path / "few", Settings(keep=keep, rank_multiple=2, kv_bits=bits)
     compress_checkpoint(load(str(dense)), out, settings, samples=4, seq_len=32)
     config = load(str(out)).model.config
     size = kv_bytes(config)["kv_bytes_per_token"]
