@@ -38,13 +38,14 @@ class LatentLayer:
     def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Buffer, Buffer]:
         """Append k and v (B, heads, T, width); return all slots of the layer. pos is not used."""
         packed = any(latent.segments for latent in self.latents)
+        sides = [
+            (x, y._replace(heads=x.size(1))) for x, y in zip((k, v), self.latents, strict=True)
+        ]
         if not packed and k.size(1) == v.size(1):
             return self.cache.update(k, v, self.index)
-        new = (_row(x, latent, packed) for x, latent in zip((k, v), self.latents, strict=True))
-        cached = self.cache.update(*new, self.index)
+        cached = self.cache.update(*(_row(*side, packed) for side in sides), self.index)
         keys, values = (
-            _buffer(x[:, 0], latent, k.dtype)
-            for x, latent in zip(cached, self.latents, strict=True)
+            _buffer(x[:, 0], latent, k.dtype) for x, (_, latent) in zip(cached, sides, strict=True)
         )
         return keys, values
 

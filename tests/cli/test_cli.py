@@ -110,7 +110,7 @@ def test_unknown_bits_are_refused_before_the_long_work(run, dense_folder, tmp_pa
         code, _, said = run(*asked)
         assert (code, "'5' is unknown: expected one of 16, 8, 4" in said) == (2, True)
     for more, named in (
-        (["--kv-bits", "few"], "kv bits is 'few': expected auto, 16, 8 or 4"),
+        (["--kv-bits", "few"], "kv bits is 'few': expected auto, 16, 8, 4, 3 or 2"),
         (["--kv-bits", "auto", "--method", "eigen"], "those have a rule of their own"),
     ):
         code, _, said = run("compress", dense_folder, tmp_path / "low", *more)

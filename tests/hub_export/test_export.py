@@ -305,13 +305,9 @@ def test_other_bits_may_be_asked_for_at_loading(few):
 
 def test_few_bits_take_their_bytes_in_every_cache(few):
     model = EigenForCausalLM.from_pretrained(few)
-    size = kv_bytes(model.model.config)["kv_bytes_per_token"]
-    odd = sum(  # latents are padded to an even number of bytes
-        side.heads * (side.width * side.bits // 8 % 2)
-        for i in range(model.config.num_hidden_layers)
-        for side in model.model.config.latents(i)
-        if side.bits < 16
-    )
+    config, dtype = model.model.config, model.dtype
+    latents = [x for i in range(config.num_hidden_layers) for x in config.latents(i)]
+    size = sum(latent.nbytes(dtype) for latent in latents)
     for cache, slots in (
         (DynamicCache(), 20),
         (StaticCache(config=model.config, max_cache_len=50), 50),
@@ -319,7 +315,7 @@ def test_few_bits_take_their_bytes_in_every_cache(few):
         with torch.inference_mode():
             model(IDS, past_key_values=cache)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        assert held == 2 * slots * (size + odd)
+        assert held == 2 * slots * size
 
 
 def test_a_cache_that_would_round_few_bits_once_more_is_refused(few):
