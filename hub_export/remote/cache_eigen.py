@@ -38,16 +38,15 @@ class LatentLayer:
     def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Buffer, Buffer]:
         """Append k and v (B, heads, T, width); return all slots of the layer. pos is not used."""
         packed = any(latent.segments for latent in self.latents)
-        sides = [
-            (x, y._replace(heads=x.size(1))) for x, y in zip((k, v), self.latents, strict=True)
-        ]
         if not packed and k.size(1) == v.size(1):
             return self.cache.update(k, v, self.index)
-        cached = self.cache.update(*(_row(*side, packed) for side in sides), self.index)
-        keys, values = (
-            _buffer(x[:, 0], latent, k.dtype) for x, (_, latent) in zip(cached, sides, strict=True)
+        # a process that shares the model with others has a part of the heads
+        of_k, of_v = (
+            x._replace(heads=y.size(1)) for x, y in zip(self.latents, (k, v), strict=True)
         )
-        return keys, values
+        rows = _row(k, of_k, packed), _row(v, of_v, packed)
+        keys, values = self.cache.update(*rows, self.index)
+        return _buffer(keys[:, 0], of_k, k.dtype), _buffer(values[:, 0], of_v, k.dtype)
 
 
 def _row(x: Tensor, latent: Latent, packed: bool) -> Tensor:

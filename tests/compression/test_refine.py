@@ -32,6 +32,7 @@ WAYS = {
         {"attention_bias": True, "head_dim": 16},
         Settings(keep=0.1, keys="rebuild", rank_multiple=2),
     ),
+    "llama 4 bits": ("llama", {}, Settings(keep=0.15, keys="anchored", kv_bits=(4,))),
     "qwen2": ("qwen2", {}, Settings("eigen", 0.3, rank_multiple=1)),
     "opt": ("opt", {}, Settings(keep=0.2, rank_multiple=1)),
     "opt 350m": (
@@ -65,8 +66,10 @@ def pair(way: str = "llama rebuild", dtype: torch.dtype = torch.float32):
 
 
 def kl(dense, low, tokens) -> float:
-    """KL(dense || low) in nats per token, from all logits at once."""
-    p, q = (m(tokens).float().log_softmax(-1) for m in (dense, low))
+    """KL(dense || low) in nats per token, from all logits at once, over a cache."""
+    p, q = (
+        m(tokens, cache=m.new_cache(*tokens.shape)).float().log_softmax(-1) for m in (dense, low)
+    )
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 

@@ -25,7 +25,6 @@ from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.generate import Generator
-from eigenzoo.zoo.models.config import kv_bytes
 from eigenzoo.zoo.utils.output import check_folder
 
 ALONE = """
