@@ -7,22 +7,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..models.bits import Segment, parse_segments
 from ..models.config import Config
 from .basis import LayerBasis
-from .cuts import Cut, Unit, cuts, groups, merged
+from .cuts import Choices, Cut, Unit, choices, together
+from .groups import groups, merged
 from .solve import Basis
 
 
 class Ranks(NamedTuple):
-    """Widths of the latents of keys and of values, one a layer, and bits of their numbers.
+    """Widths of the latents of keys and of values, one a layer, and how their numbers are held.
 
-    v is 0 where k holds both; empty bits mean 16.
+    v is 0 where k holds both. As in `Config`: empty bits mean 16, and segments are texts.
     """
 
     k: tuple[int, ...]
     v: tuple[int, ...]
     k_bits: tuple[int, ...] = ()
     v_bits: tuple[int, ...] = ()
+    k_segments: tuple[str, ...] = ()
+    v_segments: tuple[str, ...] = ()
+
+    def segments(self, layer: int, full: tuple[int, int]) -> tuple[tuple[Segment, ...], ...]:
+        """The segments of a layer's latents of keys, and of values; none for whole heads.
+
+        full: the widths of both if nothing is dropped, where numbers of one size are whole heads.
+        """
+        sides = (self.k, self.k_bits, self.k_segments), (self.v, self.v_bits, self.v_segments)
+        found = []
+        for (ranks, bits, texts), most in zip(sides, full, strict=True):
+            rank = ranks[layer]
+            alike = bits and bits[layer] < 16 and 0 < rank < most
+            one = (Segment(rank, bits[layer]),) if alike else ()
+            found.append(parse_segments(texts[layer]) if texts else one)
+        return tuple(found)
 
 
 def greedy(
@@ -38,9 +56,10 @@ def greedy(
     keep: share of the bytes of the dense model's KV cache at 16 bits a number, in (0, 1]; never
     exceeded, scales included. Ranks are multiples of `multiple`, at least one multiple each, or
     full; even if columns are pairs. whole_keys: keys stay at full rank, and values get what is
-    left. bits: those that numbers may have; if there are several, each unit gets its own, by the
-    expected error of rounding (`mixing.rounding`). As gains fall along every spectrum, the order
-    of gain per byte is optimal up to the last step. Raises ValueError if `keep` is too small.
+    left. bits: those that numbers may have; if there are several, latents are cut into segments of
+    falling bits, by the expected error of rounding (`rounding.segment_errors`). Each unit takes
+    the corners of its convex hull in turn, so the order of gain per byte is optimal up to the last
+    step. Raises ValueError if `keep` is too small.
     """
     return few_pairs(config, bases, None, keep, multiple, whole_keys, bits)
 
@@ -60,37 +79,63 @@ def few_pairs(
     `cuts.groups` chooses which do. Limits and errors are those of `greedy`.
     """
     check_keep(keep)
-    layers = [
+    units = [
         [
-            cuts(config, basis, multiple, bits, whole_keys and side == 0)
+            choices(config, basis, multiple, bits, whole_keys and side == 0)
             for side, basis in enumerate(layer)
             if basis is not None
         ]
         for layer in bases
     ]
-    dense = 2 * config.dense_kv_width
-    least = sum(min(cut.size for cut in unit) for layer in layers for unit in layer)
-    if least > int(keep * dense):
-        beside = " beside whole keys" if whole_keys else ""
+    layers = [[unit.cuts(unit.best()) for unit in layer] for layer in units]
+    budget = int(keep * 2 * config.dense_kv_width)
+    _check_room(config, layers, budget, " beside whole keys" * whole_keys)
+    chosen = _spend(layers, budget)
+    if count is not None and len({tuple(cut[:3] for cut in layer) for layer in chosen}) > count:
+        chosen = _alike(units, chosen, count, budget)
+    return _ranks(chosen, bits, whole_keys)
+
+
+def _check_room(config: Config, layers: Sequence[Sequence[Unit]], budget: int, beside: str) -> None:
+    """Raise ValueError unless the smallest cuts fit into a budget."""
+    smallest = [min(unit, key=lambda cut: cut.size) for layer in layers for unit in layer]
+    least = sum(cut.size for cut in smallest)
+    if least > budget:
+        dense = 2 * config.dense_kv_width
+        rank = min(cut.rank for cut in smallest)
         raise ValueError(
-            f"keep {keep} leaves less than rank {multiple} in every layer{beside}: expected at "
-            f"least {least / dense:.3f}, or a smaller rank multiple"
+            f"keep {budget / dense:.3g} leaves less than rank {rank} in every layer{beside}: "
+            f"expected at least {least / dense:.3f}, or a smaller rank multiple"
         )
-    chosen = _spend(layers, int(keep * dense))
-    if count is not None and len({tuple(cut[:2] for cut in layer) for layer in chosen}) > count:
-        members = groups(layers, chosen, count)
-        together = [merged([layers[i] for i in group]) for group in members]
-        shared = _spend(together, int(keep * dense))
-        group_of = {layer: g for g, group in enumerate(members) for layer in group}
-        chosen = [shared[group_of[i]] for i in range(len(layers))]
-    k, v = [layer[0] for layer in chosen], [layer[-1] for layer in chosen]
-    ranks = Ranks(
-        tuple(cut.rank for cut in k),
-        tuple(cut.rank if len(layer) == 2 else 0 for cut, layer in zip(v, chosen, strict=True)),
-    )
+
+
+def _alike(
+    units: Sequence[Sequence[Choices]], chosen: list[list[Cut]], count: int, budget: int
+) -> list[list[Cut]]:
+    """The cuts of all layers in `count` groups. chosen: what they take without groups."""
+    sides = [together(side) for side in zip(*units, strict=True)]
+    layers = [*zip(*sides, strict=True)]
+    members = groups(layers, chosen, count)
+    shared = _spend([merged([layers[i] for i in group]) for group in members], budget)
+    group_of = {layer: g for g, group in enumerate(members) for layer in group}
+    return [shared[group_of[i]] for i in range(len(layers))]
+
+
+def _ranks(chosen: Sequence[Sequence[Cut]], bits: Sequence[int], whole_keys: bool) -> Ranks:
+    """The cuts of all layers as `fold` reads them."""
+    k, *rest = zip(*chosen, strict=True)
+    v = rest[0] if rest else ()  # joint latents are those of keys
+    ranks = Ranks(tuple(cut.rank for cut in k), tuple(cut.rank for cut in v) or (0,) * len(k))
     if set(bits) == {16}:
         return ranks
-    return ranks._replace(k_bits=tuple(cut.bits for cut in k), v_bits=tuple(cut.bits for cut in v))
+    several = len(set(bits)) > 1
+    if several and not whole_keys:
+        ranks = ranks._replace(k_segments=tuple(cut.segments for cut in k))
+    else:
+        ranks = ranks._replace(k_bits=tuple(cut.bits for cut in k))
+    if several:
+        return ranks._replace(v_segments=tuple(cut.segments for cut in v))
+    return ranks._replace(v_bits=tuple(cut.bits for cut in v))
 
 
 def _spend(layers: Sequence[Sequence[Unit]], budget: int) -> list[list[Cut]]:

@@ -18,7 +18,6 @@ from .moments import Statistics
 from .refit import refit
 from .search import ErrorBudget, ranks_of
 from .settings import Settings, needs
-from .solve import Basis
 
 SEARCH_TOKENS = 4096  # to measure the errors of layers on
 
@@ -133,25 +132,19 @@ def choose_ranks(
 
 
 def mixed(basis: LayerBasis, ranks: Ranks, layer: int) -> LayerBasis:
-    """`spread` for latents of fewer than 16 bits; keys and values at full rank stay as they are."""
-
-    def side(basis: Basis, rank: int, bits: int) -> Basis:
-        return spread(basis, rank) if bits < 16 and rank < basis.spectrum.size(1) else basis
-
-    if not ranks.k_bits:
-        return basis
-    k = side(basis.k, ranks.k[layer], ranks.k_bits[layer])
-    if basis.v is None:
-        return LayerBasis(k, None)
-    return LayerBasis(k, side(basis.v, ranks.v[layer], ranks.v_bits[layer]))
+    """`spread` for latents of fewer than 16 bits; whole heads stay as they are."""
+    full = basis.k.spectrum.size(1), 0 if basis.v is None else basis.v.spectrum.size(1)
+    k, v = ranks.segments(layer, full)
+    return LayerBasis(spread(basis.k, k), None if basis.v is None else spread(basis.v, v))
 
 
 def report(bases: Sequence[LayerBasis], ranks: Ranks) -> list[dict[str, Any]]:
     """The ranks of every layer, and the share of the method's own error that they leave."""
     rows = [_report(*x) for x in zip(bases, ranks.k, ranks.v, strict=True)]
-    for side, counts in (("k", ranks.k_bits), ("v", ranks.v_bits)):
-        for layer, bits in zip(rows, counts, strict=bool(counts)):
-            layer[f"{side}_bits"] = bits
+    for name in ("k_bits", "v_bits", "k_segments", "v_segments"):
+        by_layer = getattr(ranks, name)
+        for row, held in zip(rows, by_layer, strict=bool(by_layer)):
+            row[name] = held
     return rows
 
 

@@ -43,6 +43,8 @@ def low_config(
         v_ranks=ranks.v,
         k_bits=ranks.k_bits,
         v_bits=ranks.v_bits,
+        k_segments=ranks.k_segments,
+        v_segments=ranks.v_segments,
         k_heads_per_latent=heads_per_latent[0],
         v_heads_per_latent=heads_per_latent[1],
         joint_kv=joint,

@@ -47,8 +47,9 @@ class Settings(NamedTuple):
     """Largest number of distinct pairs of ranks (of keys, of values) over all layers; None: any.
     Fewer pairs compile faster."""
     kv_bits: tuple[int, ...] = (16,)
-    """Bits that a number in the cache may have: 16, 8 and 4. If there are several, the keys and
-    the values of each layer get their own. Below 16 latents are mixed: see `mixing.spread`."""
+    """Bits that a number in the cache may have: some of `bits.BITS`. If there are several, each
+    latent is cut into segments of falling bits, where its numbers matter less and less. Below 16
+    latents are mixed: see `mixing.spread`."""
 
     def check(self) -> None:
         """Raise ValueError for settings that fit no model, before anything long begins."""

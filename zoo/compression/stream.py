@@ -30,9 +30,9 @@ from .calibrate import gather_sums
 from .compress import choose_ranks, mixed, report
 from .fold import compressed_config, fold_attention
 from .methods import METHODS, methods_that
-from .mixing import rounding
 from .moments import Statistics
 from .refit import refit_layer
+from .rounding import facts
 from .settings import Settings, needs
 from .solve import Basis
 from .steps import Step, take_steps
@@ -173,7 +173,7 @@ class Stream:
         tensors = {}
         for side, one in basis._asdict().items():
             if one and self.settings.rounded:  # ranks and bits are chosen without encoders
-                one = one._replace(rounding=rounding(one, self.model.config.head_dim))
+                one = one._replace(rounding=facts(one))
             for name, x in one._asdict().items() if one else ():
                 if x is not None:
                     tensors[f"{side}.{name}"] = x.clone()  # encoder and decoder may be one

@@ -41,6 +41,8 @@ class SettingsRecord(TypedDict):
 class LayerRecord(TypedDict):
     """Ranks of one layer, and the share of the method's own error that they leave.
 
+    Segments are those of the latents, as `bits.parse_segments` reads them; empty: 16 bits. The
+    shares are of what is dropped, and do not count rounding.
     v_error is missing where keys and values share a latent. threshold, output_error: only where
     the ranks were searched for.
     """
@@ -51,6 +53,8 @@ class LayerRecord(TypedDict):
     v_error: NotRequired[float]
     k_bits: NotRequired[int]
     v_bits: NotRequired[int]
+    k_segments: NotRequired[str]
+    v_segments: NotRequired[str]
     threshold: NotRequired[float]
     output_error: NotRequired[float]
 
