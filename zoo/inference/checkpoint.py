@@ -35,7 +35,7 @@ FORMAT = 2
 FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "README.md"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # optional fields of config.json, which were added after format 0
-LATER = {"anchor", "pairs", "k_bits", "v_bits", "k_segments", "v_segments"}
+LATER = {"anchor", "pairs", "k_bits", "v_bits", "k_segments", "v_segments", "centered"}
 PICKLED = ["pytorch_model*.bin*"]  # downloaded only if there are no safetensors
 
 
