@@ -314,7 +314,7 @@ def test_the_refined_folder_loads_in_transformers_with_equal_logits(
     assert entry["perplexity_after"] == record["evaluation"]["compressed"]
     assert entry["steps"] == 12
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"Refined for {entry['best_step']} steps on self text" in card
+    assert f"Refined for {entry['best_step']} steps on 896 tokens (mixed: " in card
 
 
 def test_the_same_command_resumes_after_ctrl_c(

@@ -378,6 +378,29 @@ def test_other_calibration_adds_rows_to_the_file(sweep):
     assert two[1]["perplexity"] != one[1]["perplexity"]
 
 
+def test_a_row_tells_the_sources_and_knows_their_texts(dense, tmp_path):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("the cat")
+    two.write_text("a mat")
+    described = Calibration(f"{one}:2,self,{two}").describe(dense.tokenizer)
+    assert described["source"] == "one.txt:2, self:1, two.txt:1"
+    two.write_text("a bird")
+    assert Calibration(f"{one}:2,self,{two}").describe(dense.tokenizer) != described
+    mixed = Calibration().describe(dense.tokenizer)
+    assert mixed["source"] == "mixed: self, chat, help, source"
+    assert mixed["digest"] != Calibration("help").describe(dense.tokenizer)["digest"] is not None
+    assert Calibration("self,chat").describe(dense.tokenizer)["digest"] is None
+
+
+def test_a_sweep_calibrates_on_a_mixture(dense, texts, tmp_path):
+    calibrations = [Calibration(x, 6, 32) for x in ("self", f"self,{texts}/a.txt:2")]
+    evaluation = Evaluation(texts / "b.txt", 64, 2)
+    work = Sweep(dense, tmp_path / "out.jsonl", evaluation, calibrations)
+    _, own, mixture = work.rows(distinct(grid({"keep": [0.5]}), dense.model.config))
+    assert mixture["calibration"]["source"] == "self:1, a.txt:2"
+    assert mixture["perplexity"] != own["perplexity"]
+
+
 def test_a_compressed_model_is_no_baseline(sweep, dense):
     low = compress(dense.model, tiny.tokens(4, 32), Settings(keep=0.5)).model
     with pytest.raises(ValueError, match="compressed already"):

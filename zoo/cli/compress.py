@@ -76,7 +76,7 @@ def compress(
         ),
     ] = None,
     refit: Refit = "auto",
-    calibration: Calibration = "self",
+    calibration: Calibration = "mixed",
     samples: Samples = 32,
     seq_len: SeqLen = None,
     text: MeasuredOn = None,
