@@ -104,7 +104,9 @@ def test_methods_of_weights_run_no_model_and_read_no_tokens(method):
     dense = tiny.native()
     dense.layers[0].attn.q_proj.register_forward_pre_hook(refuse)
     one, two = (
-        compress(dense, tiny.tokens(4, 64, seed), Settings(method, rank_multiple=4)).model.state_dict()
+        compress(
+            dense, tiny.tokens(4, 64, seed), Settings(method, rank_multiple=4)
+        ).model.state_dict()
         for seed in (1, 2)
     )
     assert all(torch.equal(one[name], two[name]) for name in one)
