@@ -24,7 +24,7 @@ def test_heads_that_share_a_latent_are_as_published_unless_told():
     )
     defaults = {m: Settings(m).fit(config).heads_per_latent for m in METHODS if m != "kv-heads"}
     assert defaults.pop("lorc") == (8, 8)
-    assert (defaults.pop("eigen"), defaults.pop("kq-svd")) == ((1, 1), (1, 1))
+    assert {defaults.pop(name) for name in ("eigen", "kq-svd", "clover")} == {(1, 1)}
     assert set(defaults.values()) == {(4, 4)}
     assert Settings("lorc", heads_per_latent=(2, 1)).fit(config).heads_per_latent == (2, 1)
 
@@ -84,26 +84,29 @@ def test_kv_heads_may_be_anchored():
     torch.testing.assert_close(torch.cat(steps, 1), low(y), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["eigen", "palu", "lorc"])
+@pytest.mark.parametrize("method", ["eigen", "palu", "lorc", "clover"])
 def test_methods_that_rebuild_their_keys_are_not_anchored(method):
     with pytest.raises(ValueError, match=f"{method} rebuilds its keys: .* kv-heads or kq-svd"):
         Settings(method, keys="anchored").check()
 
 
-@pytest.mark.parametrize("method", ["pca", "eigen", "kv-heads", "palu", "lorc", "kq-svd"])
+@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].joint])
 def test_methods_without_joint_latents_say_so(method):
     with pytest.raises(ValueError, match=r"no joint latents: choose fisher"):
         Settings(method, latent="joint-kv").check()
 
 
-def test_lorc_runs_no_model_and_reads_no_tokens():
+@pytest.mark.parametrize("method", ["lorc", "clover"])
+def test_methods_of_weights_run_no_model_and_read_no_tokens(method):
     def refuse(module, args):
         raise AssertionError("the model was run")
 
     dense = tiny.native()
     dense.layers[0].attn.q_proj.register_forward_pre_hook(refuse)
     one, two = (
-        compress(dense, tiny.tokens(4, 64, seed), Settings("lorc")).model.state_dict()
+        compress(
+            dense, tiny.tokens(4, 64, seed), Settings(method, rank_multiple=4)
+        ).model.state_dict()
         for seed in (1, 2)
     )
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -142,7 +145,7 @@ def test_damping_changes_the_basis_of_fisher_and_is_refused_elsewhere():
         Settings("pca", damping=0.1).check()
 
 
-@pytest.mark.parametrize("method", ["eigen", "kv-heads", "palu", "lorc"])
+@pytest.mark.parametrize("method", ["eigen", "kv-heads", "palu", "lorc", "clover"])
 def test_uniform_ranks_are_refused_where_a_method_has_its_own_rule(method):
     with pytest.raises(ValueError, match="uniform ranks go with"):
         Settings(method, keep=0.5, budget="uniform").check()

@@ -30,6 +30,7 @@ ABSORBED = [name for name in MODELS if name.startswith(("opt", "mpt"))]
 METHOD_AND_SHARES = [
     ("eigen", (1, 1)),
     ("kq-svd", (2, 1)),
+    ("clover", (1, 2)),
     *((m, (4, 4)) for m in ("pca", "palu", "lorc")),
     *((m, shared) for m in ("fisher", "attention") for shared in ((1, 1), (4, 1), (2, 4), (4, 4))),
 ]
