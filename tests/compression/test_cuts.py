@@ -1,11 +1,11 @@
 """The cuts of a unit: segments of falling bits, and the corners of their convex hull."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
 
-from eigenzoo.zoo.compression.cuts import Segmented, choices, hull
+from eigenzoo.zoo.compression.cuts import NOISE, Segmented, choices, hull
 from eigenzoo.zoo.compression.rounding import segment_errors
 from eigenzoo.zoo.compression.solve import Basis
 from eigenzoo.zoo.models.bits import BITS, parse_segments
@@ -26,7 +26,8 @@ def everything(basis: Basis, step: int = 16) -> list[tuple[int, float]]:
     """Bytes and errors of all cuts, counted one by one."""
     latents, full = basis.spectrum.shape
     bounds = [*range(0, full, step), full]
-    table, left, found = segment_errors(basis, bounds, BITS), basis.errors(), []
+    table, left = segment_errors(basis, bounds, BITS), basis.errors()
+    left, found = left.clamp(min=NOISE * left[0]), []
     for bits_of in product((*BITS, 0), repeat=len(bounds) - 1):  # of every step, 0 where dropped
         kept = [b for b in bits_of if b]
         if sorted(bits_of, reverse=True) != [*bits_of] or not kept or len(set(kept)) > 4:
@@ -57,17 +58,19 @@ def test_no_cut_is_below_the_hull_at_any_price_of_a_byte():
 def test_corners_cost_more_and_lose_less_at_a_falling_rate():
     unit = Segmented(basis(), 8, BITS)
     corners = unit.cuts(unit.best())
-    steps = [*zip(corners, corners[1:], strict=False)]
+    steps = [*pairwise(corners)]
     rates = [(a.error - b.error) / (b.size - a.size) for a, b in steps]
     assert all(a.size < b.size and a.error > b.error for a, b in steps)
     assert rates == sorted(rates, reverse=True)
-    assert corners[0].segments == "16x2"
+    assert corners[0].rank == 16
     assert (corners[-1].segments, corners[-1].rank) == ("", 64)  # all of it in the model's dtype
 
 
 def test_cuts_have_the_bytes_of_their_rows():
     unit = Segmented(basis(3, 40), 8, BITS)
-    for cut in unit.cuts(range(len(unit._ends))):
+    allowed = [c for c in unit.cuts(range(len(unit._ends))) if c.error < torch.inf]
+    assert len(allowed) > 50
+    for cut in allowed:
         segments = parse_segments(cut.segments)
         assert sum(s.width for s in segments) in (0, cut.rank)
         assert Latent(3, cut.rank, segments).nbytes(torch.bfloat16) == cut.size
@@ -86,7 +89,7 @@ def test_pairs_are_one_segment_of_any_bits():
     unit = Segmented(paired, 8, BITS)
     texts = [cut.segments for cut in unit.cuts(unit.best())]
     assert all("+" not in text for text in texts)
-    assert {text.partition("x")[2] for text in texts} >= {"2", "8", ""}
+    assert {text.partition("x")[2] for text in texts} >= {"3", "8", ""}
 
 
 def test_whole_heads_have_one_number_of_bits_each():

@@ -28,11 +28,13 @@ def rounded(y, segments):
 
 def basis_of(kind: str) -> Basis:
     torch.manual_seed(0)
-    scale = torch.logspace(1, -1, N, dtype=torch.float64)
-    x, g = (torch.randn(2, N, N).double() * scale for _ in range(2))
+    scale = torch.logspace(0, -1.5, N, dtype=torch.float64)[:, None]
+    x, g = (torch.randn(2, N, 4 * N).double() * scale / N for _ in range(2))
+    if kind == "diagonal":
+        x, g = (torch.diag_embed(a.diagonal(dim1=1, dim2=2)) for a in (x, g))
     if kind == "pairs":
         return solve_pairs(x @ x.mT, g @ g.mT, 24, 0.01)
-    mean = torch.randn(2, N).double() * {"centered": 0, "mean": 1}[kind]
+    mean = torch.randn(2, N).double() * (kind == "mean")
     return solve(x @ x.mT, g @ g.mT, mean, 0.01)
 
 
@@ -83,12 +85,15 @@ def test_segments_lose_what_is_expected_of_normal_numbers(kind, text):
     bounds = [0, *torch.tensor([s.width for s in segments]).cumsum(0).tolist()]
     table = segment_errors(basis, bounds, [s.bits for s in segments])
     want = sum(table[i, i, i + 1] for i in range(len(segments)))
-    assert float(got) == pytest.approx(float(want), rel=0.05)
+    # evenly mixed numbers of 8 bits have smaller maxima than normal ones, and a mean that is the
+    # same in all tokens rounds better than numbers that vary
+    least = 0.6 if kind == "mean" else 0.85 if "8" in text else 0.95
+    assert least < float(got) / float(want) < 1.05
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_whole_heads_lose_what_is_expected_of_normal_numbers(bits):
-    basis = basis_of("centered")
+    basis = basis_of("diagonal")
     torch.manual_seed(1)
     z = basis.spectrum.sqrt()[..., None] * torch.randn(2, N, 4000).double()
     x = (basis.decoder @ z).unflatten(1, (4, 24)).flatten(0, 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.bits import Segment
+from .hadamard import hadamard
 from .solve import Basis
 
 
@@ -19,9 +20,9 @@ def spread(basis: Basis, segments: Sequence[Segment]) -> Basis:
     Errors of all columns have one weight, and S = E[z zᵀ] = Λ + μ μᵀ for the spectrum Λ and the
     mean μ of a segment. Rounding Mᵀ z to as many levels a number costs Σ (Mᵀ S M)ᵢᵢ (M⁻¹ M⁻ᵀ)ᵢᵢ,
     up to a factor. For an orthogonal M this is tr S; for M = S^(-1/4) H, with H orthogonal and its
-    entries of like size, it is (tr S^(1/2))² / w, which falls as the spectrum gets steeper. H is
-    random, from a fixed seed. Pairs are only scaled, by Λ^(-1/4): mixing them would not commute
-    with the rotation. Numbers of 16 bits, each with an exponent of its own, stay as they are.
+    entries of one size, it is (tr S^(1/2))² / w, which falls as the spectrum gets steeper. Pairs
+    are only scaled, by Λ^(-1/4): mixing them would not commute with the rotation. Numbers of 16
+    bits, each with an exponent of its own, stay as they are.
     """
     at = 0
     for segment in segments:
@@ -53,7 +54,12 @@ def _power(values: Tensor) -> Tensor:
 
 
 def _rotation(size: int) -> Tensor:
-    """A random orthogonal matrix, the same at every call and on every device."""
+    """An orthogonal matrix, fp64: its entries are of one size if `hadamard` makes it, else random.
+
+    The same at every call and on every device.
+    """
+    if (even := hadamard(size)) is not None:
+        return even / size**0.5
     random = torch.Generator().manual_seed(0)
     return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=random)).Q
 

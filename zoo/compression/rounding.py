@@ -26,7 +26,7 @@ COST = {
     2: (0.07963, 0.09732, 0.1077, 0.1133, 0.1162, 0.1176, 0.1185, 0.1188),
 }
 DRAWS = 256  # vectors that a simulation rounds
-POINTS = 128  # of an integral
+POINTS = 192  # of an integral
 
 
 def cost(bits: int, width: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def _roots(basis: Basis, ends: Tensor) -> Tensor:
         return (sums[:, None] - sums[:, :, None]).clamp(min=0)
 
     most = (spectrum.amax(1) + mean.sum(1)).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-    log = torch.linspace(-9, 7, POINTS, dtype=torch.float64, device=spectrum.device)
+    log = torch.linspace(-14, 10, POINTS, dtype=torch.float64, device=spectrum.device)
     s = most[:, None] * log.exp()  # (L, points)
     inside = blocks(mean[..., None] / (spectrum[..., None] + s[:, None].square()))
     added = torch.trapezoid(inside.log1p() * s[:, None, None], log) / math.pi
