@@ -151,7 +151,7 @@ cpu = torch.device("cpu")
 torch.set_num_threads(1)
 reset_peak(cpu)
 before = peak(cpu)
-stream_checkpoint(*open_layers(model), Path(out), Settings(), text, 5, 48)
+stream_checkpoint(*open_layers(model), Path(out), Settings(kv_bits=(16,)), text, 5, 48)
 print(peak(cpu) - before)
 """
 
@@ -263,7 +263,12 @@ def test_a_finished_folder_is_not_replaced_unless_forced(tmp_path, text):
     before = content(tmp_path / "out")
     with pytest.raises(ValueError, match="pass --force to replace it"):
         stream_checkpoint(
-            *open_layers(str(tmp_path / "model")), tmp_path / "out", Settings(), str(text), 5, 48
+            *open_layers(str(tmp_path / "model")),
+            tmp_path / "out",
+            Settings(kv_bits=(16,)),
+            str(text),
+            5,
+            48,
         )
     assert content(tmp_path / "out") == before
 
@@ -274,7 +279,12 @@ def test_a_disk_that_is_too_small_is_noticed_first(tmp_path, text, monkeypatch):
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: usage._replace(free=600_000))
     with pytest.raises(ValueError, match="fewer --samples, or --method attention"):
         stream_checkpoint(
-            *open_layers(str(tmp_path / "model")), tmp_path / "out", Settings(), str(text), 5, 48
+            *open_layers(str(tmp_path / "model")),
+            tmp_path / "out",
+            Settings(kv_bits=(16,)),
+            str(text),
+            5,
+            48,
         )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
 

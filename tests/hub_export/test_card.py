@@ -35,7 +35,9 @@ def dense(tmp_path_factory):
 def low(dense, tmp_path):
     """The compressed checkpoint of `dense`."""
     out = tmp_path / "low"
-    compress_checkpoint(load(str(dense)), out, Settings(rank_multiple=2), samples=4, seq_len=32)
+    compress_checkpoint(
+        load(str(dense)), out, Settings(rank_multiple=2, kv_bits=(16,)), samples=4, seq_len=32
+    )
     return out
 
 

@@ -97,17 +97,19 @@ IDS = torch.arange(2, 42).view(2, 20)
 
 
 WAYS = {
-    "llama biases": Settings("fisher", 0.5, heads_per_latent=(4, 2)),
-    "opt 125m": Settings("eigen", 0.5, rank_multiple=1),
-    "opt 350m": Settings("attention", 0.5, heads_per_latent=(4, 4), latent="joint-kv"),
-    "mpt 6 heads": Settings("fisher", 0.5, heads_per_latent=(2, 6), rank_multiple=4),
-    "foundry qk_ln": Settings("fisher", 0.5, heads_per_latent=(8, 2)),
-    "qwen2 windows": Settings(
-        "fisher", 0.5, heads_per_latent=(1, 4), rank_multiple=2, keys="rebuild"
+    "llama biases": Settings("fisher", 0.5, heads_per_latent=(4, 2), kv_bits=(16,)),
+    "opt 125m": Settings("eigen", 0.5, rank_multiple=1, kv_bits=(16,)),
+    "opt 350m": Settings(
+        "attention", 0.5, heads_per_latent=(4, 4), latent="joint-kv", kv_bits=(16,)
     ),
-    "llama yarn": Settings("fisher", 0.5, keys="pairs"),
-    "llama linear": Settings("attention", 0.5, keys="rotated"),
-    "mpt scale": Settings("fisher", 0.5625, keys="full", rank_multiple=1),
+    "mpt 6 heads": Settings("fisher", 0.5, heads_per_latent=(2, 6), rank_multiple=4, kv_bits=(16,)),
+    "foundry qk_ln": Settings("fisher", 0.5, heads_per_latent=(8, 2), kv_bits=(16,)),
+    "qwen2 windows": Settings(
+        "fisher", 0.5, heads_per_latent=(1, 4), rank_multiple=2, keys="rebuild", kv_bits=(16,)
+    ),
+    "llama yarn": Settings("fisher", 0.5, keys="pairs", kv_bits=(16,)),
+    "llama linear": Settings("attention", 0.5, keys="rotated", kv_bits=(16,)),
+    "mpt scale": Settings("fisher", 0.5625, keys="full", rank_multiple=1, kv_bits=(16,)),
 }
 
 
@@ -185,7 +187,7 @@ def test_every_variant_survives_the_way_through_transformers(variant, tmp_path):
     (tmp_path / "dense").mkdir()
     save(variant, tmp_path / "dense")
     original = load(str(tmp_path / "dense"))
-    settings = Settings("attention", keep=0.7, rank_multiple=1)
+    settings = Settings("attention", keep=0.7, rank_multiple=1, kv_bits=(16,))
     compress_checkpoint(original, tmp_path / "low", settings, samples=4, seq_len=32)
     native = load(str(tmp_path / "low")).model
     theirs = EigenForCausalLM.from_pretrained(tmp_path / "low")

@@ -40,14 +40,16 @@ LARGE = "Larger than memory"
 def compress(
     source: Source,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    keep: Keep = 0.6,
+    keep: Keep = 0.25,
     kv_bits: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help=f"{BITS_HELP} One of {listed(map(str, BITS))}, or several as in 8,4, or auto for "
-            "all three: each layer then gets the bits that reduce the error most per byte."
+            help=f"{BITS_HELP} One of {listed(map(str, BITS))}; or several as in 8,4, or auto for "
+            "all: each latent is then cut into segments of falling bits, where a byte reduces the "
+            "error most.",
+            show_default="auto; 16 with methods that have a rank rule of their own",
         ),
-    ] = "16",
+    ] = None,
     method: Method = "fisher",
     keys: Keys = "auto",
     anchor_block: AnchorBlock = None,
@@ -130,7 +132,7 @@ def compress(
         anchor_block,
         refit=parse_refit(refit),
         rank_pairs=rank_pairs,
-        kv_bits=parse_bits(kv_bits),
+        kv_bits=None if kv_bits is None else parse_bits(kv_bits),
     )
     model = library.Source(
         source, torch_dtype(dtype), torch_device(device), revision, trust_remote_code

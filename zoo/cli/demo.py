@@ -26,7 +26,7 @@ from .values import fuse, load, say
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("SmolLM2-135M-eigen"),
-    keep: Keep = 0.6,
+    keep: Keep = 0.25,
     method: Method = "fisher",
     text: Annotated[
         Path | None,

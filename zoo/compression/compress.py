@@ -128,7 +128,7 @@ def choose_ranks(
     if weights is not None:
         return proportional(config, bases, weights, keep, multiple, count)
     whole = settings.keys == "full"
-    return few_pairs(config, bases, count, keep, multiple, whole, settings.kv_bits)
+    return few_pairs(config, bases, count, keep, multiple, whole, settings.bits)
 
 
 def mixed(basis: LayerBasis, ranks: Ranks, layer: int) -> LayerBasis:
