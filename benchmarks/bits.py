@@ -44,7 +44,7 @@ CACHES = {  # shares of the bytes by name and bits
 def ours(original: Checkpoint, tokens: Tensor, text: Tensor, windows: int) -> Iterator[dict]:
     """Rows of the caches above."""
     model = original.model
-    settings = Settings(refit=()).fit(model.config)
+    settings = Settings(refit=(), kv_bits=(16,)).fit(model.config)
     seen = gather(model, tokens, settings)
     for name, (bits, shares) in CACHES.items():
         for keep in shares:

@@ -51,7 +51,7 @@ def measured(work: Callable[..., Any], *args: Any) -> tuple[Any, float, float, i
 
 def cost(model: Model, tokens: torch.Tensor, method: str) -> dict[str, float]:
     """Ratios of time, MiB at the peak above the loaded model, and MiB of the sums."""
-    settings = Settings(method).fit(model.config)
+    settings = Settings(method, kv_bits=(16,)).fit(model.config)
     half, base = len(tokens) // 2, resident()
     _, *before = measured(passes, model, tokens[:half])
     layers, wall, cpu, peak = measured(gather, model, tokens, settings)

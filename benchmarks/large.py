@@ -123,7 +123,7 @@ def main() -> None:
     hub.Stream = Timed
     reset_peak(CPU)
     before = peak(CPU)
-    settings = Settings(given.method, given.keep)
+    settings = Settings(given.method, given.keep, kv_bits=(16,))
     original, files = open_layers(str(source))
     amount = given.samples, given.seq_len
     record = hub.stream_checkpoint(original, files, out, settings, str(text), *amount)

@@ -141,8 +141,9 @@ def _made(c: CompressionRecord) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in c["versions"].items())
     lines = [f"{made} With {versions}."]
     lines += [
-        f"Refined for {run['best_step']} steps on {run['calibration']['source']} text: KL to the "
-        f"original {run['kl_before']:.4g} -> {run['kl_after']:.4g} nats per token, held out."
+        f"Refined for {run['best_step']} steps on {run['calibration']['tokens']} tokens "
+        f"({run['calibration']['source']}): KL to the original {run['kl_before']:.4g} -> "
+        f"{run['kl_after']:.4g} nats per token, held out."
         for run in c.get("refined", [])
     ]
     return "".join(f"{markdown(line)}\n" for line in lines)

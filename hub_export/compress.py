@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 
 from ..zoo.compression.compress import compress
+from ..zoo.compression.methods import METHODS
 from ..zoo.compression.record import about, evaluation, texts
 from ..zoo.compression.settings import Settings
 from ..zoo.inference.checkpoint import Checkpoint, load, locate, open_layers
-from ..zoo.inference.data import check_source
+from ..zoo.inference.source_texts import check_source
+from ..zoo.inference.sources import files as text_files
 from ..zoo.inference.tensor_files import stored_bytes
 from ..zoo.inference.texts import read_text
 from ..zoo.utils import memory
@@ -36,7 +38,7 @@ def compress_source(
     source: Source,
     out: Path,
     settings: Settings,
-    calibration: str = "self",
+    calibration: str = "mixed",
     samples: int = 32,
     seq_len: int | None = None,
     text: Path | None = None,
@@ -62,11 +64,11 @@ def compress_source(
         raise ValueError("only work that was streamed can go on: leave --no-stream out")
     if resume and not check_resume(out, force):
         say(f"there is nothing to resume in {partial_folder(out)}: beginning anew")
-    check_folder(out, force, (source.name, text, None if calibration == "self" else calibration))
+    check_folder(out, force, (source.name, text, *text_files(calibration)))
     check_partial(out, resume, force)
     if text is not None:
         read_text(text)  # fails before the long work
-    check_source(calibration)
+    check_source(calibration, samples if METHODS[settings.method].data else None)
     if stream is None:
         stream = resume or (not plain and _exceeds_memory(source, say))
     if stream and plain:
@@ -107,7 +109,7 @@ def compress_checkpoint(
     original: Checkpoint,
     out: Path,
     settings: Settings,
-    calibration: str = "self",
+    calibration: str = "mixed",
     samples: int = 32,
     seq_len: int | None = None,
     text: Path | None = None,
@@ -118,7 +120,7 @@ def compress_checkpoint(
 ) -> CompressionRecord:
     """Compress `original` into the folder `out`; return the record in its config.json.
 
-    calibration, samples, seq_len: see `data.calibration_tokens`; by default sequences have 1024
+    calibration, samples, seq_len: see `data.calibration_text`; by default sequences have 1024
     tokens, or as many as the model can read. text: a file to measure perplexity on, before and
     after; by default an eighth of the calibration sequences is held out for that. A method without
     data reads or samples only the text for perplexity. plain: write an ordinary grouped-query
@@ -133,11 +135,11 @@ def compress_checkpoint(
     with new_folder(out, force) as folder:
         with writing(out):
             rehearse(folder, original, settings, write_about_plain if plain else write_about)
-        tokens, test = texts(original, settings, calibration, samples, seq_len, text, seed)
+        tokens, test, sources = texts(original, settings, calibration, samples, seq_len, text, seed)
         result = compress(model, tokens, settings)
         models = {"dense": model, "compressed": result.model}
         record: CompressionRecord = {
-            **about(original, result.settings, result.model.config, calibration, tokens, seed),
+            **about(original, result.settings, result.model.config, sources, tokens, seed),
             "evaluation": evaluation(models, test),
             "layers": result.layers,
         }

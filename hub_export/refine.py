@@ -6,7 +6,7 @@ from typing import cast
 from ..zoo.compression.record import calibrated_on, evaluation, held_out_windows, windows
 from ..zoo.compression.refine import RefineSettings, check_pair, learned, refine
 from ..zoo.inference.checkpoint import Checkpoint, recorded
-from ..zoo.inference.data import calibration_tokens, hold_out
+from ..zoo.inference.data import calibration_text, hold_out
 from ..zoo.models.model import Model
 from ..zoo.utils.output import check_disk, new_folder, writing
 from ..zoo.utils.records import CompressionRecord, RefineRecord
@@ -42,7 +42,7 @@ def refine_checkpoint(
     dense: Model,
     out: Path,
     settings: RefineSettings,
-    calibration: str = "self",
+    calibration: str = "mixed",
     samples: int = 128,
     seq_len: int | None = None,
     text: Path | None = None,
@@ -51,8 +51,8 @@ def refine_checkpoint(
 ) -> CompressionRecord:
     """Refine `low` towards `dense`, write the folder `out`; return the record in its config.json.
 
-    calibration, samples, seq_len: the text to learn from, see `data.calibration_tokens`, by
-    default sampled from `dense`; by default sequences have 512 tokens, or as many as the model can
+    calibration, samples, seq_len: the text to learn from, see `data.calibration_text`, where
+    `dense` is the model; by default sequences have 512 tokens, or as many as the model can
     read. An eighth of them is held out to measure on. text: a file to measure perplexity on
     instead. After an interruption the same call continues.
     """
@@ -83,8 +83,8 @@ def _refine(
     """The refined model, and the record of it."""
     seq_len = seq_len or min(512, dense.config.max_position_embeddings)
     test = windows(low.tokenizer, dense, text)  # fails before the long work
-    tokens = calibration_tokens(calibration, dense, low.tokenizer, samples, seq_len, settings.seed)
-    tokens, held_out = hold_out(tokens)
+    rows = calibration_text(calibration, dense, low.tokenizer, samples, seq_len, settings.seed)
+    tokens, held_out = hold_out(rows.tokens)
     test = test or held_out_windows(held_out, calibration)
     refined = refine(dense, low.model, tokens, settings, held_out, state_file(out))
     models = {"dense": dense, "before": low.model, "compressed": refined.model}
@@ -92,7 +92,7 @@ def _refine(
     before = measured.pop("before")
     run = {
         **settings._asdict(),
-        "calibration": calibrated_on(calibration, tokens),
+        "calibration": calibrated_on(rows.told(len(tokens)), tokens),
         "kl_before": refined.history[0]["held_out"],
         "kl_after": refined.best["held_out"],
         "perplexity_before": before,

@@ -89,15 +89,10 @@ def stream_checkpoint(
 
     original, files: see `checkpoint.open_layers`. Progress is kept in `partial_folder(out)`;
     resume: continue from there, with the same arguments, to the same bytes. Raises ValueError also
-    if `calibration` is `self`, since a model on disk cannot sample text.
+    if `calibration` names `self` or `chat`, since a model on disk cannot sample text.
     """
     settings = settings.fit(original.model.config)
     check_stream(settings)
-    if calibration == "self":
-        raise ValueError(
-            "a model that is read layer by layer cannot write its own calibration text: give "
-            "--calibration FILE or hub:DATASET"
-        )
     with claimed(out, force) as place:
         left = partial_folder(place)
         check_partial(place, resume, force)
@@ -107,8 +102,8 @@ def stream_checkpoint(
         check_disk(out, bytes_of(original.model) - written)
         with writing(out), scratch(place) as folder:
             rehearse(folder, original, settings)
-        tokens, test = texts(original, settings, calibration, samples, seq_len, text, seed)
-        told = {**calibrated_on(calibration, tokens), "text": test.name, "seed": seed}
+        tokens, test, sources = texts(original, settings, calibration, samples, seq_len, text, seed)
+        told = {**calibrated_on(sources, tokens), "text": test.name, "seed": seed}
         fresh = left / NEW
         try:
             # interruptible: else code in C may turn Ctrl-C into what looks like a refusal
@@ -120,7 +115,7 @@ def stream_checkpoint(
                 kept = KeptFiles(left)
                 stream = _stream(original, files, settings, tokens, test.rows, kept, told)
                 record: CompressionRecord = {
-                    **about(original, settings, stream.low.config, calibration, tokens, seed),
+                    **about(original, settings, stream.low.config, sources, tokens, seed),
                     "evaluation": measured(test, stream.perplexities),
                     "layers": stream.layers,
                 }

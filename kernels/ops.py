@@ -5,24 +5,28 @@ their arguments and the shapes of their results, and needs only torch. `install.
 implementation for a device.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..zoo.models.cache import Buffer
+from ..zoo.models.packing import Latent
 
 SCHEMAS = {
     "latent_decode": (
         "Tensor q, Tensor k, Tensor v, Tensor span, float scale, Tensor? bias=None, "
-        "Tensor? slopes=None, Tensor? k_scale=None, Tensor? v_scale=None"
+        "Tensor? slopes=None, int[]? k_layout=None, int[]? v_layout=None"
     ),
     "anchored_decode": (
         "Tensor q, Tensor z, Tensor v, Tensor span, float scale, Tensor cos, Tensor sin, "
         "Tensor up, Tensor? mean, int block, Tensor? bias=None, Tensor? position=None, "
-        "Tensor? z_scale=None, Tensor? v_scale=None"
+        "int[]? z_layout=None, int[]? v_layout=None"
     ),
     "rotary_decode": (
         "Tensor q, Tensor z, Tensor v, Tensor span, float scale, Tensor cos, Tensor sin, "
-        "Tensor up, Tensor? mean, Tensor? bias=None, Tensor? z_scale=None, Tensor? v_scale=None"
+        "Tensor up, Tensor? mean, Tensor? bias=None, int[]? z_layout=None, int[]? v_layout=None"
     ),
     "linear_decode": "Tensor x, Tensor weight, Tensor? scale, Tensor? bias",
 }
@@ -34,9 +38,18 @@ def _check_devices(*arguments: object) -> None:
         raise RuntimeError(f"expected arguments on one device, got {', '.join(sorted(devices))}")
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, *more: object, **named: object) -> Tensor:
-    _check_devices(q, k, v, *more, *named.values())
-    return q.new_empty(*q.shape[:3], v.size(3) * (2 if v.dtype == torch.uint8 else 1))
+def _attended(op: str) -> Callable[..., Tensor]:
+    """What an op of attention returns, without its numbers."""
+    names = [part.split("=")[0].split()[-1] for part in SCHEMAS[op].split(", ")]
+
+    def shape(*arguments: object, **named: object) -> Tensor:
+        _check_devices(*arguments, *named.values())
+        given: dict[str, Any] = dict(zip(names, arguments, strict=False)) | named
+        layout, q = given.get("v_layout"), given["q"]
+        width = given["v"].size(3) if layout is None else sum(layout[1::2])
+        return q.new_empty(*q.shape[:3], width)
+
+    return shape
 
 
 def _product(x: Tensor, weight: Tensor, *more: object) -> Tensor:
@@ -47,16 +60,22 @@ def _product(x: Tensor, weight: Tensor, *more: object) -> Tensor:
 for _name, _arguments in SCHEMAS.items():
     torch.library.define(f"eigenzoo::{_name}", f"({_arguments}) -> Tensor")
     torch.library.register_fake(
-        f"eigenzoo::{_name}", _product if _name == "linear_decode" else _shape
+        f"eigenzoo::{_name}", _product if _name == "linear_decode" else _attended(_name)
     )
 
 
-def _parts(x: Buffer, q: Tensor) -> tuple[Tensor, None]:
-    """Numbers as they are; what is packed is unpacked first.
+def _parts(x: Buffer, q: Tensor) -> tuple[Tensor, list[int] | None]:
+    """What the ops read, and the layout of its rows: heads, then width and bits of each segment.
 
-    Not by `isinstance(x, Packed)`: code that comes with a checkpoint has its own `Packed`.
+    Not by `isinstance(x, Packed)`: code that comes with a checkpoint has its own `Packed`. An older
+    one holds no rows, and is unpacked first.
     """
-    return (x, None) if isinstance(x, Tensor) else (x.unpack(q.dtype), None)
+    if isinstance(x, Tensor):
+        return x, None
+    if not hasattr(x, "rows"):
+        return x.unpack(q.dtype), None
+    latent = Latent.of_layout(x.layout)
+    return x.rows, [latent.heads, *(number for s in latent.segments for number in s)]
 
 
 def latent_decode(
@@ -69,8 +88,8 @@ def latent_decode(
     slopes: Tensor | None = None,
 ) -> Tensor:
     """The op for `zoo.models.attention.latent_decode`; see there for the arguments."""
-    (k, k_scale), (v, v_scale) = _parts(k, q), _parts(v, q)
-    return torch.ops.eigenzoo.latent_decode(q, k, v, span, scale, bias, slopes, k_scale, v_scale)
+    (k, k_layout), (v, v_layout) = _parts(k, q), _parts(v, q)
+    return torch.ops.eigenzoo.latent_decode(q, k, v, span, scale, bias, slopes, k_layout, v_layout)
 
 
 def anchored_decode(
@@ -88,9 +107,9 @@ def anchored_decode(
     position: Tensor | None = None,
 ) -> Tensor:
     """The op for `zoo.models.attention.anchored_decode`; see there for the arguments."""
-    (z, z_scale), (v, v_scale) = _parts(z, q), _parts(v, q)
+    (z, z_layout), (v, v_layout) = _parts(z, q), _parts(v, q)
     return torch.ops.eigenzoo.anchored_decode(
-        q, z, v, span, scale, cos, sin, up, mean, block, bias, position, z_scale, v_scale
+        q, z, v, span, scale, cos, sin, up, mean, block, bias, position, z_layout, v_layout
     )
 
 
@@ -107,9 +126,9 @@ def rotary_decode(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The op for `zoo.models.attention.rotary_decode`; see there for the arguments."""
-    (z, z_scale), (v, v_scale) = _parts(z, q), _parts(v, q)
+    (z, z_layout), (v, v_layout) = _parts(z, q), _parts(v, q)
     return torch.ops.eigenzoo.rotary_decode(
-        q, z, v, span, scale, cos, sin, up, mean, bias, z_scale, v_scale
+        q, z, v, span, scale, cos, sin, up, mean, bias, z_layout, v_layout
     )
 
 

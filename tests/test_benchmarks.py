@@ -33,6 +33,27 @@ def test_what_calibration_costs_is_printed(dense_folder):
     assert printed["peak_mib"] >= 0
 
 
+def test_calibrations_are_compared_on_every_domain(dense_folder, tmp_path):
+    (tmp_path / "words.txt").write_text(tiny.WORDS * 20)
+    (tmp_path / "a.txt").write_text(tiny.WORDS[::-1] * 20)
+    words = [FILES / "mixtures.py", dense_folder, "--domain", tmp_path / "words.txt"]
+    words += ["--calibration", "self", "--calibration", f"{tmp_path}/a.txt:3,chat"]
+    done = fresh.python(*words, "--samples", "4", "--seq-len", "32", "--window", "64")
+    assert done.returncode == 0, done.stderr
+    dense, own, mixture = (json.loads(line) for line in done.stdout.splitlines())
+    assert dense["calibration"] is None
+    assert dense["share"] == 1
+    assert (own["sources"], mixture["sources"]) == ("self", "a.txt 3, chat 1 sequences")
+    for row in (own, mixture):
+        assert row["increase"].keys() == row["perplexity"].keys() == {"help", "source", "words"}
+        assert row["mean"] == sum(row["increase"].values()) / 3
+        assert row["worst"] == max(row["increase"].values())
+        assert row["share"] <= 0.25
+        for name, before in dense["perplexity"].items():
+            after = before * (1 + row["increase"][name] / 100)
+            assert row["perplexity"][name] == pytest.approx(after)
+
+
 @pytest.mark.slow
 def test_the_rows_of_a_sweep_take_turns_at_decoding(run, dense_folder, tmp_path):
     rows = tmp_path / "rows.jsonl"

@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 print(json.dumps(model(model.dummy_inputs["input_ids"]).logits.tolist()))
 """
-JOINT = Settings(keep=0.5, latent="joint-kv", heads_per_latent=(4, 4))
+JOINT = Settings(keep=0.5, latent="joint-kv", heads_per_latent=(4, 4), kv_bits=(16,))
 WAYS = {
-    "rebuild": ("llama", {"tie_word_embeddings": True}, Settings(keep=0.5)),
-    "anchored": ("qwen2", {}, Settings(keep=0.5, keys="anchored")),
-    "absorbed": ("opt", {}, Settings("eigen", 0.5, rank_multiple=1)),
+    "rebuild": ("llama", {"tie_word_embeddings": True}, Settings(keep=0.5, kv_bits=(16,))),
+    "anchored": ("qwen2", {}, Settings(keep=0.5, keys="anchored", kv_bits=(16,))),
+    "absorbed": ("opt", {}, Settings("eigen", 0.5, rank_multiple=1, kv_bits=(16,))),
     "joint": ("mpt", {}, JOINT),
 }
 
@@ -92,7 +92,9 @@ def test_lora_recovers_and_what_it_saves_loads_everywhere(way, tmp_path):
 def test_lora_refuses_projections_that_are_clipped_or_normed_afterwards(tmp_path):
     tiny.save(tmp_path / "dense", "mpt", attn_config={"clip_qkv": 0.4})
     dense = load(str(tmp_path / "dense"))
-    compress_checkpoint(dense, tmp_path / "low", Settings(keep=0.5), samples=4, seq_len=32)
+    compress_checkpoint(
+        dense, tmp_path / "low", Settings(keep=0.5, kv_bits=(16,)), samples=4, seq_len=32
+    )
     done = fresh.python(LORA, tmp_path / "low", tmp_path / "a.txt", tmp_path / "new")
     assert done.returncode != 0
     assert "clip_qkv" in done.stderr
@@ -103,7 +105,7 @@ def talking(tmp_path_factory):
     """A compressed checkpoint with a chat template."""
     place = tmp_path_factory.mktemp("talking")
     tiny.save(place / "dense", chat=True, num_hidden_layers=1)  # compiles the model four times
-    settings = Settings(keep=0.5, rank_multiple=2, heads_per_latent=(2, 2))
+    settings = Settings(keep=0.5, rank_multiple=2, heads_per_latent=(2, 2), kv_bits=(16,))
     compress_checkpoint(load(str(place / "dense")), place / "low", settings, samples=4, seq_len=32)
     return place / "low"
 

@@ -27,7 +27,7 @@ def place(tmp_path_factory):
     here = tmp_path_factory.mktemp("readme")
     tiny.save(here / "MODEL", num_hidden_layers=1, max_position_embeddings=2048)
     (here / "text.txt").write_text(tiny.WORDS * 1000)
-    settings = Settings(keep=0.6)
+    settings = Settings(keep=0.6, kv_bits=(16,))
     compress_checkpoint(load(str(here / "MODEL")), here / "OUT", settings, samples=4, seq_len=32)
     return here
 

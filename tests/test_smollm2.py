@@ -61,7 +61,7 @@ def test_quality_targets_hold_with_a_twentieth_of_the_default_calibration(smol, 
     rest = encode(smol.tokenizer, text[len(text) // 2 :])
     before = perplexity(smol.model, rest, 2048, 1).perplexity
     tokens = calibration_tokens(str(half), smol.model, smol.tokenizer, 3, 512)
-    settings = Settings(keep=0.6).fit(smol.model.config)
+    settings = Settings(keep=0.6, kv_bits=(16,)).fit(smol.model.config)
     seen = gather(smol.model, tokens, settings)
     low = compress(smol.model, tokens, settings, seen).model
     assert low.config.kv_width <= 0.6 * smol.model.config.kv_width

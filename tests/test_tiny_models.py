@@ -60,7 +60,9 @@ def test_at_the_same_bytes_fisher_beats_eigen_sharing_beats_that_and_joint_laten
     test = text[-10 * 256 :]
 
     def after(method: str, shared: tuple[int, int] | None = None, latent: str = "separate"):
-        settings = Settings(method, 0.05, heads_per_latent=shared, rank_multiple=2, latent=latent)
+        settings = Settings(
+            method, 0.05, heads_per_latent=shared, rank_multiple=2, latent=latent, kv_bits=(16,)
+        )
         return perplexity(low(settings), test, 256).perplexity
 
     joint = after("fisher", (4, 4), "joint-kv")
@@ -74,7 +76,7 @@ def test_every_method_compresses_and_fisher_is_the_best_at_few_bytes(model, low,
     perplexities = {}
     for method in METHODS:
         keep = 0.25 if method == "kv-heads" else 0.05  # kv-heads keeps at least one head of four
-        small = low(Settings(method, keep, rank_multiple=2))
+        small = low(Settings(method, keep, rank_multiple=2, kv_bits=(16,)))
         assert keep - 0.01 < small.config.kv_width / model.config.kv_width <= keep
         perplexities[method] = perplexity(small, text[-10 * 256 :], 256).perplexity
     assert all(math.isfinite(x) for x in perplexities.values())
@@ -85,7 +87,7 @@ def test_every_method_compresses_and_fisher_is_the_best_at_few_bytes(model, low,
 @pytest.mark.slow
 def test_refining_wins_back_quality(model, low, text):
     rows, test = text[: 24 * 256].view(24, 256), text[-10 * 256 :]
-    small = low(Settings("eigen", 0.05, rank_multiple=2))
+    small = low(Settings("eigen", 0.05, rank_multiple=2, kv_bits=(16,)))
     refined = refine(model, small, rows, RefineSettings(steps=16, batch=4, lr=1e-4, every=16))
     assert refined.best["held_out"] < 0.95 * refined.history[0]["held_out"]
     dense, before, after = (

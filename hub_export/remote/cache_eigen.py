@@ -40,13 +40,13 @@ class LatentLayer:
         packed = any(latent.segments for latent in self.latents)
         if not packed and k.size(1) == v.size(1):
             return self.cache.update(k, v, self.index)
-        new = (_row(x, latent, packed) for x, latent in zip((k, v), self.latents, strict=True))
-        cached = self.cache.update(*new, self.index)
-        keys, values = (
-            _buffer(x[:, 0], latent, k.dtype)
-            for x, latent in zip(cached, self.latents, strict=True)
+        # a process that shares the model with others has a part of the heads
+        of_k, of_v = (
+            x._replace(heads=y.size(1)) for x, y in zip(self.latents, (k, v), strict=True)
         )
-        return keys, values
+        rows = _row(k, of_k, packed), _row(v, of_v, packed)
+        keys, values = self.cache.update(*rows, self.index)
+        return _buffer(keys[:, 0], of_k, k.dtype), _buffer(values[:, 0], of_v, k.dtype)
 
 
 def _row(x: Tensor, latent: Latent, packed: bool) -> Tensor:

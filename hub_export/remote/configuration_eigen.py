@@ -13,7 +13,8 @@ class EigenConfig(PreTrainedConfig):
     family: the architecture, by transformers' model_type. k_ranks, v_ranks: the rank of latents,
     one per layer. k_bits, v_bits: bits per cached number, one per layer; 16 means the model's
     dtype, and empty means 16 in all layers. k_segments, v_segments: instead, segments of falling
-    bits, as "16x8+96x4", one text per layer. k_heads_per_latent, v_heads_per_latent: kv heads that
+    bits, as "16x8+96x4", one text per layer. centered: latents with segments are cached without
+    their mean. k_heads_per_latent, v_heads_per_latent: kv heads that
     share a latent. joint_kv: one latent holds keys and values. compression: the record of the
     compression, with method, budget, calibration, seed, versions and errors by layer. code:
     SHA-256 of the checkpoint's Python files. ops: which ops decode if eigenzoo is installed, its
@@ -45,6 +46,7 @@ class EigenConfig(PreTrainedConfig):
     k_heads_per_latent: int = 1
     v_heads_per_latent: int = 1
     joint_kv: bool = False
+    centered: bool = False
     use_cache: bool = True
     initializer_range: float = 0.02
     pad_token_id: int | None = None

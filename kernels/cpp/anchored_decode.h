@@ -111,14 +111,14 @@ inline BlockQueries make_block_queries(const Tensor& q, int64_t blocks, const Te
 Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Tensor& span,
                        double scale, const Tensor& cos, const Tensor& sin, const Tensor& up,
                        const OptionalTensor& mean, int64_t block, const OptionalTensor& bias,
-                       const OptionalTensor& position, const OptionalTensor& z_scale,
-                       const OptionalTensor& v_scale) {
-  const Cache keys{z, z_scale}, values{v, v_scale};
+                       const OptionalTensor& position, const Layouts& z_layout,
+                       const Layouts& v_layout) {
+  const Cache keys(z, z_layout), values(v, v_layout);
   check_attention(q, keys, values, span, bias, std::nullopt);
   check_rotation(q, keys, up, mean, cos, sin);
   if (position) check_positions(*position, keys);
-  const int64_t K = z.size(1), rank = keys.width(), rows = q.size(1) / K;
-  const int64_t latents = K / std::gcd(K, v.size(1));  // of a unit
+  const int64_t K = keys.latents(), rows = q.size(1) / K;
+  const int64_t latents = K / std::gcd(K, values.latents());  // of a unit
   int64_t N = 0;  // blocks of the longest sequence
   for (int64_t b = 0; b < q.size(0); ++b) {
     const int64_t* bound = bounds(span, b);
@@ -128,29 +128,21 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
               " blocks have angles");
   BlockQueries queries = make_block_queries(q, N, cos, sin, up, mean);
   return DISPATCH(q, "anchored_decode", [&] {
-    using U = Factor<scalar_t>;
-    for (Tensor& u : queries.absorbed) u = u.to(c10::CppTypeToScalarType<U>::value);
+    for (Tensor& u : queries.absorbed) u = keys.factors<scalar_t>(u);
+    const int64_t size = queries.absorbed[0].size(2);
     auto score = [&](const Task& task, int64_t t, int64_t n, float* out) {
       const Blocks blocks(block, position, task.b);
       for (int64_t i = 0; i < latents; ++i) {
         const int64_t l = task.unit * latents + i;
         float* scores = out + i * rows * TILE;
-        keys.with_rows<scalar_t>(task.b, l, t, [&](const auto* latent) {
-          using A = Factor<std::decay_t<decltype(*latent)>>;
-          std::vector<A> converted(rows * rank);  // a block's queries, if codes need another type
+        keys.with_rows<scalar_t>(task.b, l, t, [&](const auto& latent) {
+          using A = typename std::decay_t<decltype(latent)>::Factor;
+          const A* u = queries.absorbed[task.b].const_data_ptr<A>() + l * rows * N * size;
           blocks.for_each_run(t, n, [&](int64_t b, int64_t from, int64_t count) {
-            auto multiply_block = [&](const A* a, int64_t lda) {
-              multiply(a, rows, lda, latent + (from - t) * z.stride(2), count, z.stride(2),
-                       z.size(3), scores + from - t, TILE);
-            };
-            const U* u = queries.absorbed[task.b].const_data_ptr<U>() + (l * rows * N + b) * rank;
-            if constexpr (std::is_same_v<A, U>) return multiply_block(u, N * rank);
-            for (int64_t r = 0; r < rows; ++r)
-              at::vec::convert(u + r * N * rank, &converted[r * rank], rank);
-            multiply_block(converted.data(), rank);
+            multiply(u + b * size, rows, N * size, latent.skip(from - t), count, scores + from - t,
+                     TILE);
           });
         });
-        keys.apply_scales(scores, rows, TILE, task.b, l, t, n);
         blocks.for_each_run(t, n, [&](int64_t b, int64_t from, int64_t count) {
           for (int64_t r = 0; mean && r < rows; ++r) {
             const Tensor& added = queries.mean_scores[task.b];

@@ -34,34 +34,28 @@ inline void add_bias(float* scores, int64_t n, const OptionalTensor& bias,
   }
 }
 
-// Adds the values of n slots from t on to the sums of a task's rows. weights: (rows, TILE), which
-// this function changes; keep: (rows,), from Softmax::add; `narrow`: memory for a copy of weights.
+// Adds the values of n slots from t on to the sums of a task's rows. weights: (rows, TILE); keep:
+// (rows,), from Softmax::add; `narrow`: memory for a copy of the weights.
 template <class T>
 void add_values(const Cache& v, const Layout& layout, const Task& task, int64_t t, int64_t n,
-                std::vector<float>& weights, std::vector<Factor<T>>& narrow, const float* keep,
-                float* sums) {
+                const std::vector<float>& weights, std::vector<Factor<T>>& narrow,
+                const float* keep, float* sums) {
   const int64_t rows = layout.rows / layout.latents;  // of one latent
-  for (int64_t l = 0; l < layout.latents; ++l)
-    v.apply_scales(&weights[l * rows * TILE], rows, TILE, task.b, task.unit * layout.latents + l, t,
-                   n);
   if constexpr (!std::is_same_v<Factor<T>, float>) {
     narrow.resize(layout.rows * TILE);
-    if (!v.scale) at::vec::convert(weights.data(), narrow.data(), layout.rows * TILE);
+    if (!v.packed) at::vec::convert(weights.data(), narrow.data(), layout.rows * TILE);
   }
   for (int64_t l = 0; l < layout.latents; ++l) {
     const int64_t first = l * rows;
-    v.with_rows<T>(task.b, task.unit * layout.latents + l, t, [&](const auto* values) {
-      for_each_half(values, layout.stored, [&](const auto* half, int64_t column) {
-        using A = Factor<std::decay_t<decltype(*half)>>;
-        const A* p;
-        if constexpr (std::is_same_v<A, float>)
-          p = weights.data();
-        else
-          p = narrow.data();
-        weighted_sum(p + first * TILE, rows, TILE, half, n, v.x.stride(2), layout.stored,
-                     keep + first, sums + first * layout.padded + layout.column(column),
-                     layout.padded);
-      });
+    v.with_rows<T>(task.b, task.unit * layout.latents + l, t, [&](const auto& values) {
+      using A = typename std::decay_t<decltype(values)>::Factor;
+      const A* p;
+      if constexpr (std::is_same_v<A, float>)
+        p = weights.data();
+      else
+        p = narrow.data();
+      weighted_sum(p + first * TILE, rows, TILE, values, n, keep + first,
+                   sums + first * layout.padded, layout.padded);
     });
   }
 }

@@ -1,9 +1,10 @@
-// The keys or values of a cache: numbers, or codes with one scale per slot and latent.
+// The keys or values of a cache: numbers, or rows of codes.
 #pragma once
 
-#include <algorithm>
+#include <ATen/ops/zeros.h>
+
 #include <cstdint>
-#include <type_traits>
+#include <vector>
 
 #include "lanes.h"
 #include "packed.h"
@@ -12,55 +13,59 @@
 
 namespace {
 
+// Rows of numbers of one latent, from a slot on
+template <class T>
+struct Numbers {
+  using Factor = ::Factor<T>;
+
+  const T* x;
+  int64_t step, width;  // numbers from a slot to the next, and of a slot
+
+  int64_t vectors() const { return round_up(width) / W; }
+  Numbers skip(int64_t slots) const { return {x + slots * step, step, width}; }
+};
+
 struct Cache {
-  const Tensor& x;              // (B, L, S, R), the last dimension contiguous
-  const OptionalTensor& scale;  // (B, L, S, 1) in bf16, for codes
+  const Tensor& x;  // (B, L, S, R), the last dimension contiguous; or rows (B, S, bytes)
+  const bool packed;
+  const Packing packing;
 
-  bool four_bits() const { return x.scalar_type() == at::kByte; }
-  int64_t width() const { return x.size(3) * (four_bits() ? 2 : 1); }
+  Cache(const Tensor& x, const Layouts& layout)
+      : x(x), packed(layout.has_value()), packing(layout ? Packing(*layout) : Packing()) {}
 
-  template <class T>
-  at::ScalarType factor() const {  // the dtype of what it is multiplied with, in a model of T
-    return scale ? at::kFloat : c10::CppTypeToScalarType<Factor<T>>::value;
-  }
+  // Only of a cache that was checked
+  int64_t latents() const { return packed ? packing.heads : x.size(1); }
+  int64_t slots() const { return x.size(packed ? 1 : 2); }
+  int64_t width() const { return packed ? packing.width : x.size(3); }
+  int64_t padded() const { return packed ? packing.vectors * W : round_up(x.size(3)); }
 
-  template <class T>
-  const T* at(int64_t b, int64_t l, int64_t t) const {
-    const T* p;
-    if constexpr (std::is_same_v<T, Nibbles>)
-      p = reinterpret_cast<const T*>(x.const_data_ptr<uint8_t>());
-    else
-      p = x.const_data_ptr<T>();  // raises an error where the dtype differs
-    return p + b * x.stride(0) + l * x.stride(1) + t * x.stride(2);
-  }
-
-  // Calls use(rows) with a pointer to slot t of latent l
+  // Calls use(rows) with the rows of latent l from slot t on, in a model of T
   template <class T, class Use>
   void with_rows(int64_t b, int64_t l, int64_t t, const Use& use) const {
-    if (!scale)
-      use(at<T>(b, l, t));
-    else if (four_bits())
-      use(at<Nibbles>(b, l, t));
-    else
-      use(at<int8_t>(b, l, t));
+    if (packed) {
+      const uint8_t* row = x.const_data_ptr<uint8_t>() + b * x.stride(0) + t * x.stride(1);
+      const uint8_t* scales = row + packing.heads * packing.code_bytes + l * packing.scales;
+      return use(Codes{&packing, row + l * packing.code_bytes, scales, x.stride(1)});
+    }
+    const T* p = x.const_data_ptr<T>();  // raises an error where the dtype differs
+    p += b * x.stride(0) + l * x.stride(1) + t * x.stride(2);
+    use(Numbers<T>{p, x.stride(2), x.size(3)});
   }
 
-  // Multiplies s (rows, n) by the scales of n slots from t on. Applied to scores or to weights, a
-  // scale costs one product per slot and row instead of one per number of the cache.
-  void apply_scales(float* s, int64_t rows, int64_t ld, int64_t b, int64_t l, int64_t t,
-                    int64_t n) const {
-    if (!scale) return;
-    const int64_t step = scale->stride(2);
-    const auto* p = scale->const_data_ptr<at::BFloat16>() + b * scale->stride(0) +
-                    l * scale->stride(1) + t * step;
-    at::BFloat16 adjacent[W] = {};
-    for (int64_t i = 0; i < n; i += W) {
-      const int64_t count = std::min(W, n - i);
-      for (int64_t j = 0; j < count; ++j) adjacent[j] = p[(i + j) * step];
-      const V x = load(adjacent);
-      for (int64_t r = 0; r < rows; ++r)
-        (load(s + r * ld + i, count) * x).store(s + r * ld + i, count);
-    }
+  // What rows are multiplied with, a (..., R), as they need it in a model of T: (..., R), or in the
+  // order of codes, with zeros where they have none
+  template <class T>
+  Tensor factors(const Tensor& a) const {
+    if (!packed) return a.to(c10::CppTypeToScalarType<Factor<T>>::value).contiguous();
+    const Tensor given = a.to(at::kFloat).contiguous();
+    std::vector<int64_t> shape = a.sizes().vec();
+    shape.back() = padded();
+    Tensor out = at::zeros(shape, given.options());
+    const float* from = given.const_data_ptr<float>();
+    float* to = out.data_ptr<float>();
+    for (int64_t i = 0; i < given.numel(); i += width(), to += padded())
+      for (int64_t j = 0; j < width(); ++j) to[packing.columns[j]] = from[i + j];
+    return out;
   }
 };
 

@@ -24,19 +24,18 @@ inline void check_dense(const char* what, const Tensor& x, int64_t dimensions) {
 
 inline bool one_or(int64_t size, int64_t batch) { return size == 1 || size == batch; }
 
-// A cache (B, L, S, R) for queries q (B, H, T, ...), where L divides H, with slots up to `end`
+// A cache (B, L, S, R), or its rows (B, S, bytes), for queries q (B, H, T, ...), where L divides H,
+// with slots up to `end`
 inline void check_cache(const char* what, const Cache& cache, const Tensor& q, int64_t end) {
   const Tensor& x = cache.x;
-  check_dense(what, x, 4);
-  expect(x.size(0) == q.size(0) && q.size(1) % x.size(1) == 0 && end <= x.size(2) &&
-             (x.stride(3) == 1 || x.size(3) == 1),
+  check_dense(what, x, cache.packed ? 3 : 4);
+  const int64_t last = x.dim() - 1;
+  expect(x.size(0) == q.size(0) && q.size(1) % cache.latents() == 0 && end <= cache.slots() &&
+             (x.stride(last) == 1 || x.size(last) == 1),
          what, x);
-  if (!cache.scale) return;
-  const Tensor& scale = *cache.scale;
-  check_dense("scales of a cache", scale, 4);
-  expect(scale.sizes().slice(0, 3) == x.sizes().slice(0, 3) && scale.size(3) == 1 &&
-             scale.scalar_type() == at::kBFloat16,
-         "scales of a cache (B, L, S, 1) in bfloat16", scale);
+  if (cache.packed)
+    expect(x.scalar_type() == at::kByte && x.size(2) >= cache.packing.nbytes(),
+           "rows (B, S, bytes) in uint8, as long as their layout", x);
 }
 
 // The arguments that all attention shares. Before any of them is read.
@@ -61,10 +60,10 @@ inline void check_attention(const Tensor& q, const Cache& keys, const Cache& val
               q, last);
   check_cache("values (B, L, S, W), rows contiguous, L a divisor of H, S up to the span's end",
               values, q, last);
-  expect(values.x.size(2) == keys.x.size(2), "as many slots of values as of keys", values.x);
+  expect(values.slots() == keys.slots(), "as many slots of values as of keys", values.x);
   if (bias) {
     check_dense("a bias (B or 1, S)", *bias, 2);
-    expect(one_or(bias->size(0), batch) && bias->size(1) == keys.x.size(2) &&
+    expect(one_or(bias->size(0), batch) && bias->size(1) == keys.slots() &&
                bias->is_contiguous() &&
                bias->scalar_type() == at::kFloat,
            "a bias (B or 1, S) in float32, contiguous", *bias);
@@ -80,7 +79,7 @@ inline void check_attention(const Tensor& q, const Cache& keys, const Cache& val
 // The position of every slot of the cache of latents, for each sequence
 inline void check_positions(const Tensor& position, const Cache& latents) {
   check_dense("positions (B or 1, S)", position, 2);
-  expect(one_or(position.size(0), latents.x.size(0)) && position.size(1) == latents.x.size(2) &&
+  expect(one_or(position.size(0), latents.x.size(0)) && position.size(1) == latents.slots() &&
              position.is_contiguous() && position.scalar_type() == at::kInt,
          "positions (B or 1, S) in int32, contiguous", position);
 }
@@ -88,7 +87,7 @@ inline void check_positions(const Tensor& position, const Cache& latents) {
 // Maps from latents of keys to heads, and cosines and sines for queries q (B, H, T, D)
 inline void check_rotation(const Tensor& q, const Cache& latents, const Tensor& up,
                            const OptionalTensor& mean, const Tensor& cos, const Tensor& sin) {
-  const int64_t D = q.size(3), K = latents.x.size(1);
+  const int64_t D = q.size(3), K = latents.latents();
   check_dense("maps (L, R, G / L * D)", up, 3);
   const int64_t G = up.size(2) / D * K;
   expect(up.size(0) == K && up.size(1) == latents.width() && up.size(2) % D == 0 && G > 0 &&

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "packed.h"
 #include "vectors.h"
 
 namespace {
@@ -19,11 +18,10 @@ template <class T>
 using Factor = float;
 #endif
 
-// Products of numbers of A and of T, summed in fp32. A lane holds DEPTH numbers, a vector COUNT; an
-// element of T holds numbers of HALVES halves of a row.
+// Products of numbers of A and of T, summed in fp32. A lane holds DEPTH numbers, a vector COUNT.
 template <class A, class T>
 struct Lanes {
-  static constexpr int64_t DEPTH = 1, COUNT = W, HALVES = 1;
+  static constexpr int64_t DEPTH = 1, COUNT = W;
   using X = V;
   static V left(const A* p, int64_t count) { return load(p, count); }
   static V right(const T* p, int64_t count) { return load(p, count); }
@@ -37,7 +35,7 @@ struct Lanes {
 #ifdef __AVX512BF16__
 template <>
 struct Lanes<at::BFloat16, at::BFloat16> {
-  static constexpr int64_t DEPTH = 2, COUNT = 2 * W, HALVES = 1;
+  static constexpr int64_t DEPTH = 2, COUNT = 2 * W;
   using X = __m512i;
   static X left(const at::BFloat16* p, int64_t count) { return right(p, count); }
   static X right(const at::BFloat16* p, int64_t count) {
@@ -56,16 +54,5 @@ struct Lanes<at::BFloat16, at::BFloat16> {
   static V add(X a, X b, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 };
 #endif
-
-template <>
-struct Lanes<float, Nibbles> : Lanes<float, float> {
-  static constexpr int64_t HALVES = 2;
-  static V right(const Nibbles* p, int64_t count) {
-    return load(reinterpret_cast<const Nibble<0>*>(p), count);
-  }
-  static V second(const Nibbles* p, int64_t count) {
-    return load(reinterpret_cast<const Nibble<4>*>(p), count);
-  }
-};
 
 }  // namespace

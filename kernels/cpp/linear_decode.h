@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cache.h"
 #include "checks.h"
 #include "lanes.h"
 #include "multiply.h"
@@ -38,8 +39,8 @@ void linear(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
       const int64_t n = std::min({block, end * W - j, outputs - j}), ld = weight.stride(0);
       std::fill(sums.begin(), sums.end(), 0.f);
       for (int64_t i = 0; i < size; i += part) {
-        multiply(a + i, rows, size, w + j * ld + i, n, ld, std::min(part, size - i),
-                 products.data(), block);
+        const Numbers<T> some{w + j * ld + i, ld, std::min(part, size - i)};
+        multiply(a + i, rows, size, some, n, products.data(), block);
         for (int64_t k = 0; k < rows * block; ++k) sums[k] += products[k];
       }
       for (int64_t r = 0; r < rows; ++r)

@@ -1,52 +1,230 @@
-// Codes of 8 or 4 bits, as `Packed` in zoo/models/cache.py keeps them. They are unpacked in
-// registers, to fp32, which is faster than to bf16.
+// Rows of codes, as zoo/models/packing.py defines them: up to a few segments of falling bits, with
+// a scale each. They are unpacked in registers, to fp32, which is faster than to bf16.
+//
+// Numbers are unpacked in an order of their own, in which those that share a byte follow one
+// another: then vectors are full however narrow a segment is, and no lane needs a byte of another.
+// Queries are brought into this order and results back from it, once per call: see `columns`.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "vectors.h"
 
 namespace {
 
-// One of the two 4-bit codes in a byte; code n stands for n - 7.5
-template <int SHIFT>
-struct Nibble {
-  uint8_t pair;
-  operator float() const { return float(pair >> SHIFT & 15) - 7.5f; }
+struct Segment {
+  int64_t bits, width;
+  int64_t offset;      // of its codes, in bytes from the first of the latent
+  int64_t first, end;  // its vectors, of those of the latent
+
+  // How many numbers share a byte; with 3 bits, of their high bits
+  int64_t sharing() const { return bits == 4 ? 2 : bits == 3 ? 8 : bits == 2 ? 4 : 1; }
 };
 
-// Both codes of a byte: the low one belongs to the first half of a row, the high one to the second
-struct Nibbles {
-  uint8_t pair;
+// What a row holds. Everything is 0 for what is not packed.
+struct Packing {
+  int64_t heads = 0, width = 0;         // latents of a row, and numbers of a latent
+  int64_t code_bytes = 0, scales = 0;   // of a latent
+  int64_t vectors = 0;                  // of a latent that is unpacked
+  std::vector<Segment> segments;
+  std::vector<int64_t> columns;  // where each number is in these vectors
+
+  Packing() = default;
+
+  // layout: heads, then width and bits of every segment
+  explicit Packing(at::IntArrayRef layout) {
+    constexpr int64_t MOST = 1 << 24;  // so that no product overflows
+    TORCH_CHECK(layout.size() >= 3 && layout.size() % 2 == 1 && 0 < layout[0] && layout[0] < MOST,
+                "expected a layout of heads, and of width and bits of every segment, got ", layout);
+    heads = layout[0];
+    for (size_t i = 1; i < layout.size(); i += 2) {
+      Segment s{layout[i + 1], layout[i], code_bytes, vectors, 0};
+      const bool known = s.bits == 16 || s.bits == 8 || (2 <= s.bits && s.bits <= 4);
+      TORCH_CHECK(known && 0 < s.width && s.width < MOST && s.width % s.sharing() == 0,
+                  "expected segments of 16, 8, 4, 3 or 2 bits that fill whole bytes, got ", layout);
+      for (int64_t j = 0; j < s.width; ++j) {
+        const int64_t apart = s.width / s.sharing();  // numbers of a byte
+        columns.push_back(vectors * W + j % apart * s.sharing() + j / apart);
+      }
+      width += s.width;
+      code_bytes += s.width * s.bits / 8;
+      scales += s.bits < 16;
+      vectors = s.end = s.first + round_up(s.width) / W;
+      segments.push_back(s);
+    }
+  }
+
+  // The least bytes of a row
+  int64_t nbytes() const { return heads * (code_bytes + scales); }
 };
 
+inline float scale_of(uint8_t code) {
+  const uint32_t bits = (uint32_t(code) << 20) + (107u << 23);
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return scale;
+}
+
+// The level of number n of a segment's order, for 4, 3 and 2 bits
+template <int BITS>
+float level(const uint8_t* p, int64_t n, int64_t width) {
+  if constexpr (BITS == 3) {
+    const int64_t i = n / 8, eighth = n % 8;
+    const int low = p[eighth % 2 * (width / 8) + i] >> eighth / 2 * 2 & 3;
+    const int high = p[width / 4 + i] >> eighth & 1;
+    return float(low | high << 2) - 3.5f;
+  } else {
+    constexpr int64_t PARTS = 8 / BITS, MASK = (1 << BITS) - 1;
+    return float(p[n / PARTS] >> n % PARTS * BITS & MASK) - MASK / 2.f;
+  }
+}
+
+// Up to 4 bytes as one number, the first in its lowest bits
+inline int word(const uint8_t* p, int64_t count) {
+  uint32_t x = 0;
+  for (int64_t i = 0; i < count; ++i) x |= uint32_t(p[i]) << 8 * i;
+  return int(x);
+}
+template <int BYTES>
+int word(const uint8_t* p) {
+  std::conditional_t<BYTES == 1, uint8_t, std::conditional_t<BYTES == 2, uint16_t, uint32_t>> x;
+  std::memcpy(&x, p, BYTES);
+  return int(x);
+}
+
+// W levels from number n on of a segment's order, of which `count` exist. Others are anything
+// finite, and no byte of theirs is read.
 #ifdef CPU_CAPABILITY_AVX512
-inline __m128i load_bytes(const void* p, int64_t count) {
-  return _mm_maskz_loadu_epi8(0xffffu >> (W - count), p);
+template <int BITS>
+V levels(const uint8_t* p, int64_t n, int64_t width, int64_t count) {
+  constexpr float MIDDLE = ((1 << BITS) - 1) / 2.f;
+  auto lanes = [](auto of) {  // of(lane) in every lane
+    alignas(64) int x[W];
+    for (int i = 0; i < W; ++i) x[i] = of(i);
+    return _mm512_load_si512(x);
+  };
+  // a table is read at the lowest four bits of an index, so bits above those of a code do not matter
+  const __m512 table = _mm512_sub_ps(
+      _mm512_cvtepi32_ps(lanes([](int i) { return i % (1 << BITS); })), _mm512_set1_ps(MIDDLE));
+  __m512i code;
+  if constexpr (BITS == 4) {
+    const uint8_t* q = p + n / 2;
+    const int low = count == W ? word<4>(q) : word(q, std::min<int64_t>(4, count / 2));
+    const int high = count == W ? word<4>(q + 4) : count > 8 ? word(q + 4, count / 2 - 4) : 0;
+    const __m512i both = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
+    code = _mm512_srlv_epi32(both, lanes([](int i) { return i % 8 * 4; }));
+  } else if constexpr (BITS == 2) {
+    const int x = count == W ? word<4>(p + n / 4) : word(p + n / 4, count / 4);
+    code = _mm512_srlv_epi32(_mm512_set1_epi32(x), lanes([](int i) { return i * 2; }));
+  } else {
+    auto two = [&](const uint8_t* q) { return count == W ? word<2>(q) : word<1>(q); };
+    const uint8_t* q = p + n / 8;
+    const __m512i low = _mm512_set1_epi32(two(q) | two(q + width / 8) << 16);
+    const __m512i high = _mm512_set1_epi32(two(q + width / 4) << 2);
+    code = _mm512_ternarylogic_epi32(  // the lowest two bits of the one, and the third of the other
+        _mm512_srlv_epi32(low, lanes([](int i) { return i % 2 * 16 + i / 8 * 8 + i % 8 / 2 * 2; })),
+        _mm512_srlv_epi32(high, lanes([](int i) { return i; })), _mm512_set1_epi32(3), 0xe4);
+  }
+  return _mm512_permutexvar_ps(code, table);
 }
-inline V load(const int8_t* p, int64_t count = W) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bytes(p, count)));
+#elif defined(CPU_CAPABILITY_AVX2)
+template <int BITS>
+V levels(const uint8_t* p, int64_t n, int64_t width, int64_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  if constexpr (BITS == 4) {
+    const int x = count == W ? word<4>(p + n / 2) : word(p + n / 2, count / 2);
+    const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(x), _mm256_slli_epi32(lane, 2));
+    const __m256 number = _mm256_cvtepi32_ps(_mm256_and_si256(code, _mm256_set1_epi32(15)));
+    return _mm256_sub_ps(number, _mm256_set1_ps(7.5f));
+  } else if constexpr (BITS == 2) {
+    // the table is read at the lowest three bits of an index, the third of which does not matter
+    const __m256 table = _mm256_setr_ps(-1.5f, -.5f, .5f, 1.5f, -1.5f, -.5f, .5f, 1.5f);
+    const int x = count == W ? word<2>(p + n / 4) : word<1>(p + n / 4);
+    const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(x), _mm256_slli_epi32(lane, 1));
+    return _mm256_permutevar8x32_ps(table, code);
+  } else {
+    const __m256 table = _mm256_setr_ps(-3.5f, -2.5f, -1.5f, -.5f, .5f, 1.5f, 2.5f, 3.5f);
+    const uint8_t* q = p + n / 8;
+    const __m256i x = _mm256_set1_epi32(q[0] | q[width / 8] << 8 | q[width / 4] << 16);
+    const __m256i low = _mm256_srlv_epi32(x, _mm256_setr_epi32(0, 8, 2, 10, 4, 12, 6, 14));
+    const __m256i high =  // moved to the third bit
+        _mm256_srlv_epi32(x, _mm256_add_epi32(lane, _mm256_set1_epi32(14)));
+    const __m256i code = _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi32(3)),
+                                         _mm256_and_si256(high, _mm256_set1_epi32(4)));
+    return _mm256_permutevar8x32_ps(table, code);
+  }
 }
-template <int SHIFT>
-V load(const Nibble<SHIFT>* p, int64_t count = W) {
-  const __m512 table = _mm512_setr_ps(-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -.5f, .5f,
-                                      1.5f, 2.5f, 3.5f, 4.5f, 5.5f, 6.5f, 7.5f);
-  const __m512i pairs = _mm512_cvtepu8_epi32(load_bytes(p, count));
-  return _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, SHIFT), table);  // uses the low four bits
+#else
+template <int BITS>
+V levels(const uint8_t* p, int64_t n, int64_t width, int64_t count) {
+  float all[W] = {};
+  for (int64_t i = 0; i < count; ++i) all[i] = level<BITS>(p, n + i, width);
+  return V::loadu(all);
 }
 #endif
 
-// Calls use(rows, first) for each half of rows of 4-bit codes, where `first` is the column at which
-// the half begins, and once for rows of anything else.
-template <class T, class Use>
-void for_each_half(const T* rows, int64_t size, const Use& use) {
-  if constexpr (std::is_same_v<T, Nibbles>) {
-    use(reinterpret_cast<const Nibble<0>*>(rows), 0);
-    use(reinterpret_cast<const Nibble<4>*>(rows), size);
-  } else {
-    use(rows, 0);
-  }
+// The same for any bits
+template <int BITS>
+V numbers(const uint8_t* p, int64_t n, int64_t width, int64_t count) {
+  if constexpr (BITS == 16)
+    return load(reinterpret_cast<const at::BFloat16*>(p) + n, count);
+  else if constexpr (BITS == 8)
+    return load(reinterpret_cast<const int8_t*>(p) + n, count);
+  else
+    return levels<BITS>(p, n, width, count);
 }
+
+// Rows of one latent, from a slot on
+struct Codes {
+  using Factor = float;  // what they are multiplied with
+
+  const Packing* packing;
+  const uint8_t *codes, *scales;
+  int64_t step;  // bytes from a slot to the next
+
+  int64_t vectors() const { return packing->vectors; }
+  Codes skip(int64_t slots) const {
+    return {packing, codes + slots * step, scales + slots * step, step};
+  }
+
+  // Calls use(i, numbers) for vectors `begin` to `end` of the latent in slot t
+  template <class Use>
+  void for_each_vector(int64_t t, int64_t begin, int64_t end, const Use& use) const {
+    const uint8_t *p = codes + t * step, *scale = scales + t * step;
+    for (const Segment& s : packing->segments) {
+      const V factor(s.bits == 16 ? 1.f : scale_of(*scale++));
+      auto unpack = [&](auto bits) {
+        constexpr int BITS = decltype(bits)::value;
+        const uint8_t* q = p + s.offset;
+        const int64_t whole = std::min(end, s.first + s.width / W);
+        int64_t i = std::max(begin, s.first);
+        for (; i < whole; ++i)
+          use(i, numbers<BITS>(q, (i - s.first) * W, s.width, W) * factor);
+        if (i < std::min(end, s.end))
+          use(i, numbers<BITS>(q, (i - s.first) * W, s.width, s.width % W) * factor);
+      };
+      switch (s.bits) {
+        case 16: unpack(std::integral_constant<int, 16>()); break;
+        case 8: unpack(std::integral_constant<int, 8>()); break;
+        case 4: unpack(std::integral_constant<int, 4>()); break;
+        case 3: unpack(std::integral_constant<int, 3>()); break;
+        default: unpack(std::integral_constant<int, 2>());
+      }
+    }
+  }
+
+  // A hint that slot t will be read soon
+  void fetch(int64_t t) const {
+    for (int64_t i = 0; i < packing->code_bytes; i += 64) prefetch(codes + t * step + i);
+    prefetch(scales + t * step);
+  }
+  int64_t ahead() const { return std::max<int64_t>(8, AHEAD / step); }  // slots
+};
 
 }  // namespace

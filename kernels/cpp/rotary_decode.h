@@ -69,66 +69,68 @@ inline void rotated_multiply(const float* q, int64_t rows, const float* keys, in
   in_blocks_of(std::integral_constant<int, 1>());
 }
 
-// Writes latent l of n slots from t on to tile (n, rank), times their scales
+// Writes n rows to tile (n, size), rounded to L
 template <class L, class T>
-void unpack(const T* rows, const Cache& z, int64_t b, int64_t l, int64_t t, int64_t n,
-            std::vector<float>& scales, L* tile) {
-  scales.assign(n, 1.f);  // multiplied before rounding to L, as the definition does
-  z.apply_scales(scales.data(), 1, n, b, l, t, n);
-  const int64_t stored = z.x.size(3), rank = z.width();
-  for_each_half(rows, stored, [&](const auto* numbers, int64_t first) {
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t d = 0; d < stored; d += W) {
-        const int64_t count = std::min(W, stored - d);
-        const V x = load(numbers + j * z.x.stride(2) + d, count);
-        store(x * V(scales[j]), &tile[j * rank + first + d], count);
-      }
-  });
+void unpack(const Numbers<T>& rows, int64_t n, int64_t size, L* tile) {
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t d = 0; d < size; d += W) {
+      const int64_t count = std::min(W, size - d);
+      store(load(rows.x + j * rows.step + d, count), tile + j * size + d, count);
+    }
+}
+template <class L>
+void unpack(const Codes& rows, int64_t n, int64_t size, L* tile) {
+  for (int64_t j = 0; j < n; ++j)
+    rows.for_each_vector(j, 0, size / W,
+                         [&](int64_t i, V x) { store(x, tile + j * size + i * W, W); });
 }
 
 Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Tensor& span,
                      double scale, const Tensor& cos, const Tensor& sin, const Tensor& up,
                      const OptionalTensor& mean, const OptionalTensor& bias,
-                     const OptionalTensor& z_scale, const OptionalTensor& v_scale) {
-  const Cache latent{z, z_scale}, values{v, v_scale};
+                     const Layouts& z_layout, const Layouts& v_layout) {
+  const Cache latent(z, z_layout), values(v, v_layout);
   check_attention(q, latent, values, span, bias, std::nullopt);
   check_rotation(q, latent, up, mean, cos, sin);
-  expect(cos.size(2) == z.size(2), "angles of all slots", cos);
-  const int64_t D = q.size(3), half = D / 2, padded = round_up(D), rank = latent.width();
-  const int64_t K = z.size(1), heads = up.size(2) / D, G = heads * K;  // kv heads of a latent, all
-  const int64_t latents = K / std::gcd(K, v.size(1)), rows = q.size(1) / G * q.size(2);
+  expect(cos.size(2) == latent.slots(), "angles of all slots", cos);
+  const int64_t D = q.size(3), half = D / 2, padded = round_up(D);
+  const int64_t K = latent.latents(), heads = up.size(2) / D, G = heads * K;  // kv heads of a latent, all
+  const int64_t latents = K / std::gcd(K, values.latents()), rows = q.size(1) / G * q.size(2);
   const Tensor queries = q.to(at::kFloat).contiguous();
   const Tensor means = mean ? mean->to(at::kFloat).contiguous() : Tensor();
   const Tensor c = cos.contiguous(), s = sin.contiguous();
+  // Maps read latents in the order of their rows
+  const Tensor ordered =
+      latent.packed ? latent.factors<float>(up.transpose(1, 2)).transpose(1, 2) : up;
+  const int64_t size = ordered.size(1);
   return DISPATCH(q, "rotary_decode", [&] {
-    return with_lift_type<scalar_t>(rank, [&](auto number) {
+    return with_lift_type<scalar_t>(size, [&](auto number) {
       using L = decltype(number);
       const Tensor maps =
-          pack_for_lift<L>(up.unflatten(2, {heads, D}).transpose(1, 2).flatten(0, 1));
+          pack_for_lift<L>(ordered.unflatten(2, {heads, D}).transpose(1, 2).flatten(0, 1));
       auto scorer = [&] {
-        return [&, tile = std::vector<L>(), scales = std::vector<float>(),
-                keys = std::vector<float>(LIFTED * padded)](const Task& task, int64_t t, int64_t n,
-                                                            float* out) mutable {
+        return [&, tile = std::vector<L>(), keys = std::vector<float>(LIFTED * padded)](
+                   const Task& task, int64_t t, int64_t n, float* out) mutable {
           const int64_t angles = ((cos.size(0) == 1 ? 0 : task.b) * cos.size(2) + t) * half;
           for (int64_t i = 0; i < latents; ++i) {
             const int64_t l = task.unit * latents + i;
             const L* numbers = nullptr;
-            int64_t step = z.stride(2);
-            latent.with_rows<scalar_t>(task.b, l, t, [&](const auto* cached) {
-              if constexpr (std::is_same_v<decltype(cached), const L*>) {
+            int64_t step = size;
+            latent.with_rows<scalar_t>(task.b, l, t, [&](const auto& cached) {
+              if constexpr (std::is_same_v<std::decay_t<decltype(cached)>, Numbers<L>>) {
                 // The product compiles a kernel per shape, so it always takes LIFTED rows: read in
                 // place where so many are there, otherwise from a tile that has space for them
-                if (n % LIFTED == 0) return void(numbers = cached);
+                if (n % LIFTED == 0) return void((numbers = cached.x, step = cached.step));
               }
-              tile.resize(TILE * rank);
-              unpack(cached, latent, task.b, l, t, n, scales, tile.data());
-              numbers = tile.data(), step = rank;
+              tile.resize(TILE * size);
+              unpack(cached, n, size, tile.data());
+              numbers = tile.data();
             });
             for (int64_t g = 0; g < heads; ++g) {
               const int64_t kv = l * heads + g;
               for (int64_t j = 0; j < n; j += LIFTED) {
-                lift(numbers + j * step, LIFTED, step, maps.const_data_ptr<L>() + kv * rank * D,
-                     rank, D, keys.data(), padded);
+                lift(numbers + j * step, LIFTED, step, maps.const_data_ptr<L>() + kv * size * D,
+                     size, D, keys.data(), padded);
                 rotated_multiply(queries.const_data_ptr<float>() + (task.b * G + kv) * rows * D,
                                  rows, keys.data(), padded,
                                  mean ? means.const_data_ptr<float>() + kv * D : nullptr,

@@ -29,21 +29,22 @@ struct Task {
 struct Layout {
   int64_t batch, heads, new_tokens;
   int64_t units, rows, latents;   // rows (heads times new tokens) and value latents of a unit
-  int64_t width, stored, padded;  // of values: numbers, elements of the cache, floats of a sum
+  int64_t width, padded;          // of values: numbers, and floats of a sum
+  const Packing* packing;         // of values, or null
 
   Layout(const Tensor& q, int64_t keys, const Cache& v)
       : batch(q.size(0)),
         heads(q.size(1)),
         new_tokens(q.size(2)),
-        units(std::gcd(keys, v.x.size(1))),
+        units(std::gcd(keys, v.latents())),
         rows(heads / units * new_tokens),
-        latents(v.x.size(1) / units),
+        latents(v.latents() / units),
         width(v.width()),
-        stored(v.x.size(3)),
-        padded(v.four_bits() ? 2 * round_up(stored) : round_up(width)) {}
+        padded(v.padded()),
+        packing(v.packed ? &v.packing : nullptr) {}
 
-  // Where number j of a value is in a sum: each half of 4-bit values is padded by itself
-  int64_t column(int64_t j) const { return j < stored ? j : round_up(stored) + j - stored; }
+  // Where number j of a value is in a sum
+  int64_t column(int64_t j) const { return packing ? packing->columns[j] : j; }
 };
 
 // The first slot of sequence b, and the one after its last, for span (B or 1, 2)
@@ -75,15 +76,16 @@ void merge(std::vector<float>& parts, int64_t splits, const Layout& layout, T* o
           return Softmax(&parts[(item * splits + split) * size], rows, layout.padded);
         };
         for (int64_t i = 0; i < splits; ++i) peak = std::max(peak, part(i).peaks[r]);
-        std::vector<float> sum(width);
+        std::vector<float> sum(layout.padded);
         for (int64_t i = 0; i < splits; ++i) {
           const Softmax x = part(i);
           const float weight = std::exp(x.peaks[r] - peak);
           total += weight * x.totals[r];
-          for (int64_t j = 0; j < width; ++j)
-            sum[j] += weight * x.sums[r * layout.padded + layout.column(j)];
+          for (int64_t j = 0; j < layout.padded; ++j)
+            sum[j] += weight * x.sums[r * layout.padded + j];
         }
-        for (int64_t j = 0; j < width; ++j) out[(item * rows + r) * width + j] = T(sum[j] / total);
+        for (int64_t j = 0; j < width; ++j)
+          out[(item * rows + r) * width + j] = T(sum[layout.column(j)] / total);
       }
   });
 }

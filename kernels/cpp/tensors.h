@@ -3,6 +3,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/OptionalArrayRef.h>
 
 #include <optional>
 
@@ -16,5 +17,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Layouts = at::OptionalIntArrayRef;  // of the rows of a cache, if it is packed
 
 }  // namespace

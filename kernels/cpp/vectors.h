@@ -31,7 +31,7 @@ inline V load(const at::Half* p) {
 inline V load(const float* p, int64_t count) { return V::loadu(p, count); }
 template <class T>
 V load(const T* p, int64_t count) {
-  if constexpr (sizeof(T) == 1) {  // codes, where no overload in packed.h is faster
+  if constexpr (sizeof(T) == 1) {
     float all[W] = {};
     std::copy_n(p, count, all);
     return V::loadu(all);
@@ -49,6 +49,20 @@ V load(const T* p, int64_t count) {
     return load(all);
   }
 }
+
+#ifdef CPU_CAPABILITY_AVX512
+inline V load(const int8_t* p, int64_t count = W) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(0xffffu >> (W - count), p);
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+inline V load(const int8_t* p, int64_t count = W) {
+  int8_t all[W] = {};
+  if (count < W) p = std::copy_n(p, count, all) - count;
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+#endif
 
 inline void store(V x, float* p, int64_t count) { x.store(p, count); }
 inline void store(V x, at::BFloat16* p, int64_t count) {

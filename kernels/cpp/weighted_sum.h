@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cache.h"
 #include "lanes.h"
+#include "packed.h"
 #include "vectors.h"
 
 namespace {
@@ -45,41 +47,78 @@ void weighted_sum_rows(const A* p, int64_t ldp, const Get& get, int64_t slots, i
   }
 }
 
+// The vectors of rows v (slots, width) from `begin` to `end`: numbers as they are, codes unpacked
+template <class T>
+struct Columns {
+  using L = Lanes<Factor<T>, T>;
+  static constexpr bool IN_PLACE = L::DEPTH == 1;  // reading them twice costs nothing
+
+  const Numbers<T>& v;
+  int64_t begin, end;
+
+  // Vector i of the DEPTH slots from t on, of which those below `slots` exist
+  typename L::X get(int64_t t, int64_t i, int64_t slots) const {
+    const int64_t first = (begin + i) * W;
+    return L::column(v.x + t * v.step + first, v.step, slots - t, std::min(W, v.width - first));
+  }
+
+  // Writes those of slots `from` up to `to` to y
+  void read(int64_t from, int64_t to, typename L::X* y) const {
+    for (int64_t t = from; t < to; t += L::DEPTH)
+      for (int64_t i = 0; i < end - begin; ++i) {
+        for (int64_t k = 0; k < L::DEPTH; ++k)
+          prefetch(v.x + (t + k + to - from) * v.step + (begin + i) * W);
+        *y++ = get(t, i, to);
+      }
+  }
+};
+struct CodeColumns {
+  using L = Lanes<float, float>;
+  static constexpr bool IN_PLACE = false;
+
+  const Codes& v;
+  int64_t begin, end;
+
+  void read(int64_t from, int64_t to, V* y) const {
+    for (int64_t t = from; t < to; ++t) {
+      v.fetch(t + v.ahead());
+      v.for_each_vector(t, begin, end, [&](int64_t, V x) { *y++ = x; });
+    }
+  }
+};
+template <class T>
+Columns<T> columns(const Numbers<T>& v, int64_t begin, int64_t end) {
+  return {v, begin, end};
+}
+inline CodeColumns columns(const Codes& v, int64_t begin, int64_t end) { return {v, begin, end}; }
+
 // out (rows, width) = keep (rows) * out + p (rows, slots) v, with v (slots, width). A row of out
 // has space for whole vectors.
-template <class A, class T>
-void weighted_sum(const A* p, int64_t rows, int64_t ldp, const T* v, int64_t slots, int64_t ldv,
-                  int64_t width, const float* keep, float* out, int64_t ldo) {
-  using L = Lanes<A, T>;
+template <class A, class Rows>
+void weighted_sum(const A* p, int64_t rows, int64_t ldp, const Rows& v, int64_t slots,
+                  const float* keep, float* out, int64_t ldo) {
   constexpr int64_t BUFFER = 256;  // vectors: 16 KiB of AVX-512, 8 KiB of AVX2, so L1 holds them
+  constexpr int64_t PANEL = BUFFER / 4;
   const float ones[4] = {1.f, 1.f, 1.f, 1.f};
-  const int64_t panel = BUFFER / 4 * W;
-  typename L::X buffer[BUFFER];
-  for (int64_t first = 0; first < width; first += panel) {
-    const int64_t size = std::min(width - first, panel), vectors = round_up(size) / W;
+  for (int64_t first = 0; first < v.vectors(); first += PANEL) {
+    const auto x = columns(v, first, std::min(v.vectors(), first + PANEL));
+    using L = typename std::decay_t<decltype(x)>::L;
+    typename L::X buffer[BUFFER];
+    const int64_t vectors = x.end - first;
     const int64_t strip = BUFFER / vectors * L::DEPTH;  // slots that fit the buffer
+    float* to = out + first * W;
     for (int64_t t = 0; t < slots; t += strip) {
       const int64_t n = std::min(strip, slots - t);
-      const T* x = v + t * ldv + first;
       auto kept = [&](int64_t m) { return t ? ones : keep + m; };
-      auto read = [=](int64_t step, int64_t i) {
-        const int64_t j = step * L::DEPTH;
-        return L::column(x + j * ldv + i * W, ldv, n - j, std::min(W, size - i * W));
-      };
-      if (rows == 1 && L::DEPTH == 1 && vectors <= 8) {  // one pass in the order of memory
-        weighted_sum_rows<1, L>(p + t, ldp, read, n, vectors, kept(0), out + first, ldo);
-        continue;
-      }
-      auto* y = buffer;  // filled in the order of memory, then read once per block of rows
-      for (int64_t j = 0; j * L::DEPTH < n; ++j)
-        for (int64_t i = 0; i < vectors; ++i) {
-          for (int64_t k = 0; k < L::DEPTH; ++k)
-            prefetch(x + (j * L::DEPTH + k + strip) * ldv + i * W);
-          *y++ = read(j, i);
+      if constexpr (std::decay_t<decltype(x)>::IN_PLACE)
+        if (rows == 1 && vectors <= 8) {  // one pass in the order of memory
+          auto get = [&, t](int64_t step, int64_t i) { return x.get(t + step, i, slots); };
+          weighted_sum_rows<1, L>(p + t, ldp, get, n, vectors, kept(0), to, ldo);
+          continue;
         }
+      x.read(t, t + n, buffer);  // in the order of memory, then used once per block of rows
       const typename L::X* filled = buffer;
       auto get = [=](int64_t step, int64_t i) { return filled[step * vectors + i]; };
-      float* to = out + first;
       int64_t m = 0;
       for (; m + 4 <= rows; m += 4)
         weighted_sum_rows<4, L>(p + m * ldp + t, ldp, get, n, vectors, kept(m), to + m * ldo, ldo);

@@ -13,7 +13,10 @@ NUMBERS = {int: ("x", "0.5", "-1", "0", "1e3", "1" + 30 * "0"), float: ("x", "na
 PATHS = {  # options that name what is read
     "--text": ("none.txt", "dense", "/dev/null", "a.txt/a.txt", "x" * 5000),
     "--include-path": ("none", "a.txt"),
-    "--calibration": ("none.txt", "dense", "hub:", "hub:org/none", "a.txt/a.txt", "x" * 5000),
+    "--calibration": (
+        *("none.txt", "dense", "hub:", "hub:org/none", "a.txt/a.txt", "x" * 5000),
+        *("", "a.txt,", "mixd", "a.txt:0", "self:-1", "hub:org/set:nan", "a.txt,a.txt:9e999"),
+    ),
     "--original": ("none", "a.txt", "org/none", "low", "x" * 5000),
 }
 TEXTS = {
@@ -30,7 +33,7 @@ GOOD = {
     "--windows": ("0",),
     "sweep --anchor-block": ("-1", "0"),  # its row says what does not fit
     "sweep --heads-per-latent": ("3", "9" * 30),
-    "sweep --calibration": ("hub:", "hub:org/none"),  # after the row of the dense model
+    "sweep --calibration": ("hub:org/none",),  # after the row of the dense model
     "--top-k": ("0",),
     "--patience": ("0",),
 }

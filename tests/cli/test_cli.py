@@ -111,7 +111,7 @@ def test_unknown_bits_are_refused_before_the_long_work(run, dense_folder, tmp_pa
         code, _, said = run(*asked)
         assert (code, "'5' is unknown: expected one of 16, 8, 4" in said) == (2, True)
     for more, named in (
-        (["--kv-bits", "few"], "kv bits is 'few': expected auto, 16, 8 or 4"),
+        (["--kv-bits", "few"], "kv bits is 'few': expected auto, 16, 8, 4, 3 or 2"),
         (["--kv-bits", "auto", "--method", "eigen"], "those have a rule of their own"),
     ):
         code, _, said = run("compress", dense_folder, tmp_path / "low", *more)
@@ -150,7 +150,37 @@ def test_a_method_without_calibration_reads_only_the_evaluation_text(run, dense_
     assert "from the weights alone" in (low / "README.md").read_text()
     words = ["--method", "lorc", "--samples", "24", "--seq-len", "32", "--json", "--force"]
     printed = json.loads(run("compress", dense_folder, low, *words)[1])
-    assert printed["evaluation"]["tokens"] == 3 * 31
+    assert printed["evaluation"]["tokens"] == 4 * 31  # a sequence of each part of `mixed`
+
+
+def test_by_default_a_model_is_calibrated_on_a_mixture_that_its_card_tells(
+    run, dense_folder, tmp_path
+):
+    words = ["--samples", "10", "--seq-len", "32", "--json"]
+    code, text, error = run("compress", dense_folder, tmp_path / "low", *words)
+    assert code == 0, error
+    told = "mixed: self 3, chat 3, help 2, source 1 sequences"  # one of `source` is held out
+    assert json.loads(text)["calibration"]["source"] == told
+    assert json.loads(text)["evaluation"]["text"] == "held-out mixed text"
+    assert f"Calibrated on 288 tokens ({told})" in (tmp_path / "low" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["compress", "refine", "sweep"])
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("self:0", "self:0 has the share 0: expected a positive number"),
+        ("self,mixd", "mixd does not exist: expected a text file"),
+        ("self,chat,help", "given 2 samples for 3 sources"),
+    ],
+)
+def test_calibration_text_that_cannot_be_had_is_refused_before_a_model_is_loaded(
+    run, tmp_path, command, source, says
+):
+    words = ["--calibration", source, "--samples", "2"]
+    code, text, error = run(command, tmp_path / "no-model", tmp_path / "out", *words)
+    assert (code, text) == (2, "")
+    assert says in error
 
 
 def test_compress_writes_a_plain_checkpoint_and_says_who_reads_it(run, tmp_path):

@@ -24,7 +24,9 @@ SHOWN = r"$\frac$x\x1b[31m\n\n---\n| a | b |\n[red]c[/red] :smile: \u202e</h1><s
 def hostile(dense, tmp_path_factory):
     """A checkpoint whose record is from a stranger."""
     folder = tmp_path_factory.mktemp("hostile") / "low"
-    compress_checkpoint(dense, folder, Settings(rank_multiple=2), samples=4, seq_len=32)
+    compress_checkpoint(
+        dense, folder, Settings(rank_multiple=2, kv_bits=(16,)), samples=4, seq_len=32
+    )
     path = folder / "config.json"
     raw = json.loads(path.read_text())
     record = raw["compression"]

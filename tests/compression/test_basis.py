@@ -4,10 +4,11 @@ import torch
 from observe import outputs
 
 from eigenzoo.zoo.compression.allocate import Ranks
-from eigenzoo.zoo.compression.basis import lorc_weights, palu_weights, solve
+from eigenzoo.zoo.compression.basis_published import clover_weights, lorc_weights, palu_weights
 from eigenzoo.zoo.compression.calibrate import calibrate
 from eigenzoo.zoo.compression.fold import fold
 from eigenzoo.zoo.compression.methods import METHODS
+from eigenzoo.zoo.compression.solve import solve
 
 
 def gram(latents: int, n: int, seed: int) -> torch.Tensor:
@@ -234,3 +235,50 @@ def test_kq_svd_loses_least_of_what_the_output_projection_reads():
         kept = v[head] @ span(basis, head, 3).T @ w_o[:, head].permute(2, 1, 0).flatten(1)
         tail = torch.linalg.svdvals(product)[3:].square().sum()
         torch.testing.assert_close((product - kept).square().sum(), tail, atol=0, rtol=1e-3)
+
+
+def with_bias(projection) -> torch.Tensor:
+    """A weight with its bias as one more column, in fp64."""
+    columns = [projection.weight]
+    if projection.bias is not None:
+        columns.append(projection.bias[:, None])
+    return torch.cat(columns, 1).double()
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_clover_keeps_the_nearest_product_of_the_weights_of_a_head(family):
+    model = tiny.native(family, **({"attention_bias": True} if family == "llama" else {}))
+    empty = calibrate(model, tiny.tokens(1, 8)[:0])
+    attn, basis = model.layers[1].attn, METHODS["clover"].bases(model, empty)[1]
+    g, d = model.config.num_key_value_heads, model.config.head_dim
+    q, o = attn.q_proj, attn.o_proj.weight.double().unflatten(1, (g, -1, d))
+    read = with_bias(q).unflatten(0, (g, -1, d)), o.permute(1, 2, 3, 0)  # (g, heads, d, ...)
+    written = with_bias(attn.k_proj), with_bias(attn.v_proj)
+    for b, reader, w in zip(basis, read, written, strict=True):
+        if b is basis.k and model.config.rotary:
+            continue
+        for head, rows in enumerate(w.unflatten(0, (g, d))):
+            product = reader[head].transpose(0, 1).flatten(1).T @ rows
+            u, s, vt = torch.linalg.svd(product, full_matrices=False)
+            best = u[:, :3] @ (s[:3, None] * vt[:3])
+            kept = reader[head].transpose(0, 1).flatten(1).T @ span(b, head, 3) @ rows
+            torch.testing.assert_close(kept, best, atol=1e-6, rtol=0)
+            torch.testing.assert_close(b.spectrum[head], s[:d].square(), atol=0, rtol=1e-4)
+
+
+def test_clover_weighs_rotated_keys_by_queries_at_all_distances():
+    model = tiny.native()
+    plain = METHODS["clover"].bases(model, calibrate(model, tiny.tokens(1, 8)[:0]))[1].k
+    model.inv_freq.zero_()  # nothing turns: the metric of the queries' weights themselves
+    still = METHODS["clover"].bases(model, calibrate(model, tiny.tokens(1, 8)[:0]))[1].k
+    w = model.layers[1].attn.k_proj.weight.double().unflatten(0, (4, 8))
+    queries = model.layers[1].attn.q_proj.weight.double().unflatten(0, (4, 2, 8))
+    product = queries[0].transpose(0, 1).flatten(1).T @ w[0]
+    tail = torch.linalg.svdvals(product)[3:].square().sum()
+    assert float(still.spectrum[0, 3:].sum()) == pytest.approx(float(tail), rel=1e-4)
+    assert not torch.allclose(plain.spectrum, still.spectrum)
+
+
+def test_clover_gives_all_layers_the_same_ranks():
+    model = tiny.native()
+    assert clover_weights(model, []) == [(1.0, 1.0)] * 3

@@ -30,6 +30,7 @@ ABSORBED = [name for name in MODELS if name.startswith(("opt", "mpt"))]
 METHOD_AND_SHARES = [
     ("eigen", (1, 1)),
     ("kq-svd", (2, 1)),
+    ("clover", (1, 2)),
     *((m, (4, 4)) for m in ("pca", "palu", "lorc")),
     *((m, shared) for m in ("fisher", "attention") for shared in ((1, 1), (4, 1), (2, 4), (4, 4))),
 ]
@@ -224,3 +225,44 @@ def test_the_rest_of_the_model_is_shared_not_copied():
 def test_cache_bytes_are_those_of_the_ranks():
     low = folded(tiny.native(), "fisher", (4, 2), 20, 12)
     assert low.new_cache(2, 10).nbytes == 2 * 10 * 4 * ((20 + 19 + 20) + 2 * (12 + 12 + 11))
+
+
+SEGMENTED = {  # joint latents, keys turned within blocks, rebuilt ones, clipped projections
+    **{name: (name, False, 1) for name in MODELS},
+    "llama anchored": ("llama biases", False, 16),
+    "opt joint": ("opt", True, 1),
+    "mpt joint": ("mpt", True, 1),
+}
+
+
+@pytest.mark.parametrize("way", SEGMENTED)
+def test_centered_latents_have_no_mean_and_the_model_computes_the_same(way):
+    name, joint, anchor = SEGMENTED[way]
+    model, x = MODELS[name](), tiny.tokens(8, 64)
+    for p in model.parameters():  # biases that a mean shows
+        p.data += 0.1 * (p.dim() == 1)
+    shared = min(4, model.config.num_key_value_heads)
+    statistics = calibrate(model, x, (shared, shared), queries=True, joint=joint, anchor=anchor)
+    bases = METHODS["attention"].bases(model, statistics)  # fisher weights tokens, and so means
+    texts = ("16x8+8x4", "12x4+12x2", "16x3+8x2")
+    ranks = Ranks((24,) * 3, ((0,) if joint else (24,)) * 3)
+    few = ranks._replace(k_segments=texts, v_segments=("",) * 3 if joint else texts)
+    low, whole = fold(model, bases, few, anchor), fold(model, bases, ranks, anchor)
+    assert low.config.centered
+    close(low(x[:2]), whole(x[:2]))
+    seen = [[], []]
+    attn = low.layers[0].attn  # what it reads is not compressed
+
+    def watch(k, v, pos, cache):
+        for parts, latents in zip(seen, (k, v), strict=True):
+            parts.append(latents)
+        return type(attn).remember(attn, k, v, pos, cache)
+
+    attn.remember = watch
+    for row in x:
+        low(row[None])
+    for parts, shift in zip(seen, (attn.k_shift, attn.v_shift), strict=True):
+        if shift is not None:
+            latents = torch.cat(parts, 2) + shift
+            spread = latents.std(2, keepdim=True)
+            assert (latents.mean((0, 2), keepdim=True).abs() < 1e-3 * spread).all()

@@ -42,12 +42,12 @@ MODELS = {
     ),
 }
 SCHEMES = {
-    "rebuild": Settings(keys="rebuild"),
-    "anchored 3": Settings(keys="anchored", anchor_block=3),
-    "anchored 16": Settings(keys="anchored", anchor_block=16),
-    "rotated": Settings(keys="rotated"),
-    "pairs": Settings(keys="pairs"),
-    "full": Settings(keys="full"),
+    "rebuild": Settings(keys="rebuild", kv_bits=(16,)),
+    "anchored 3": Settings(keys="anchored", anchor_block=3, kv_bits=(16,)),
+    "anchored 16": Settings(keys="anchored", anchor_block=16, kv_bits=(16,)),
+    "rotated": Settings(keys="rotated", kv_bits=(16,)),
+    "pairs": Settings(keys="pairs", kv_bits=(16,)),
+    "full": Settings(keys="full", kv_bits=(16,)),
 }
 
 
@@ -199,7 +199,9 @@ def test_pairs_lose_nothing_where_heads_are_turned_and_scaled_copies(name, metho
             heads = p.unflatten(0, (4, d))
             turned = rotate(heads[::2].transpose(1, -1), angle.cos(), angle.sin()).transpose(1, -1)
             heads[1::2] = 1.7 * turned
-    settings = Settings(method, keys="pairs", heads_per_latent=(4, 4)).fit(model.config)
+    settings = Settings(method, keys="pairs", heads_per_latent=(4, 4), kv_bits=(16,)).fit(
+        model.config
+    )
     low = fold(model, solved(model, settings), Ranks((2 * d,) * 3, (4 * d,) * 3))
     close(low(x), model(x))
     assert 4 * low.config.kv_width == 3 * model.config.kv_width
@@ -271,8 +273,10 @@ def test_pairs_are_cached_as_turned_as_keys_are():
 
 def test_rotated_is_anchored_in_one_block():
     model, x = MODELS["llama"](), tiny.tokens(8, 64)
-    one = compress(model, x, Settings(keys="rotated", rank_multiple=2)).model
-    two = compress(model, x, Settings(keys="anchored", anchor_block=CONTEXT, rank_multiple=2)).model
+    one = compress(model, x, Settings(keys="rotated", rank_multiple=2, kv_bits=(16,))).model
+    two = compress(
+        model, x, Settings(keys="anchored", anchor_block=CONTEXT, rank_multiple=2, kv_bits=(16,))
+    ).model
     assert one.config == two.config
     weights = two.state_dict()
     assert all(torch.equal(w, weights[name]) for name, w in one.state_dict().items())
@@ -282,7 +286,7 @@ def test_a_block_far_longer_than_the_cache_costs_no_more_than_the_cache():
     low = compress(
         tiny.native(max_position_embeddings=4096),
         tiny.tokens(8, 64),
-        Settings(keys="rotated", rank_multiple=2, keep=0.4),
+        Settings(keys="rotated", rank_multiple=2, keep=0.4, kv_bits=(16,)),
     ).model
     assert low.layers[0].attn.k_down is not None
     assert max(max(shape, default=0) for shape in made(low, 37)) < 4096
@@ -320,7 +324,7 @@ def test_statistics_are_of_keys_turned_within_their_blocks():
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_the_bytes_asked_for_are_met_whatever_the_keys(keys, method, multiple):
     dense, x = tiny.native(head_dim=16), tiny.tokens(4, 64)
-    settings = Settings(method, 0.7, keys=keys, rank_multiple=multiple)
+    settings = Settings(method, 0.7, keys=keys, rank_multiple=multiple, kv_bits=(16,))
     done = compress(dense, x, settings)
     kept = done.model.new_cache(1, 7).nbytes / dense.new_cache(1, 7).nbytes
     assert 0.6 < kept <= 0.7
@@ -333,13 +337,15 @@ def test_the_bytes_asked_for_are_met_whatever_the_keys(keys, method, multiple):
 @pytest.mark.parametrize("family", ["opt", "mpt"])
 def test_full_keys_and_auto_need_no_rotation(family):
     dense, x = tiny.native(family), tiny.tokens(8, 64)
-    low = compress(dense, x, Settings(keep=0.8, keys="full", rank_multiple=2)).model
+    low = compress(dense, x, Settings(keep=0.8, keys="full", rank_multiple=2, kv_bits=(16,))).model
     assert low.config.k_ranks == (8, 8, 8)
     assert low.config.kv_width <= 0.8 * dense.config.kv_width
     y, cache = tiny.tokens(2, 30), low.new_cache(2, 33)
     steps = [low(y[:, p], p, cache) for p in torch.arange(30).split([11, *[1] * 19])]
     close(torch.cat(steps, 1), low(y))
-    auto, rebuild = (compress(dense, x, Settings(keys=k)).model for k in ("auto", "rebuild"))
+    auto, rebuild = (
+        compress(dense, x, Settings(keys=k, kv_bits=(16,))).model for k in ("auto", "rebuild")
+    )
     assert torch.equal(auto(y), rebuild(y))
 
 
@@ -367,7 +373,7 @@ def test_the_checkpoint_runs_in_transformers_with_every_cache(tmp_path, scheme):
 
 
 def test_frequencies_of_pairs_survive_every_way_of_casting_and_saving(tmp_path, dense):
-    settings = Settings(keep=0.3, keys="pairs", rank_multiple=2)
+    settings = Settings(keep=0.3, keys="pairs", rank_multiple=2, kv_bits=(16,))
     compress_checkpoint(dense, tmp_path / "low", settings, samples=4, seq_len=64)
     native = load(str(tmp_path / "low")).model
     theirs = EigenForCausalLM.from_pretrained(tmp_path / "low")
@@ -414,20 +420,27 @@ def test_one_graph_serves_every_length(scheme, backend):
 
 
 def test_auto_says_what_it_chose_and_why():
-    fitted = Settings(keys="auto").fit(tiny.native().config)
+    fitted = Settings(keys="auto", kv_bits=(16,)).fit(tiny.native().config)
     assert (fitted.keys, fitted.anchor_block) == ("anchored", 16)
     assert "lifting every key" in fitted.keys_reason
     assert fitted.fit(tiny.native().config) == fitted
-    assert Settings(keys="auto", anchor_block=64).fit(tiny.native().config).anchor_block == 64
+    assert (
+        Settings(keys="auto", anchor_block=64, kv_bits=(16,)).fit(tiny.native().config).anchor_block
+        == 64
+    )
     for settings, model, named in (
-        (Settings(keys="auto"), tiny.native("opt"), "nothing rotates"),
-        (Settings("eigen", keys="auto"), tiny.native(), "defined with keys that are rebuilt"),
-        (Settings(keys="auto"), longrope(), "longrope"),
+        (Settings(keys="auto", kv_bits=(16,)), tiny.native("opt"), "nothing rotates"),
+        (
+            Settings("eigen", keys="auto", kv_bits=(16,)),
+            tiny.native(),
+            "defined with keys that are rebuilt",
+        ),
+        (Settings(keys="auto", kv_bits=(16,)), longrope(), "longrope"),
     ):
         fitted = settings.fit(model.config)
         assert fitted.keys == "rebuild"
         assert named in fitted.keys_reason
-    assert Settings(keys="pairs").fit(tiny.native().config).keys_reason is None
+    assert Settings(keys="pairs", kv_bits=(16,)).fit(tiny.native().config).keys_reason is None
     assert choose_keys(tiny.native().config).keys in KEYS
 
 
@@ -438,12 +451,12 @@ def longrope() -> Model:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (Settings(keys="turned"), "keys 'turned' is unknown"),
-        (Settings(keys="anchored", anchor_block=1), "anchor block is 1"),
-        (Settings("eigen", keys="anchored"), "eigen rebuilds"),
-        (Settings("eigen", keys="full"), "eigen rebuilds"),
-        (Settings("kv-heads", 0.5, keys="pairs"), "kv-heads cannot make pairs"),
-        (Settings(keys="full", latent="joint-kv"), "keys cannot stay full"),
+        (Settings(keys="turned", kv_bits=(16,)), "keys 'turned' is unknown"),
+        (Settings(keys="anchored", anchor_block=1, kv_bits=(16,)), "anchor block is 1"),
+        (Settings("eigen", keys="anchored", kv_bits=(16,)), "eigen rebuilds"),
+        (Settings("eigen", keys="full", kv_bits=(16,)), "eigen rebuilds"),
+        (Settings("kv-heads", 0.5, keys="pairs", kv_bits=(16,)), "kv-heads cannot make pairs"),
+        (Settings(keys="full", latent="joint-kv", kv_bits=(16,)), "keys cannot stay full"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, named):
@@ -454,14 +467,14 @@ def test_settings_that_make_no_sense_are_refused(settings, named):
 @pytest.mark.parametrize("keys", ["anchored", "pairs", "rotated"])
 def test_what_cannot_be_cached_turned_is_refused_before_the_work(keys):
     with pytest.raises(ValueError, match=f"nothing rotates .* none can be {keys}"):
-        Settings(keys=keys).fit(tiny.native("opt").config)
+        Settings(keys=keys, kv_bits=(16,)).fit(tiny.native("opt").config)
     with pytest.raises(ValueError, match="longrope"):
-        Settings(keys=keys).fit(longrope().config)
+        Settings(keys=keys, kv_bits=(16,)).fit(longrope().config)
 
 
 def test_full_keys_leave_too_little_for_values():
     with pytest.raises(ValueError, match=r"beside whole keys: expected at least 0\.6"):
-        compress(tiny.native(), tiny.tokens(4, 32), Settings(keep=0.5, keys="full"))
+        compress(tiny.native(), tiny.tokens(4, 32), Settings(keep=0.5, keys="full", kv_bits=(16,)))
 
 
 def test_pairs_of_odd_rank_are_refused():

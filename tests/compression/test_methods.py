@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.compression import basis
+from eigenzoo.zoo.compression import basis, basis_published
 from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.methods import METHODS, Method, RankRule, methods_that
 from eigenzoo.zoo.compression.settings import Settings
@@ -47,12 +47,12 @@ def added(monkeypatch):
 
 def test_a_method_is_added_by_a_function_and_a_line(added):
     dense, x = tiny.native(head_dim=16), tiny.tokens(4, 64)
-    low = compress(dense, x, Settings("first-numbers", 0.5, rank_multiple=4)).model
+    low = compress(dense, x, Settings("first-numbers", 0.5, rank_multiple=4, kv_bits=(16,))).model
     assert low.config.kv_width <= 0.5 * dense.config.kv_width
-    full = compress(dense, x, Settings("first-numbers", 1.0)).model
+    full = compress(dense, x, Settings("first-numbers", 1.0, kv_bits=(16,))).model
     torch.testing.assert_close(full(x), dense(x), atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match=r"eigen rebuilds its keys: .* or first-numbers"):
-        Settings("eigen", keys="anchored").check()
+        Settings("eigen", keys="anchored", kv_bits=(16,)).check()
 
 
 def test_an_added_method_runs_from_the_command_line(tmp_path):
@@ -100,8 +100,10 @@ def test_nothing_compares_with_the_name_of_a_method(path):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_functions_of_a_method_are_there(name):
     method = METHODS[name]
-    assert callable(getattr(basis, method.function))
-    weights = getattr(basis, f"{method.function}_weights", None)
+    homes = [room for room in (basis, basis_published) if hasattr(room, method.function)]
+    assert len(homes) == 1
+    assert callable(getattr(*homes, method.function))
+    weights = getattr(*homes, f"{method.function}_weights", None)
     assert (weights is not None) == (method.ranks is RankRule.PROPORTIONAL)
 
 
@@ -129,7 +131,7 @@ def test_messages_list_methods_as_a_sentence_does():
 
 def test_all_heads_share_a_latent_where_the_settings_say_0():
     config = tiny.native().config
-    assert Settings(heads_per_latent=(0, 2)).fit(config).heads_per_latent == (4, 2)
-    assert Settings("lorc").fit(config).heads_per_latent == (4, 4)
+    assert Settings(heads_per_latent=(0, 2), kv_bits=(16,)).fit(config).heads_per_latent == (4, 2)
+    assert Settings("lorc", kv_bits=(16,)).fit(config).heads_per_latent == (4, 4)
     with pytest.raises(ValueError, match="expected divisors of 4"):
-        Settings(heads_per_latent=(-1, 1)).fit(config)
+        Settings(heads_per_latent=(-1, 1), kv_bits=(16,)).fit(config)

@@ -23,26 +23,37 @@ from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.utils.resume import write_state
 
-JOINT = Settings(keep=0.2, latent="joint-kv", heads_per_latent=(4, 4), rank_multiple=1)
+JOINT = Settings(
+    keep=0.2, latent="joint-kv", heads_per_latent=(4, 4), rank_multiple=1, kv_bits=(16,)
+)
 WAYS = {
-    "llama rebuild": ("llama", {"tie_word_embeddings": True}, Settings(keep=0.4, keys="rebuild")),
-    "llama anchored": ("llama", {}, Settings(keep=0.4, keys="anchored")),
+    "llama rebuild": (
+        "llama",
+        {"tie_word_embeddings": True},
+        Settings(keep=0.4, keys="rebuild", kv_bits=(16,)),
+    ),
+    "llama anchored": ("llama", {}, Settings(keep=0.4, keys="anchored", kv_bits=(16,))),
     "llama biases": (
         "llama",
         {"attention_bias": True, "head_dim": 16},
-        Settings(keep=0.1, keys="rebuild", rank_multiple=2),
+        Settings(keep=0.1, keys="rebuild", rank_multiple=2, kv_bits=(16,)),
     ),
-    "qwen2": ("qwen2", {}, Settings("eigen", 0.3, rank_multiple=1)),
-    "opt": ("opt", {}, Settings(keep=0.2, rank_multiple=1)),
+    "llama 4 bits": ("llama", {}, Settings(keep=0.15, keys="anchored", kv_bits=(4,))),
+    "qwen2": ("qwen2", {}, Settings("eigen", 0.3, rank_multiple=1, kv_bits=(16,))),
+    "opt": ("opt", {}, Settings(keep=0.2, rank_multiple=1, kv_bits=(16,))),
     "opt 350m": (
         "opt",
         {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
         JOINT._replace(keep=0.05),
     ),
-    "mpt": ("mpt", {}, Settings("kv-heads", 0.5)),
+    "mpt": ("mpt", {}, Settings("kv-heads", 0.5, kv_bits=(16,))),
     "mpt joint": ("mpt", {}, JOINT),
-    "mpt clip": ("mpt", {"attn_config": {"clip_qkv": 0.4}}, Settings(keep=0.4)),
-    "foundry qk_ln": ("foundry", {"qk_ln": True, "clip_qkv": 0.5}, Settings(keep=0.4)),
+    "mpt clip": ("mpt", {"attn_config": {"clip_qkv": 0.4}}, Settings(keep=0.4, kv_bits=(16,))),
+    "foundry qk_ln": (
+        "foundry",
+        {"qk_ln": True, "clip_qkv": 0.5},
+        Settings(keep=0.4, kv_bits=(16,)),
+    ),
 }
 QUICK = RefineSettings(steps=20, batch=8, lr=3e-5, every=10)
 
@@ -65,8 +76,10 @@ def pair(way: str = "llama rebuild", dtype: torch.dtype = torch.float32):
 
 
 def kl(dense, low, tokens) -> float:
-    """KL(dense || low) in nats per token, from all logits at once."""
-    p, q = (m(tokens).float().log_softmax(-1) for m in (dense, low))
+    """KL(dense || low) in nats per token, from all logits at once, over a cache."""
+    p, q = (
+        m(tokens, cache=m.new_cache(*tokens.shape)).float().log_softmax(-1) for m in (dense, low)
+    )
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
@@ -103,7 +116,7 @@ def test_only_what_compression_made_changes_and_the_rest_is_shared(work):
 
 def test_whole_keys_values_and_layers_stay_as_they_are():
     dense = tiny.native()
-    settings = Settings(heads_per_latent=(1, 1))
+    settings = Settings(heads_per_latent=(1, 1), kv_bits=(16,))
     statistics = gather(dense, tiny.tokens(8, 64), settings)
     bases = METHODS["fisher"].bases(dense, statistics)
     low = fold(dense, bases, Ranks((8, 4, 8), (8, 8, 4)))
@@ -166,7 +179,7 @@ def test_a_state_of_another_run_is_refused(monkeypatch, tmp_path):
         refine(dense, low, text, settings._replace(lr=0.1), state=state)
     with pytest.raises(ValueError, match=r"left by other work .texts "):
         refine(dense, low, text + 1, settings, state=state)
-    other = compress(dense, text, Settings(keep=0.3)).model
+    other = compress(dense, text, Settings(keep=0.3, kv_bits=(16,))).model
     with pytest.raises(ValueError, match=r"left by other work .model "):
         refine(dense, other, text, settings, state=state)
     write_state(tmp_path / "statistics", {}, {"source": "self"})
@@ -311,7 +324,7 @@ def test_the_refined_folder_loads_in_transformers_with_equal_logits(
     assert entry["perplexity_after"] == record["evaluation"]["compressed"]
     assert entry["steps"] == 12
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"Refined for {entry['best_step']} steps on self text" in card
+    assert f"Refined for {entry['best_step']} steps on 896 tokens (mixed: " in card
 
 
 def test_the_same_command_resumes_after_ctrl_c(

@@ -41,7 +41,7 @@ def compressed(dense, x, *refit: str, **changes):
 def test_every_refit_brings_the_model_nearer_to_the_original(family, part):
     dense, x = tiny.native(family).double(), tiny.tokens(16, 64)  # fp32 is too coarse for OPT
     unfitted, fitted = (
-        compress(dense, x, Settings(keep=0.15, rank_multiple=1, refit=parts)).model
+        compress(dense, x, Settings(keep=0.15, rank_multiple=1, refit=parts, kv_bits=(16,))).model
         for parts in ((), (part,))
     )
     assert lost(dense, fitted, x) < lost(dense, unfitted, x)
@@ -51,7 +51,8 @@ def test_every_refit_brings_the_model_nearer_to_the_original(family, part):
 def test_what_loses_nothing_is_not_changed(part):
     dense, x = tiny.native(attention_bias=True), tiny.tokens(4, 64)
     unfitted, fitted = (
-        compress(dense, x, Settings(keep=1.0, refit=parts)).model for parts in ((), (part,))
+        compress(dense, x, Settings(keep=1.0, refit=parts, kv_bits=(16,))).model
+        for parts in ((), (part,))
     )
     want = unfitted.state_dict()
     for name, got in fitted.state_dict().items():
@@ -76,21 +77,23 @@ def test_the_output_projection_is_the_ridge_regression_with_intercept():
 
 def test_fisher_is_refitted_unless_told():
     config = tiny.native().config
-    assert Settings().fit(config).refit == ("output",)
-    assert Settings(refit=()).fit(config).refit == ()
-    assert Settings("eigen").fit(config).refit == ()
+    assert Settings(kv_bits=(16,)).fit(config).refit == ("output",)
+    assert Settings(refit=(), kv_bits=(16,)).fit(config).refit == ()
+    assert Settings("eigen", kv_bits=(16,)).fit(config).refit == ()
 
 
 def test_unknown_refits_are_refused():
     with pytest.raises(ValueError, match="refit 'everything' is unknown: expected one of output"):
-        Settings(refit=("everything",)).check()
+        Settings(refit=("everything",), kv_bits=(16,)).check()
     with pytest.raises(ValueError, match="lorc reads no text"):
-        Settings("lorc", refit=("output",)).check()
+        Settings("lorc", refit=("output",), kv_bits=(16,)).check()
 
 
 def test_checkpoints_with_refits_of_earlier_versions_load_and_show_them(dense, tmp_path):
     folder, x = tmp_path / "low", tiny.tokens(2, 20)
-    compress_checkpoint(dense, folder, Settings(refit=("output",)), samples=4, seq_len=32)
+    compress_checkpoint(
+        dense, folder, Settings(refit=("output",), kv_bits=(16,)), samples=4, seq_len=32
+    )
     want = load(str(folder)).model(x)
     raw = json.loads((folder / "config.json").read_text())
     raw["compression"]["refit"] = ["inputs", "heads", "output"]

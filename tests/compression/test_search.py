@@ -27,7 +27,9 @@ def test_output_error_is_that_of_the_folded_layer(search):
     budget = search.setting(0, 25).error
     chosen = search.choose(budget)
     low = compress(
-        search.model, tiny.tokens(4, 64), Settings("eigen", error_budget=budget, rank_multiple=1)
+        search.model,
+        tiny.tokens(4, 64),
+        Settings("eigen", error_budget=budget, rank_multiple=1, kv_bits=(16,)),
     )
     assert [x["k_rank"] for x in low.layers] == [s.k_rank for s in chosen]
     x, want = search.inputs[:2]

@@ -1,8 +1,10 @@
+import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -149,7 +151,7 @@ cpu = torch.device("cpu")
 torch.set_num_threads(1)
 reset_peak(cpu)
 before = peak(cpu)
-stream_checkpoint(*open_layers(model), Path(out), Settings(), text, 5, 48)
+stream_checkpoint(*open_layers(model), Path(out), Settings(kv_bits=(16,)), text, 5, 48)
 print(peak(cpu) - before)
 """
 
@@ -212,7 +214,10 @@ def test_unfinished_work_is_neither_lost_nor_taken_for_another(tmp_path, text, m
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--stream"], "cannot write its own calibration text: give --calibration FILE"),
+        (
+            ["--stream", "--calibration", "self"],
+            "cannot write its own calibration text: give --calibration FILE",
+        ),
         (["--method", "eigen"], "eigen finds its ranks by looking at all layers together"),
         (["--method", "palu"], "palu finds its ranks by looking at all layers together"),
         (["--plain"], "an ordinary checkpoint is made in memory"),
@@ -221,10 +226,35 @@ def test_unfinished_work_is_neither_lost_nor_taken_for_another(tmp_path, text, m
 )
 def test_what_cannot_be_streamed_is_refused_before_anything_is_written(tmp_path, text, words, says):
     tiny.save(tmp_path / "model")
-    source = [] if words == ["--stream"] else ["--stream", *options(text)]
+    source = [] if "self" in words else ["--stream", *options(text)]
     result = run("compress", tmp_path / "model", tmp_path / "out", *source, *words)
     assert says in result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_a_model_on_disk_is_calibrated_on_what_mixed_has_beside_own_text(tmp_path):
+    tiny.save(tmp_path / "model", chat=True)
+    words = ["--samples", "4", "--seq-len", "48", "--json"]
+    result = run("compress", tmp_path / "model", tmp_path / "out", "--stream", *words)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)["calibration"]["source"]
+    assert told == "mixed: help 2, source 1 sequences"
+
+
+def test_work_on_other_sources_does_not_go_on(tmp_path, text, monkeypatch, ctrl_c):
+    tiny.save(tmp_path / "model")
+    out = tmp_path / "out"
+    common = ["--samples", "4", "--seq-len", "48", "--text", text]
+    given = partial(run, "compress", tmp_path / "model", out, "--stream", *common)
+    monkeypatch.setattr(stream.Stream, "_fold", ctrl_c)
+    assert given("--calibration", f"{text},help").exit_code != 0
+    assert partial_folder(out).exists()
+    monkeypatch.undo()
+    for other in (f"{text},source", f"{text},help:3"):
+        refused = given("--calibration", other, "--resume")
+        assert "was left by other work" in refused.output
+        assert "source 'text.txt 2, help 2 sequences', given" in refused.output
+    assert given("--calibration", f"{text},help", "--resume").exit_code == 0
 
 
 def test_a_finished_folder_is_not_replaced_unless_forced(tmp_path, text):
@@ -233,7 +263,12 @@ def test_a_finished_folder_is_not_replaced_unless_forced(tmp_path, text):
     before = content(tmp_path / "out")
     with pytest.raises(ValueError, match="pass --force to replace it"):
         stream_checkpoint(
-            *open_layers(str(tmp_path / "model")), tmp_path / "out", Settings(), str(text), 5, 48
+            *open_layers(str(tmp_path / "model")),
+            tmp_path / "out",
+            Settings(kv_bits=(16,)),
+            str(text),
+            5,
+            48,
         )
     assert content(tmp_path / "out") == before
 
@@ -244,7 +279,12 @@ def test_a_disk_that_is_too_small_is_noticed_first(tmp_path, text, monkeypatch):
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: usage._replace(free=600_000))
     with pytest.raises(ValueError, match="fewer --samples, or --method attention"):
         stream_checkpoint(
-            *open_layers(str(tmp_path / "model")), tmp_path / "out", Settings(), str(text), 5, 48
+            *open_layers(str(tmp_path / "model")),
+            tmp_path / "out",
+            Settings(kv_bits=(16,)),
+            str(text),
+            5,
+            48,
         )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
 

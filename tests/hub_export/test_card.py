@@ -36,7 +36,9 @@ def dense(tmp_path_factory):
 def low(dense, tmp_path):
     """The compressed checkpoint of `dense`."""
     out = tmp_path / "low"
-    compress_checkpoint(load(str(dense)), out, Settings(rank_multiple=2), samples=4, seq_len=32)
+    compress_checkpoint(
+        load(str(dense)), out, Settings(rank_multiple=2, kv_bits=(16,)), samples=4, seq_len=32
+    )
     return out
 
 
@@ -267,7 +269,7 @@ def test_inspect_shows_whose_code_a_checkpoint_brings(run, low, dense):
     code, output, error = run("inspect", low, "--json")
     assert code == 0, error
     about = json.loads(output)
-    assert about["format_version"] == 1
+    assert about["format_version"] == 2
     assert re.fullmatch(r"as eigenzoo [\d.]+ writes it, not released", about["code"])
     with (low / "cache.py").open("a") as file:
         file.write("print('who?')\n")
@@ -298,10 +300,10 @@ def test_what_is_released_travels_unchanged_until_the_version_changes():
 def test_a_checkpoint_of_a_newer_format_is_refused(run, low):
     raw = json.loads((low / "config.json").read_text())
     assert set(raw["code"]) == {p.name for p in low.glob("*.py")}
-    (low / "config.json").write_text(json.dumps(raw | {"format_version": 2}))
+    (low / "config.json").write_text(json.dumps(raw | {"format_version": 3}))
     code, _, error = run("inspect", low)
     assert code == 2
-    assert "has format 2, but this eigenzoo reads formats up to 1: upgrade" in error
+    assert "has format 3, but this eigenzoo reads formats up to 2: upgrade" in error
 
 
 OLDEST = Path(__file__).parents[1] / "fixtures" / "format-0"

@@ -25,7 +25,6 @@ from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.generate import Generator
-from eigenzoo.zoo.models.config import kv_bytes
 from eigenzoo.zoo.utils.output import check_folder
 
 ALONE = """
@@ -98,17 +97,19 @@ IDS = torch.arange(2, 42).view(2, 20)
 
 
 WAYS = {
-    "llama biases": Settings("fisher", 0.5, heads_per_latent=(4, 2)),
-    "opt 125m": Settings("eigen", 0.5, rank_multiple=1),
-    "opt 350m": Settings("attention", 0.5, heads_per_latent=(4, 4), latent="joint-kv"),
-    "mpt 6 heads": Settings("fisher", 0.5, heads_per_latent=(2, 6), rank_multiple=4),
-    "foundry qk_ln": Settings("fisher", 0.5, heads_per_latent=(8, 2)),
-    "qwen2 windows": Settings(
-        "fisher", 0.5, heads_per_latent=(1, 4), rank_multiple=2, keys="rebuild"
+    "llama biases": Settings("fisher", 0.5, heads_per_latent=(4, 2), kv_bits=(16,)),
+    "opt 125m": Settings("eigen", 0.5, rank_multiple=1, kv_bits=(16,)),
+    "opt 350m": Settings(
+        "attention", 0.5, heads_per_latent=(4, 4), latent="joint-kv", kv_bits=(16,)
     ),
-    "llama yarn": Settings("fisher", 0.5, keys="pairs"),
-    "llama linear": Settings("attention", 0.5, keys="rotated"),
-    "mpt scale": Settings("fisher", 0.5625, keys="full", rank_multiple=1),
+    "mpt 6 heads": Settings("fisher", 0.5, heads_per_latent=(2, 6), rank_multiple=4, kv_bits=(16,)),
+    "foundry qk_ln": Settings("fisher", 0.5, heads_per_latent=(8, 2), kv_bits=(16,)),
+    "qwen2 windows": Settings(
+        "fisher", 0.5, heads_per_latent=(1, 4), rank_multiple=2, keys="rebuild", kv_bits=(16,)
+    ),
+    "llama yarn": Settings("fisher", 0.5, keys="pairs", kv_bits=(16,)),
+    "llama linear": Settings("attention", 0.5, keys="rotated", kv_bits=(16,)),
+    "mpt scale": Settings("fisher", 0.5625, keys="full", rank_multiple=1, kv_bits=(16,)),
 }
 
 
@@ -186,7 +187,7 @@ def test_every_variant_survives_the_way_through_transformers(variant, tmp_path):
     (tmp_path / "dense").mkdir()
     save(variant, tmp_path / "dense")
     original = load(str(tmp_path / "dense"))
-    settings = Settings("attention", keep=0.7, rank_multiple=1)
+    settings = Settings("attention", keep=0.7, rank_multiple=1, kv_bits=(16,))
     compress_checkpoint(original, tmp_path / "low", settings, samples=4, seq_len=32)
     native = load(str(tmp_path / "low")).model
     theirs = EigenForCausalLM.from_pretrained(tmp_path / "low")
@@ -305,13 +306,9 @@ def test_other_bits_may_be_asked_for_at_loading(few):
 
 def test_few_bits_take_their_bytes_in_every_cache(few):
     model = EigenForCausalLM.from_pretrained(few)
-    size = kv_bytes(model.model.config)["kv_bytes_per_token"]
-    odd = sum(  # latents are padded to an even number of bytes
-        side.heads * (side.width * side.bits // 8 % 2)
-        for i in range(model.config.num_hidden_layers)
-        for side in model.model.config.latents(i)
-        if side.bits < 16
-    )
+    config, dtype = model.model.config, model.dtype
+    latents = [x for i in range(config.num_hidden_layers) for x in config.latents(i)]
+    size = sum(latent.nbytes(dtype) for latent in latents)
     for cache, slots in (
         (DynamicCache(), 20),
         (StaticCache(config=model.config, max_cache_len=50), 50),
@@ -319,7 +316,7 @@ def test_few_bits_take_their_bytes_in_every_cache(few):
         with torch.inference_mode():
             model(IDS, past_key_values=cache)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        assert held == 2 * slots * (size + odd)
+        assert held == 2 * slots * size
 
 
 def test_a_cache_that_would_round_few_bits_once_more_is_refused(few):

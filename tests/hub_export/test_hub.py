@@ -25,7 +25,9 @@ def low_folder(tmp_path_factory, dense_folder):
     from eigenzoo.zoo.inference.checkpoint import load
 
     out = tmp_path_factory.mktemp("low") / "small"
-    compress_checkpoint(load(str(dense_folder)), out, Settings(rank_multiple=2), "self", 4, 32)
+    compress_checkpoint(
+        load(str(dense_folder)), out, Settings(rank_multiple=2, kv_bits=(16,)), "self", 4, 32
+    )
     return out
 
 

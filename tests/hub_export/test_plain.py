@@ -49,7 +49,7 @@ def test_a_plain_checkpoint_computes_what_the_folded_model_does(tmp_path, varian
     else:
         attn, other = VARIANTS[variant]
         tiny.FoundryMPT(attn, **other).save(source)
-    original, settings = load(str(source)), Settings("kv-heads", 1 / merged)
+    original, settings = load(str(source)), Settings("kv-heads", 1 / merged, kv_bits=(16,))
     tokens = calibration_tokens("self", original.model, original.tokenizer, 4, 32)
     folded = compress(original.model, tokens[:3], settings).model  # the fourth is held out
     record = compress_checkpoint(original, out, settings, samples=4, seq_len=32, plain=True)
@@ -68,20 +68,20 @@ def test_a_plain_checkpoint_is_decoded_and_compressed_as_any_other(tmp_path):
     options = {"samples": 4, "seq_len": 32}
     original = load(str(tmp_path / "mpt"))
     compress_checkpoint(
-        original, tmp_path / "out", Settings("kv-heads", 0.5), **options, plain=True
+        original, tmp_path / "out", Settings("kv-heads", 0.5, kv_bits=(16,)), **options, plain=True
     )
     grouped = load(str(tmp_path / "out"))
     assert not torch.equal(grouped.model.head.weight, grouped.model.embed.weight)
     (tokens,), *_ = answer(Generator(grouped.model, 1, 20, compile=False), [[5, 6, 7]], 9, stop=[])
     assert len(tokens) == 9
-    compress_checkpoint(grouped, tmp_path / "again", Settings(keep=0.5), **options)
+    compress_checkpoint(grouped, tmp_path / "again", Settings(keep=0.5, kv_bits=(16,)), **options)
     again = load(str(tmp_path / "again")).model.config
     assert again.kv_width <= 0.25 * original.model.config.kv_width
 
 
 def test_transformers_own_mpt_refuses_it(tmp_path):
     tiny.save(tmp_path / "mpt", "mpt")
-    settings = Settings("kv-heads", 0.5)
+    settings = Settings("kv-heads", 0.5, kv_bits=(16,))
     original = load(str(tmp_path / "mpt"))
     compress_checkpoint(original, tmp_path / "out", settings, samples=4, seq_len=32, plain=True)
     with pytest.raises(StrictDataclassError, match="got grouped_query_attention"):
@@ -104,5 +104,7 @@ def test_a_model_without_a_plain_form_is_refused_and_nothing_is_written(
     tiny.save(tmp_path / "source", family, **change)
     original = load(str(tmp_path / "source"))
     with pytest.raises(ValueError, match=f"no plain checkpoint: .*{named}.*leave --plain out"):
-        compress_checkpoint(original, tmp_path / "out", Settings(method, 0.5), plain=True)
+        compress_checkpoint(
+            original, tmp_path / "out", Settings(method, 0.5, kv_bits=(16,)), plain=True
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -70,7 +70,7 @@ def test_sampling_settings_beside_greedy_decoding_are_kept(run, home, how):
 def test_a_plain_checkpoint_keeps_sampling_settings_too(tmp_path):
     tiny.save(tmp_path / "model", "mpt")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(SAMPLING))
-    settings, out = Settings("kv-heads", 0.5), tmp_path / "out"
+    settings, out = Settings("kv-heads", 0.5, kv_bits=(16,)), tmp_path / "out"
     compress_checkpoint(
         load(str(tmp_path / "model")), out, settings, samples=4, seq_len=32, plain=True
     )

@@ -152,7 +152,7 @@ def test_an_unsupported_field_raises_an_error_that_names_it(folder, changes, nam
 
 def test_ranks_that_do_not_fit_the_weights_are_refused(folder, dense, tmp_path):
     out = tmp_path / "low"
-    compress_checkpoint(dense, out, Settings(keep=0.5), samples=4, seq_len=32)
+    compress_checkpoint(dense, out, Settings(keep=0.5, kv_bits=(16,)), samples=4, seq_len=32)
     change_config(out, k_ranks=[24, 24, 24])
     with pytest.raises(ValueError, match=r"attn\.k_\w+ has shape .* config.json expects"):
         load(str(out))

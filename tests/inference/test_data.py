@@ -4,7 +4,9 @@ import pytest
 import tiny
 import torch
 
+from eigenzoo.zoo.inference import hub_rows
 from eigenzoo.zoo.inference.data import calibration_tokens, encode, encode_prompt
+from eigenzoo.zoo.inference.hub_rows import hub_text
 
 
 def test_windows_of_a_file_spread_over_its_length(tmp_path, dense):
@@ -42,7 +44,27 @@ def test_a_dataset_is_streamed(tmp_path, dense, monkeypatch):
     (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
     rows = calibration_tokens(f"hub:{tmp_path}/set", dense.model, dense.tokenizer, 4, 16)
     assert rows.shape == (4, 16)
-    assert dense.tokenizer.decode(rows[0]).startswith("0 the cat")
+    assert "the cat" in dense.tokenizer.decode(rows[0])
+
+
+def test_rows_of_a_dataset_are_shuffled_by_the_seed(tmp_path, dense, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    lines = [json.dumps({"text": str(i)}) for i in range(hub_rows.BUFFER + 200)]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
+    first, again, other = (hub_text(f"{tmp_path}/set", 300, seed).rows for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+    numbers = [int(row) for row in first]
+    assert numbers != sorted(numbers)
+    assert max(numbers) > 2 * len(numbers)  # not of the first rows alone
+    rows = [
+        calibration_tokens(f"hub:{tmp_path}/set", dense.model, dense.tokenizer, 4, 16, seed)
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2])
 
 
 def test_a_dataset_without_text_raises_an_error_that_names_it(tmp_path, dense):

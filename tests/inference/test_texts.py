@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from eigenzoo.zoo.compression.record import calibrated_on
-from eigenzoo.zoo.inference.data import calibration_tokens, encode
+from eigenzoo.zoo.inference.data import calibration_text, calibration_tokens, encode
 from eigenzoo.zoo.inference.python_texts import python_help
 from eigenzoo.zoo.inference.texts import read_text
 
@@ -232,8 +232,8 @@ def test_a_file_is_named_without_its_folder(tmp_path, monkeypatch, dense):
     written(tmp_path, "text.txt", tiny.WORDS.encode())
     (tmp_path / "selfish").mkdir()
     os.rename("text.txt", "selfish/text.txt")
-    tokens = calibration_tokens("selfish/text.txt", dense.model, dense.tokenizer, 2, 8)
-    assert calibrated_on("selfish/text.txt", tokens)["source"] == "text.txt"
+    rows = calibration_text("selfish/text.txt", dense.model, dense.tokenizer, 2, 8)
+    assert calibrated_on(rows.told(2), rows.tokens)["source"] == "text.txt"
 
 
 def test_a_file_with_one_token_is_refused_before_the_long_work(run, dense_folder, tmp_path):

@@ -39,7 +39,7 @@ def test_an_index_lists_files_of_its_folder_only(folder, index, named, kind):
 
 @pytest.mark.parametrize("number", [-1, 8])
 def test_pairs_that_name_no_frequency_are_refused(dense, tmp_path, number):
-    settings = Settings(keep=0.5, keys="pairs")
+    settings = Settings(keep=0.5, keys="pairs", kv_bits=(16,))
     compress_checkpoint(dense, tmp_path / "out", settings, samples=4, seq_len=32)
 
     def change(weights):

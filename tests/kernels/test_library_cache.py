@@ -237,7 +237,9 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("low")
     tiny.save(place / "dense", num_hidden_layers=1)
     dense = load(str(place / "dense"))
-    compress_checkpoint(dense, place / "low", Settings(rank_multiple=2), samples=4, seq_len=32)
+    compress_checkpoint(
+        dense, place / "low", Settings(rank_multiple=2, kv_bits=(16,)), samples=4, seq_len=32
+    )
     return place / "low"
 
 

@@ -57,14 +57,17 @@ def test_shapes_have_the_published_number_of_parameters(name):
 @pytest.mark.parametrize("shared", [1, 4])
 def test_uniform_ranks_keep_what_was_asked(name, shared):
     config = native(name, 4, 8192)
-    low = uniform(config, Settings(heads_per_latent=(shared, shared)).fit(config))
+    low = uniform(config, Settings(heads_per_latent=(shared, shared), kv_bits=(16,)).fit(config))
     assert 0.49 < low.kv_width / low.dense_kv_width <= 0.6
     assert low.max_position_embeddings >= 8192
 
 
 def test_shares_that_are_near_have_ranks_of_their_own():
     config = native("opt-1.3b", 4, 8192)
-    alone = [Settings(keep=keep, heads_per_latent=(1, 1)).fit(config) for keep in (0.6, 0.5)]
+    alone = [
+        Settings(keep=keep, heads_per_latent=(1, 1), kv_bits=(16,)).fit(config)
+        for keep in (0.6, 0.5)
+    ]
     shares = [uniform(config, settings) for settings in alone]
     assert [(low.k_ranks[0], low.v_ranks[0]) for low in shares] == [(40, 32), (32, 32)]
 
@@ -72,7 +75,7 @@ def test_shares_that_are_near_have_ranks_of_their_own():
 @pytest.mark.parametrize("keys", KEYS)
 def test_random_models_decode_with_every_key_scheme(keys):
     config = tiny.native(head_dim=16).config
-    low = uniform(config, Settings(keep=0.7, keys=keys, rank_multiple=3).fit(config))
+    low = uniform(config, Settings(keep=0.7, keys=keys, rank_multiple=3, kv_bits=(16,)).fit(config))
     assert 0.6 < low.kv_width / low.dense_kv_width <= 0.7
     model = random_model(low, torch.float32, CPU)
     run = Native("low", low, same).start(cell(20, 1, 30))
@@ -84,7 +87,7 @@ def test_random_models_decode_with_every_key_scheme(keys):
 def test_whole_keys_are_more_than_half_of_the_bytes():
     config = tiny.native().config
     with pytest.raises(ValueError, match=r"keep is 0.5: keys that stay full"):
-        uniform(config, Settings(keep=0.5, keys="full").fit(config))
+        uniform(config, Settings(keep=0.5, keys="full", kv_bits=(16,)).fit(config))
 
 
 def test_a_step_reads_all_weights_but_the_tables_it_looks_up():
@@ -118,7 +121,7 @@ def test_transformers_decodes_at_the_end_of_a_filled_cache(family, static, monke
 
 def test_contestants_take_turns_in_their_own_processes_and_report_failures(capfd):
     config = tiny.native("opt").config
-    settings = Settings(keep=0.5, heads_per_latent=(2, 2), rank_multiple=1)
+    settings = Settings(keep=0.5, heads_per_latent=(2, 2), rank_multiple=1, kv_bits=(16,))
     low = uniform(config, settings.fit(config))
     models = [Native("dense", config, same), Native("low", low, same), Native("gone", "/no", same)]
     dense, small, gone = bench(models, cell(), rounds=2)
@@ -190,7 +193,7 @@ def test_a_contestant_ends_without_a_word_if_nobody_listens():
 
 
 def test_contestants_of_a_shape_are_dense_and_compressed_with_variants_of_both():
-    settings = Settings(heads_per_latent=(1, 1))
+    settings = Settings(heads_per_latent=(1, 1), kv_bits=(16,))
     made = from_shape("opt-125m", 2, 64, [0.5, 0.25], settings, same)
     assert made.title == "opt-125m, 2 layers"
     assert [s.keep for s in made.settings] == [0.5, 0.25]

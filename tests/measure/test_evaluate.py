@@ -9,7 +9,7 @@ from eigenzoo.zoo.measure.evaluate import compare
 
 def test_comparison_measures_what_is_allocated():
     dense = tiny.native()
-    low = compress(dense, tiny.tokens(8, 64), Settings(keep=0.5)).model
+    low = compress(dense, tiny.tokens(8, 64), Settings(keep=0.5, kv_bits=(16,))).model
     rows = compare({"a": dense, "b": low}, tiny.tokens(1, 2048)[0], 1, 64, [3, 4], [1], False)
     share = low.config.kv_width / low.config.dense_kv_width
     assert share <= 0.5

@@ -72,7 +72,7 @@ def folder(request, dense_folder, tmp_path_factory):
     if request.param == "dense":
         return dense_folder
     out = tmp_path_factory.mktemp("tasks") / "low"
-    settings = Settings(keep=0.5, heads_per_latent=(4, 2))
+    settings = Settings(keep=0.5, heads_per_latent=(4, 2), kv_bits=(16,))
     compress_checkpoint(load(str(dense_folder)), out, settings, samples=8, seq_len=64)
     return out
 

@@ -115,7 +115,7 @@ def test_a_model_that_sees_only_recent_tokens_finds_only_late_facts():
 
 def test_a_random_model_finds_nothing_dense_or_compressed():
     dense = tiny.native()
-    low = compress(dense, tiny.tokens(8, 64), Settings(keep=0.5)).model
+    low = compress(dense, tiny.tokens(8, 64), Settings(keep=0.5, kv_bits=(16,))).model
     for model in (dense, low):
         rows = retrieval(model, tiny.tokenizer(), TEXT, [160], (0.0, 1.0), facts=3)
         assert [x.right for x in rows] == [0.0, 0.0]
@@ -123,7 +123,7 @@ def test_a_random_model_finds_nothing_dense_or_compressed():
 
 
 def test_recall_is_greedy_decoding_and_teacher_forcing():
-    model = compress(tiny.native(), tiny.tokens(8, 64), Settings(keep=0.5)).model
+    model = compress(tiny.native(), tiny.tokens(8, 64), Settings(keep=0.5, kv_bits=(16,))).model
     prompt = tiny.tokens(1, 50, seed=5)[0].tolist()
     generator = Generator(model, 1, 56, compile=False)
     greedy = [int(x) for x in generator.stream([prompt], 6)]

@@ -111,7 +111,9 @@ def test_weighted_statistics_are_of_one_sharing():
 
 def test_one_pass_serves_fisher_with_and_without_weights():
     config = tiny.native().config
-    wants = [needs(Settings(m).fit(config), config) for m in ("fisher", "fisher-plain")]
+    wants = [
+        needs(Settings(m, kv_bits=(16,)).fit(config), config) for m in ("fisher", "fisher-plain")
+    ]
     assert [(n.unweighted, n.weighted) for n in wants] == [(False, True), (True, False)]
     assert kind(wants[0]) == kind(wants[1])
     assert union(wants) == wants[0]._replace(unweighted=True)
@@ -378,8 +380,31 @@ def test_other_calibration_adds_rows_to_the_file(sweep):
     assert two[1]["perplexity"] != one[1]["perplexity"]
 
 
+def test_a_row_tells_the_sources_and_knows_their_texts(dense, tmp_path):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("the cat")
+    two.write_text("a mat")
+    described = Calibration(f"{one}:2,self,{two}").describe(dense.tokenizer)
+    assert described["source"] == "one.txt:2, self:1, two.txt:1"
+    two.write_text("a bird")
+    assert Calibration(f"{one}:2,self,{two}").describe(dense.tokenizer) != described
+    mixed = Calibration().describe(dense.tokenizer)
+    assert mixed["source"] == "mixed: self, chat, help, source"
+    assert mixed["digest"] != Calibration("help").describe(dense.tokenizer)["digest"] is not None
+    assert Calibration("self,chat").describe(dense.tokenizer)["digest"] is None
+
+
+def test_a_sweep_calibrates_on_a_mixture(dense, texts, tmp_path):
+    calibrations = [Calibration(x, 6, 32) for x in ("self", f"self,{texts}/a.txt:2")]
+    evaluation = Evaluation(texts / "b.txt", 64, 2)
+    work = Sweep(dense, tmp_path / "out.jsonl", evaluation, calibrations)
+    _, own, mixture = work.rows(distinct(grid({"keep": [0.5]}), dense.model.config))
+    assert mixture["calibration"]["source"] == "self:1, a.txt:2"
+    assert mixture["perplexity"] != own["perplexity"]
+
+
 def test_a_compressed_model_is_no_baseline(sweep, dense):
-    low = compress(dense.model, tiny.tokens(4, 32), Settings(keep=0.5)).model
+    low = compress(dense.model, tiny.tokens(4, 32), Settings(keep=0.5, kv_bits=(16,))).model
     with pytest.raises(ValueError, match="compressed already"):
         sweep({"keep": [0.5]}, model=dense._replace(model=low))
 
@@ -398,7 +423,9 @@ def test_a_grid_has_one_cell_for_every_combination_that_differs(sweep):
 
 
 def test_needs_describe_what_gather_takes():
-    settings = Settings("attention", heads_per_latent=(2, 1), keys="anchored", anchor_block=8)
+    settings = Settings(
+        "attention", heads_per_latent=(2, 1), keys="anchored", anchor_block=8, kv_bits=(16,)
+    )
     want = Needs((2, 1), gradients=False, queries=True, joint=False, anchor=8)
     assert needs(settings, tiny.native().config) == want
 

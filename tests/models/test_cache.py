@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from eigenzoo.zoo.models.bits import LEVELS
-from eigenzoo.zoo.models.cache import StaticCache
+from eigenzoo.zoo.models.cache import Rounding, StaticCache
 from eigenzoo.zoo.models.packing import Latent, pack
 
 LATENTS = [(Latent(1, 24), Latent(2, 16)), (Latent(4, 8), Latent(1, 40))]
@@ -81,3 +81,15 @@ def test_bits_that_do_not_fit_are_refused():
         ValueError, match="a latent of 7 numbers does not fill whole bytes at 4 bits"
     ):
         StaticCache([(Latent(1, 7), Latent(1, 8))], 1, 5, bits=4)
+
+
+def test_numbers_are_rounded_in_training_as_in_a_cache_and_gradients_pass():
+    keys, values = Latent(2, 16).rounded(2), Latent(2, 16)
+    k, v = torch.randn(2, 1, 2, 3, 16, requires_grad=True)
+    pos = torch.arange(3)
+    got, whole = Rounding(keys, values).update(pos, k, v)
+    kept, _ = StaticCache([(keys, values)], 1, 3).layer(0).update(pos, k.detach(), v.detach())
+    torch.testing.assert_close(got, kept.unpack(k.dtype))
+    assert whole is v
+    weight = torch.randn_like(got)
+    assert torch.equal(torch.autograd.grad(got, k, weight)[0], weight)

@@ -23,18 +23,26 @@ from eigenzoo.zoo.inference.checkpoint import load
 assert register  # its import registers the classes, so none come from checkpoints
 pytestmark = pytest.mark.slow
 WAYS = {
-    "llama biases": Settings(keep=0.5, keys="anchored", heads_per_latent=(2, 1), rank_multiple=2),
-    "llama tied": Settings(keep=0.5, keys="rebuild", heads_per_latent=(1, 2), rank_multiple=2),
-    "llama yarn": Settings(keep=0.5, keys="pairs", heads_per_latent=(2, 2)),
-    "qwen2 windows": Settings(keep=0.75, keys="full", heads_per_latent=(2, 2), rank_multiple=2),
-    "opt 125m": Settings("eigen", 0.5, rank_multiple=1),
-    "opt 350m": Settings("attention", 0.5, heads_per_latent=(4, 4), latent="joint-kv"),
-    "mpt 7b": Settings(keep=0.5, heads_per_latent=(4, 2), rank_multiple=2),
-    "mpt 30b clip": Settings(keep=0.5, heads_per_latent=(2, 4), rank_multiple=2),
+    "llama biases": Settings(
+        keep=0.5, keys="anchored", heads_per_latent=(2, 1), rank_multiple=2, kv_bits=(16,)
+    ),
+    "llama tied": Settings(
+        keep=0.5, keys="rebuild", heads_per_latent=(1, 2), rank_multiple=2, kv_bits=(16,)
+    ),
+    "llama yarn": Settings(keep=0.5, keys="pairs", heads_per_latent=(2, 2), kv_bits=(16,)),
+    "qwen2 windows": Settings(
+        keep=0.75, keys="full", heads_per_latent=(2, 2), rank_multiple=2, kv_bits=(16,)
+    ),
+    "opt 125m": Settings("eigen", 0.5, rank_multiple=1, kv_bits=(16,)),
+    "opt 350m": Settings(
+        "attention", 0.5, heads_per_latent=(4, 4), latent="joint-kv", kv_bits=(16,)
+    ),
+    "mpt 7b": Settings(keep=0.5, heads_per_latent=(4, 2), rank_multiple=2, kv_bits=(16,)),
+    "mpt 30b clip": Settings(keep=0.5, heads_per_latent=(2, 4), rank_multiple=2, kv_bits=(16,)),
 }
 REFUSED = {
-    "llama grouped": Settings(keep=0.5, heads_per_latent=(4, 1), rank_multiple=2),
-    "foundry qk_ln": Settings(keep=0.5, heads_per_latent=(2, 2), rank_multiple=2),
+    "llama grouped": Settings(keep=0.5, heads_per_latent=(4, 1), rank_multiple=2, kv_bits=(16,)),
+    "foundry qk_ln": Settings(keep=0.5, heads_per_latent=(2, 2), rank_multiple=2, kv_bits=(16,)),
 }
 
 

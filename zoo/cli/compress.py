@@ -40,14 +40,15 @@ LARGE = "Larger than memory"
 def compress(
     source: Source,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    keep: Keep = 0.6,
+    keep: Keep = 0.25,
     kv_bits: Annotated[
-        str,
+        str | None,
         typer.Option(
             help=f"{BITS_HELP} One of {listed(map(str, BITS))}; or several as in 8,4,2; or auto, "
-            "for all: a latent then has segments of falling bits, where its numbers matter less."
+            "for all: a latent then has segments of falling bits, where its numbers matter less.",
+            show_default="auto; 16 with methods that have a rank rule of their own",
         ),
-    ] = "16",
+    ] = None,
     method: Method = "fisher",
     keys: Keys = "auto",
     anchor_block: AnchorBlock = None,
@@ -76,7 +77,7 @@ def compress(
         ),
     ] = None,
     refit: Refit = "auto",
-    calibration: Calibration = "self",
+    calibration: Calibration = "mixed",
     samples: Samples = 32,
     seq_len: SeqLen = None,
     text: MeasuredOn = None,
@@ -130,7 +131,7 @@ def compress(
         anchor_block,
         refit=parse_refit(refit),
         rank_pairs=rank_pairs,
-        kv_bits=parse_bits(kv_bits),
+        kv_bits=None if kv_bits is None else parse_bits(kv_bits),
     )
     model = library.Source(
         source, torch_dtype(dtype), torch_device(device), revision, trust_remote_code

@@ -26,7 +26,7 @@ from .values import fuse, load, say
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("SmolLM2-135M-eigen"),
-    keep: Keep = 0.6,
+    keep: Keep = 0.25,
     method: Method = "fisher",
     text: Annotated[
         Path | None,
@@ -64,6 +64,7 @@ def demo(
     from ..compression.settings import Settings
     from ..inference.checkpoint import stop_tokens
     from ..inference.data import encode_prompt, read_tokens
+    from ..inference.source_texts import check_source
     from ..inference.texts import read_text
     from ..measure import tables as report
     from ..measure.evaluate import compare
@@ -74,11 +75,12 @@ def demo(
     settings.check()
     check_folder(out, force, (text,))
     words = read_text(text)
+    check_source("mixed", samples)
     say("1/4 loading SmolLM2-135M-Instruct")
     original = load(str(demo_model()))
     tokenizer = original.tokenizer
-    say(f"2/4 compressing to {keep:.0%} of the KV bytes, on text that the model writes itself")
-    compress_checkpoint(original, out, settings, "self", samples, seq_len, seed=seed, force=force)
+    say(f"2/4 compressing to {keep:.0%} of the KV bytes, calibrated on its own text and Python's")
+    compress_checkpoint(original, out, settings, "mixed", samples, seq_len, seed=seed, force=force)
     say(f"3/4 loading {out}")
     models = {"original": original.model, "compressed": load(str(out)).model}
     for model in models.values():

@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 from ..compression.choices import LATENTS, REFITS, listed
 from ..compression.keys import BLOCK, KEYS
 from ..compression.methods import METHODS
+from ..inference.sources import NAMES
 from ..models.bits import BITS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -102,8 +103,11 @@ FILE_HELP = (
     "plain text; or rows with a column `text`, or with `messages` for the chat template, in "
     ".jsonl, .json or .parquet."
 )
-TEXT_HELP = (
-    "hub:DATASET[:CONFIG], or self, which is text sampled from the model. A file is " + FILE_HELP
+CALIBRATION_HELP = (
+    "Text to calibrate on: sources with commas between them, each with a share behind a colon, 1 "
+    "without one, as in a.txt:2,self. A source is a file, a dataset hub:DATASET[:CONFIG], or "
+    + "; ".join(f"{name}: {meaning}" for name, meaning in NAMES.items())
+    + f". A file is {FILE_HELP}"
 )
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
@@ -117,9 +121,7 @@ AnchorBlock = Annotated[
 ]
 Latent = Annotated[str, choice("--latent", LATENTS, LATENT_HELP)]
 Refit = Annotated[str, choice("--refit", REFIT, "What to fit to the calibration text at the end:")]
-Calibration = Annotated[
-    str, option("--calibration", help=f"Text to calibrate on: a file, {TEXT_HELP}", panel=TEXTS)
-]
+Calibration = Annotated[str, option("--calibration", help=CALIBRATION_HELP, panel=TEXTS)]
 Samples = Annotated[
     int, option("--samples", min=2, help="Number of calibration sequences.", panel=TEXTS)
 ]

@@ -58,7 +58,7 @@ def refine(
         bool,
         typer.Option("--recompute", help="Compute activations twice instead of keeping them."),
     ] = False,
-    calibration: Calibration = "self",
+    calibration: Calibration = "mixed",
     samples: Samples = 128,
     seq_len: Annotated[
         int | None,
@@ -88,7 +88,8 @@ def refine(
     from ...hub_export.export import check_shard_size
     from ...hub_export.refine import original_of, refine_checkpoint, state_file
     from ..compression.refine import RefineSettings
-    from ..inference.data import check_source
+    from ..inference.source_texts import check_source
+    from ..inference.sources import files
     from ..inference.texts import read_text
     from ..utils.output import check_folder
 
@@ -98,11 +99,10 @@ def refine(
     )
     settings.check()
     check_shard_size(shard_size)
-    data = None if calibration == "self" else calibration
-    check_folder(out, force, (source, original, data, text))
+    check_folder(out, force, (source, original, text, *files(calibration)))
     if text is not None:
         read_text(text)  # fails before the long work
-    check_source(calibration)
+    check_source(calibration, samples)
     low = load(source, "auto", device, revision, trust_remote_code)
     kind = str(low.model.dtype).removeprefix("torch.")
     dense = load(original or original_of(low), kind, device, None, trust_remote_code).model

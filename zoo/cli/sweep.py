@@ -15,11 +15,11 @@ from ..compression.keys import BLOCK, KEYS
 from ..compression.methods import METHODS
 from .options import (
     BLOCK_HELP,
+    CALIBRATION_HELP,
     DECODING,
     FILE_HELP,
     KEEP_HELP,
     REFIT,
-    TEXT_HELP,
     TEXTS,
     AsJson,
     Device,
@@ -97,8 +97,8 @@ def sweep(
         list[str] | None,
         _values(
             "--calibration",
-            f"Text to calibrate on; repeat for more: a file, {TEXT_HELP}",
-            "self",
+            f"{CALIBRATION_HELP} Repeat for more rows.",
+            "mixed",
             "str",
             TEXTS,
         ),
@@ -170,7 +170,7 @@ def sweep(
     """
     from tqdm import tqdm
 
-    from ..inference.data import check_source
+    from ..inference.source_texts import check_source
     from ..inference.texts import read_text
     from ..measure import tables
     from ..measure.calibrator import Calibration, check_kept
@@ -186,7 +186,7 @@ def sweep(
     ctx.with_resource(claimed_rows(out, SWEEP, force))
     read_text(text)
     for source_of_text in calibration or ():
-        check_source(source_of_text)
+        check_source(source_of_text, samples)
     original = load(source, dtype, device, revision, trust_remote_code)
     config = original.model.config
     length = config.max_position_embeddings
@@ -209,7 +209,8 @@ def sweep(
         }
     )
     calibrations = [
-        Calibration(c, samples, seq_len or min(1024, length), seed) for c in calibration or ["self"]
+        Calibration(c, samples, seq_len or min(1024, length), seed)
+        for c in calibration or ["mixed"]
     ]
     evaluation = Evaluation(text, window or min(2048, length), windows)
     command = shlex.join(["eigenzoo", *sys.argv[1:]])

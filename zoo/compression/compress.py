@@ -75,7 +75,7 @@ def compress(
     - search: the same for methods that search their ranks, what `error_search` returned for
       settings that differ in `keep` only.
 
-    Methods cite their sources in `basis.py`. Raises ValueError for settings that are unsound or
+    The function of a method cites its source. Raises ValueError for settings that are unsound or
     do not fit the model, for a model that is compressed already, and for statistics that are not
     finite.
     """
@@ -128,7 +128,7 @@ def choose_ranks(
     if weights is not None:
         return proportional(config, bases, weights, keep, multiple, count)
     whole = settings.keys == "full"
-    return few_pairs(config, bases, count, keep, multiple, whole, settings.kv_bits)
+    return few_pairs(config, bases, count, keep, multiple, whole, settings.bits)
 
 
 def mixed(basis: LayerBasis, ranks: Ranks, layer: int) -> LayerBasis:

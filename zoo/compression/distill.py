@@ -1,7 +1,7 @@
 """Distillation: KL divergence of predictions over the vocabulary, computed in pieces."""
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..models.cache import Rounding
 from ..models.model import Model
 
 CHUNK = 128  # tokens whose logits are held at a time
@@ -44,16 +45,15 @@ class Distiller(NamedTuple):
         return {name: x.to(kinds[x.ndim > 1]) for name, x in weights.items()}
 
     def hidden(self, model: Model, tokens: Tensor) -> Tensor:
-        """Inputs of the head at tokens (B, T): (B T, width)."""
+        """Inputs of the head at tokens (B, T), latents rounded as in a cache: (B T, width)."""
         recompute = self.recompute and torch.is_grad_enabled()
         with self.autocast(tokens.device):
             x, pos, attn_metadata = model.begin(tokens)
             x = x.float()  # sums over the layers need fp32
             for block in model.layers:
-                if recompute:
-                    x = checkpoint(block, x, pos, attn_metadata, None, use_reentrant=False)
-                else:
-                    x = block(x, pos, attn_metadata, None)
+                inputs = x, pos, attn_metadata, Rounding(block.attn.k, block.attn.v)
+                again = recompute and partial(checkpoint, block, use_reentrant=False)
+                x = (again or block)(*inputs)
             return model.finish(x).flatten(0, 1)
 
     def targets(self, teacher: Model, rows: Tensor) -> Callable[[int], Tensor]:

@@ -48,6 +48,7 @@ def low_config(
         k_heads_per_latent=heads_per_latent[0],
         v_heads_per_latent=heads_per_latent[1],
         joint_kv=joint,
+        centered=bool(ranks.k_bits or ranks.k_segments),
         key_bias=config.key_bias and (config.rotary or config.nonlinear[0]),
         value_bias=config.value_bias and config.nonlinear[1],
         output_bias=True,
@@ -88,7 +89,7 @@ def fold_attention(
         rows = [_blocks(p.weight, e) for p in (dense.k_proj, dense.v_proj)]
         new["k_proj.weight"] = _encode(e, torch.cat(rows, dim=1))
         bias = torch.cat([_blocks(b, e) for b in (_bias(dense.k_proj), b_v)], dim=1)
-        _, b_v = (bias + _lost(basis.k.mean - bias, e, d)).chunk(2, dim=1)
+        _, b_v = _constant(new, wanted, "k_shift", basis.k.mean, bias, e, d).chunk(2, dim=1)
         k_decoder, v_decoder = d.chunk(2, dim=1)
         _fold_queries(new, wanted, dense, k_decoder)
     else:
@@ -101,7 +102,7 @@ def fold_attention(
             else:
                 new["v_proj.weight"] = _encode(e, _blocks(dense.v_proj.weight, e))
             bias = _blocks(b_v, e)
-            b_v = bias + _lost(basis.v.mean - bias, e, v_decoder)
+            b_v = _constant(new, wanted, "v_shift", basis.v.mean, bias, e, v_decoder)
     queries = dense.heads // config.num_key_value_heads
     w_o = dense.o_proj.weight.double().unflatten(1, (dense.heads, -1))  # (hidden, H, D)
     constant = b_v.reshape(config.num_key_value_heads, -1).repeat_interleave(queries, dim=0)
@@ -136,8 +137,11 @@ def _fold_keys(
         new["k_proj.weight"] = _encode(e, _blocks(dense.k_proj.weight, e))
         if "k_proj.bias" in wanted:
             new["k_proj.bias"] = _encode(e, _blocks(_bias(dense.k_proj), e)[..., None])[:, 0]
+    bias = _blocks(_bias(dense.k_proj), e)
+    dropped = "k_down" not in wanted and "k_proj.bias" not in wanted  # softmax ignores it
+    mean = _constant(new, wanted, "k_shift", basis.mean, bias if dropped else 0 * bias, e, d)
     if "k_mean" in wanted:
-        new["k_mean"] = _lost(basis.mean, e, d).reshape(wanted["k_mean"].shape)
+        new["k_mean"] = mean.reshape(wanted["k_mean"].shape)
     _fold_queries(new, wanted, dense, d)
 
 
@@ -183,6 +187,26 @@ def _cut(basis: Basis, rank: int) -> tuple[Tensor, Tensor]:
 def _encode(encoder: Tensor, blocks: Tensor) -> Tensor:
     """encoderᵀ blocks, latent by latent. (L, n, R), (L, n, m) -> (L R, m)."""
     return (encoder.mT @ blocks).flatten(0, 1)
+
+
+def _constant(
+    new: dict[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    shift: str,
+    mean: Tensor,
+    bias: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+) -> Tensor:
+    """What to add to decoded latents, (L, n), so that none of the mean is lost.
+
+    mean: of x (L, n), of which x - bias is encoded. Where latents are centered, makes the shift,
+    and the whole mean is added.
+    """
+    if shift not in wanted:
+        return bias + _lost(mean - bias, encoder, decoder)
+    new[shift] = -((mean - bias)[:, None] @ encoder)
+    return mean
 
 
 def _lost(x: Tensor, encoder: Tensor, decoder: Tensor) -> Tensor:

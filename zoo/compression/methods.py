@@ -1,7 +1,7 @@
 """The methods by name. A line says everything that depends on the method.
 
 Nothing here imports torch: the command line makes its choices from this table. A method's
-functions, in `basis.py`, are imported when they are first used.
+functions, in `basis.py` and `basis_published.py`, are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class RankRule(Enum):
 class Method(NamedTuple):
     """A way to choose bases: its functions, where it comes from, what it needs, what it allows.
 
-    function: in `basis.py`, from a model, a layer's attention and its statistics to a
-    `LayerBasis`. With proportional ranks a second one, named `..._weights`, gives the weights of
-    keys and of values, a pair a layer, from a model and the statistics of all layers.
+    function: in `basis.py` or `basis_published.py`, from a model, a layer's attention and its
+    statistics to a `LayerBasis`. With proportional ranks a second one, named `..._weights`, gives
+    the weights of keys and of values, a pair a layer, from a model and the statistics of all
+    layers.
     """
 
     function: str
@@ -95,9 +96,9 @@ class Method(NamedTuple):
 
 
 def _function(name: str) -> Callable[..., Any]:
-    from . import basis
+    from . import basis, basis_published
 
-    return getattr(basis, name)
+    return getattr(basis if hasattr(basis, name) else basis_published, name)
 
 
 METHODS = {
@@ -152,6 +153,14 @@ METHODS = {
         RankRule.PROPORTIONAL,
         data=False,
         shared=0,
+        rebuilds=True,
+    ),
+    "clover": Method(
+        "clover",
+        "CLOVER (Meng et al., arXiv 2411.17426)",
+        RankRule.PROPORTIONAL,
+        data=False,
+        shared=1,
         rebuilds=True,
     ),
     "kq-svd": Method("kq_svd", "KQ-SVD (Lesens et al., arXiv 2512.05916)", queries=True, shared=1),

@@ -14,11 +14,15 @@ def readers(model: Model, attn: LatentAttention, s: Statistics) -> tuple[Tensor,
     Of keys the Gram matrix of the group's queries, averaged over relative distances if keys are
     rotated; of values Σ W_oᵀ W_o.
     """
-    g, d = model.config.num_key_value_heads, model.config.head_dim
+    g = model.config.num_key_value_heads
     q = given(s.q).second.unflatten(0, (g, -1)).sum(1)
-    w_o = attn.o_proj.weight.double().unflatten(1, (g, -1, d))  # (hidden, G, H / G, D)
-    values = torch.einsum("ogmd,ogme->gde", w_o, w_o)
-    return (_turned(model, q) if model.config.rotary else q), values
+    return (turned(model, q) if model.config.rotary else q), output_readers(attn, g)
+
+
+def output_readers(attn: LatentAttention, kv_heads: int) -> Tensor:
+    """Σ W_oᵀ W_o over the query heads of every kv head: (G, D, D)."""
+    w_o = attn.o_proj.weight.double().unflatten(1, (kv_heads, -1, attn.head_dim))
+    return torch.einsum("ogmd,ogme->gde", w_o, w_o)
 
 
 def block_diagonal(per_head: Tensor, latents: int) -> Tensor:
@@ -35,7 +39,7 @@ def joint(covariance: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.stack([torch.block_diag(*x) for x in zip(k, v, strict=True)])
 
 
-def _turned(model: Model, gram: Tensor, distances: int = 64) -> Tensor:
+def turned(model: Model, gram: Tensor, distances: int = 64) -> Tensor:
     """Average of R F Rᵀ over the relative distances of a causal window. gram: (G, D, D)."""
     window = model.config.max_position_embeddings
     delta = torch.linspace(0, window - 1, distances, device=gram.device).round()

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..inference.checkpoint import Checkpoint
-from ..inference.data import calibration_tokens, hold_out, is_file, read_tokens
+from ..inference.data import CalibrationRows, calibration_text, hold_out, read_tokens
 from ..inference.perplexity import Perplexity, perplexity
+from ..inference.sources import parse, title
 from ..inference.texts import read_text
 from ..models.config import Config, kv_bytes
 from ..models.model import Model
@@ -35,20 +36,26 @@ def texts(
     seq_len: int | None,
     text: Path | None,
     seed: int,
-) -> tuple[Tensor, Windows]:
-    """Tokens (N, T) to calibrate on, and what to measure on: `text`, or else held-out sequences."""
+) -> tuple[Tensor, Windows, str]:
+    """Tokens (N, T) to calibrate on, what to measure on, and what records tell of the tokens.
+
+    Measured on is `text`, or else held-out sequences.
+    """
     model = original.model
     seq_len = seq_len or min(1024, model.config.max_position_embeddings)
     needed = METHODS[settings.method].data
     test = windows(original.tokenizer, model, text)  # fails before the long work
-    tokens = torch.empty(0, seq_len, dtype=torch.long, device=model.device)
+    nothing = torch.empty(0, seq_len, dtype=torch.long, device=model.device)
+    rows = CalibrationRows(calibration, nothing, ())
     if needed or text is None:
-        samples = samples if needed else max(2, samples // 8)  # as many as would be held out
-        tokens = calibration_tokens(calibration, model, original.tokenizer, samples, seq_len, seed)
+        if not needed:  # as many as would be held out
+            samples = max(2, len(parse(calibration)), samples // 8)
+        rows = calibration_text(calibration, model, original.tokenizer, samples, seq_len, seed)
+    tokens = rows.tokens
     if test is None:
-        tokens, held_out = hold_out(tokens) if needed else (tokens[:0], tokens)
+        tokens, held_out = hold_out(tokens) if needed else (nothing, tokens)
         test = held_out_windows(held_out, calibration)
-    return tokens, test
+    return tokens, test, rows.told(len(tokens))
 
 
 def about(
@@ -59,7 +66,10 @@ def about(
     tokens: Tensor,
     seed: int,
 ) -> CompressionOrigin:
-    """The part of a record that says how a model was compressed."""
+    """The part of a record that says how a model was compressed.
+
+    calibration, tokens: what records tell of the text to calibrate on, and it; see `texts`.
+    """
     return {
         "base_model": original.name,
         "base_license": original.license,
@@ -76,11 +86,10 @@ def settings_record(settings: Settings) -> SettingsRecord:
     return cast(SettingsRecord, settings._asdict())
 
 
-def calibrated_on(calibration: str, tokens: Tensor) -> TextRecord:
-    """The part of a record about tokens (N, T) of calibration text."""
-    sequences, length = tokens.shape
-    source = _name(calibration)
-    return {"source": source, "sequences": sequences, "seq_len": length, "tokens": tokens.numel()}
+def calibrated_on(sources: str, tokens: Tensor) -> TextRecord:
+    """The part of a record about tokens (N, T) of calibration text, of these sources."""
+    (sequences, length), size = tokens.shape, tokens.numel()
+    return {"source": sources, "sequences": sequences, "seq_len": length, "tokens": size}
 
 
 def windows(
@@ -104,7 +113,7 @@ def windows(
 
 def held_out_windows(held_out: Tensor, calibration: str) -> Windows:
     """Sequences (N, T) of the text to calibrate on, to measure on."""
-    return Windows(f"held-out {_name(calibration)} text", held_out)
+    return Windows(f"held-out {title(calibration)} text", held_out)
 
 
 def evaluation(models: Mapping[str, Model], test: Windows) -> QualityRecord:
@@ -125,8 +134,3 @@ def measured(test: Windows, perplexities: Mapping[str, Perplexity]) -> QualityRe
     }
     numbers = {name: x.perplexity for name, x in perplexities.items()}
     return cast(QualityRecord, about | numbers)
-
-
-def _name(calibration: str) -> str:
-    """The name of a source of calibration text, without its folder."""
-    return Path(calibration).name if is_file(calibration) else calibration

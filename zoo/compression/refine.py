@@ -23,8 +23,8 @@ from ..utils.resume import check_same, read_state, write_state
 from .distill import Distiller
 from .schedule import RefineSettings
 
-KEYS = ("q_proj", "k_proj", "k_down", "k_up", "k_mean")
-VALUES = ("v_proj", "v_down", "v_up", "o_proj")
+KEYS = ("q_proj", "k_proj", "k_down", "k_up", "k_mean", "k_shift")
+VALUES = ("v_proj", "v_down", "v_up", "o_proj", "v_shift")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # the state of a parameter in AdamW
 
 

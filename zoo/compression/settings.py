@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ..models.bits import check_bits
+from ..models.bits import BITS, check_bits
 from ..models.config import Config
 from .allocate import check_keep
 from .choices import BUDGETS, LATENTS, REFITS, check_choice
@@ -20,7 +20,7 @@ class Settings(NamedTuple):
 
     method: str = "fisher"
     """How to find bases and ranks: a name in `METHODS`."""
-    keep: float = 0.6
+    keep: float = 0.25
     """Share of the KV bytes to keep, in (0, 1], scales included, compared with 16 bits a number."""
     error_budget: float | None = None
     """For methods that search their ranks, instead of `keep`: the relative error that the output
@@ -46,10 +46,10 @@ class Settings(NamedTuple):
     rank_pairs: int | None = None
     """Largest number of distinct pairs of ranks (of keys, of values) over all layers; None: any.
     Fewer pairs compile faster."""
-    kv_bits: tuple[int, ...] = (16,)
-    """Bits that a number in the cache may have: some of `bits.BITS`. If there are several, each
-    latent is cut into segments of falling bits, where its numbers matter less and less. Below 16
-    latents are mixed: see `mixing.spread`."""
+    kv_bits: tuple[int, ...] | None = None
+    """Bits that a number in the cache may have, of 16, 8, 4, 3 and 2. If there are several, latents
+    are cut into segments of falling bits: see `cuts`. Below 16 they are mixed: see
+    `mixing.spread`. None stands for all, or for 16 where the method has a rank rule of its own."""
 
     def check(self) -> None:
         """Raise ValueError for settings that fit no model, before anything long begins."""
@@ -77,7 +77,7 @@ class Settings(NamedTuple):
             others = methods_that(lambda m: m.gradients)
             if not (METHODS[self.method].gradients and self.damping > 0):
                 raise ValueError(f"damping is {self.damping}: expected more than 0, and {others}")
-        for bits in self.kv_bits:
+        for bits in self.bits:
             check_bits(bits)
 
     def _check_keys(self) -> None:
@@ -154,12 +154,20 @@ class Settings(NamedTuple):
         refit = METHODS[self.method].refit if self.refit is None else self.refit
         k, v = self._shared(config.num_key_value_heads)
         k = 1 if self.keys == "full" else k  # keys that stay full share no latent
-        return self._replace(heads_per_latent=(k, v), refit=refit)
+        return self._replace(heads_per_latent=(k, v), refit=refit, kv_bits=self.bits)
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The bits that a number in the cache may have."""
+        if self.kv_bits is not None:
+            return self.kv_bits
+        free = METHODS[self.method].budgeted and self.budget != "uniform"
+        return BITS if free else (16,)
 
     @property
     def rounded(self) -> bool:
         """Whether numbers may have fewer bits than the model's own."""
-        return set(self.kv_bits) != {16}
+        return set(self.bits) != {16}
 
     @property
     def keys_note(self) -> str | None:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from ..utils.escape import told
 
 Chat = Sequence[dict[str, Any]]  # messages, each with `role` and `content`
+ASKED, ANSWERED = "what the user asks", "what the model answers"  # stand for what they say
 
 
 def render(
@@ -38,6 +39,19 @@ def render(
             return text
         reasons.append("its text does not hold what the user says")
     raise ValueError(f"the chat template of the tokenizer fails: {reasons[0]}")
+
+
+def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """What a template puts before a user's message, between it and the answer, and behind that.
+
+    Raises ValueError if there is no template, or it fails, or puts nothing in one of the first two.
+    """
+    chat = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
+    before, _, rest = render(tokenizer, chat).partition(ASKED)
+    between, answered, behind = rest.partition(ANSWERED)
+    if not (before and between and answered):
+        raise ValueError("the chat template of the tokenizer does not mark where messages begin")
+    return before, between, behind
 
 
 def joined(content: Any) -> Any:

@@ -30,11 +30,12 @@ from .tokenizer import read_gguf_tokenizer, read_tokenizer
 from .weights import LayerFiles, build
 
 MODEL_TYPE = "eigen"  # `model_type` in config.json of a compressed checkpoint
-FORMAT = 1  # newest format of compressed checkpoints; 0: no `format_version` and no code hashes
+# newest format of compressed checkpoints; 0: no `format_version` and no code hashes; 1: no segments
+FORMAT = 2
 FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "README.md"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # optional fields of config.json, which were added after format 0
-LATER = {"anchor", "pairs", "k_bits", "v_bits", "k_segments", "v_segments"}
+LATER = {"anchor", "pairs", "k_bits", "v_bits", "k_segments", "v_segments", "centered"}
 PICKLED = ["pytorch_model*.bin*"]  # downloaded only if there are no safetensors
 
 

@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..models.model import Model
 from .chat import render
-from .generate import sample_text
-from .hub import FAILURES
-from .texts import Text, read_text, take
+from .own_text import check_own, sample_own
+from .source_texts import source_text
+from .sources import OWN, Source, divide, interleaved, parse, told
+from .texts import Text
+from .vocabulary import check_ids
 
 log = logging.getLogger(__name__)
 
@@ -45,28 +47,16 @@ def read_tokens(tokenizer: PreTrainedTokenizerBase, text: Text, vocabulary: int)
     return tokens
 
 
-def check_ids(
-    ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocabulary: int | None, name: str
-) -> None:
-    """Raise ValueError for a token that the model has no embedding for. name: of the text."""
-    highest = max(ids, default=0)
-    if vocabulary is not None and highest >= vocabulary:
-        raise ValueError(
-            f"{name} has token {highest}, {tokenizer.convert_ids_to_tokens(highest)!r}, of the "
-            f"tokenizer's {len(tokenizer)}, but the model knows {vocabulary}: use the tokenizer "
-            "that belongs to the model"
-        )
+class CalibrationRows(NamedTuple):
+    """Text to calibrate on. names: the source of each row of tokens (N, T), as records tell it."""
 
+    source: str
+    tokens: Tensor
+    names: Sequence[str]
 
-def is_file(source: str) -> bool:
-    """Whether a source of calibration text is a file: neither `self` nor `hub:DATASET`."""
-    return source != "self" and not source.startswith("hub:")
-
-
-def check_source(source: str) -> None:
-    """Raise ValueError for a file of calibration text that cannot be read."""
-    if is_file(source):
-        read_text(source)
+    def told(self, rows: int) -> str:
+        """What the first rows came from, as records tell it."""
+        return told(self.source, self.names[:rows])
 
 
 def calibration_tokens(
@@ -79,45 +69,99 @@ def calibration_tokens(
 ) -> Tensor:
     """Token ids to calibrate on, (samples, length), on the model's device.
 
-    - source: a file as `texts.read_text` reads it, plain text or rows; `hub:DATASET[:CONFIG]`; or
-      `self`. From a text, windows that do not overlap are taken evenly over its whole length, fewer
-      than `samples` if it is short. Of a dataset the train split is read, its column `text` or
-      `messages`. `self` stands for text sampled from the model, which needs no data.
-    - samples, length: number of sequences and tokens in each, at least 2.
-    - seed: of the sampling with `self`.
+    As `calibration_text`, without the sources of the rows.
+    """
+    return calibration_text(source, model, tokenizer, samples, length, seed).tokens
 
-    Raises ValueError if the text cannot be read, has fewer than two windows, or has tokens that the
-    model does not know.
+
+def calibration_text(
+    source: str,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int = 0,
+) -> CalibrationRows:
+    """Tokens to calibrate on, (samples, length), on the model's device, of one source or several.
+
+    - source: sources with commas between them, each with a share behind a colon or without one, see
+      `sources.parse`: a file as `texts.read_text` reads it, plain text or rows;
+      `hub:DATASET[:CONFIG]`; or a name in `sources.NAMES`. From a text, windows that do not overlap
+      are taken evenly over its whole length, fewer than asked for if it is short. Of a dataset the
+      train split is read, its column `text` or `messages`. `self` and `chat` stand for text sampled
+      from the model, which needs no data.
+    - samples, length: number of sequences and tokens in each, at least 2.
+    - seed: of the sampling, and of the order of a dataset's rows.
+
+    Samples are divided among sources by their shares, at least one for each, and their rows are
+    mixed evenly: see `sources.divide` and `sources.interleaved`. Raises ValueError if a text cannot
+    be read or sampled, is too short, or has tokens that the model does not know.
     """
     if samples < 2 or length < 2:
         raise ValueError(
             f"given {samples} samples of {length} tokens: expected at least 2 samples of 2 tokens"
         )
-    if source == "self":
-        return sample_text(model, _start(tokenizer, model), samples, length, seed)
-    hub = source.removeprefix("hub:")
-    text = read_text(source) if is_file(source) else hub_text(hub, 8 * samples * length)
+    parts = available(parse(source, samples), model, tokenizer, length)
+    counts = divide(samples, [part.share for part in parts])
+    asked = dict(zip(parts, counts, strict=True))
+    pieces: dict[Source, Tensor] = {}
+    for part in sorted(parts, key=lambda part: part.name in OWN):  # what may fail comes first
+        least = 1 if len(parts) > 1 else 2  # a single one is held out from as well
+        pieces[part] = (
+            sample_own(part.name, model, tokenizer, asked[part], length, seed)
+            if part.name in OWN
+            else _windows(part.name, model, tokenizer, asked[part], length, seed, least)
+        )
+    order = interleaved([len(pieces[part]) for part in parts])
+    tokens = torch.stack([pieces[parts[of]][row] for of, row in order])
+    return CalibrationRows(source, tokens, [parts[of].told for of, _ in order])
+
+
+def available(
+    sources: Sequence[Source], model: Model, tokenizer: PreTrainedTokenizerBase, length: int
+) -> list[Source]:
+    """The sources without those parts of `mixed` that cannot be had, which the log names.
+
+    Raises ValueError for other sources that cannot be had.
+    """
+    kept = []
+    for source in sources:
+        try:
+            if source.name in OWN:
+                check_own(source.name, model, tokenizer, length)
+            elif source.optional:
+                source_text(source.name, 0)
+        except ValueError as error:
+            if not source.optional:
+                raise
+            log.warning("mixed: without %s, since %s", source.name, error)
+        else:
+            kept.append(source)
+    return kept
+
+
+def _windows(
+    name: str,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int,
+    least: int,
+) -> Tensor:
+    """Windows (samples, length) spread over a text, or fewer, but at least `least`."""
+    text = source_text(name, 8 * samples * length, seed)
     tokens = read_tokens(tokenizer, text, model.config.vocab_size)
     rows = tokens[: len(tokens) // length * length].view(-1, length)
-    if len(rows) < 2:
+    if len(rows) < least:
         raise ValueError(
-            f"the calibration text {source} has {len(tokens)} tokens: expected at least "
-            f"{2 * length}; give a longer text or a smaller --seq-len"
+            f"the calibration text {name} has {len(tokens)} tokens: expected at least "
+            f"{least * length}; give a longer text or a smaller --seq-len"
         )
+    if len(rows) < samples:
+        log.info("%s gives %d sequences instead of %d", text.name, len(rows), samples)
     spread = torch.linspace(0, len(rows) - 1, min(samples, len(rows))).round().long()
     return rows[spread].to(model.device)
-
-
-def _start(tokenizer: PreTrainedTokenizerBase, model: Model) -> int:
-    """The token from which text is sampled."""
-    for start in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if start is not None:
-            check_ids([start], tokenizer, model.config.vocab_size, "text sampled from the model")
-            return start
-    raise ValueError(
-        "the tokenizer has no begin or end token, from which text could be sampled: give "
-        "--calibration FILE"
-    )
 
 
 def hold_out(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,38 +170,6 @@ def hold_out(tokens: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"given {len(tokens)} sequences: expected 2 or more, to hold out one")
     kept, held_out = tokens.tensor_split([len(tokens) - (len(tokens) // 8 or 1)])
     return kept, held_out
-
-
-def hub_text(name: str, characters: int) -> Text:
-    """Rows of a dataset `DATASET[:CONFIG]`, streamed: `text` or `messages` of its train split.
-
-    They have `characters` characters or a little more, or are the whole split. Raises ValueError if
-    the dataset cannot be read or has no such column.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"hub:{name} needs the package datasets: pip install 'eigenzoo[data]'"
-        ) from None
-    dataset, _, config = name.partition(":")
-    if not dataset:
-        raise ValueError("hub: names no dataset: expected hub:DATASET or hub:DATASET:CONFIG")
-    failures = (*FAILURES, datasets.exceptions.DatasetsError)
-    try:
-        stream = datasets.load_dataset(dataset, config or None, split="train", streaming=True)
-    except (*failures, ValueError) as error:
-        raise _unreadable(dataset, error) from error
-    with tqdm(stream, desc="reading", unit="row", disable=None, leave=False) as rows:
-        try:
-            return take(f"hub:{name}", enumerate(rows, start=1), characters)
-        except failures as error:  # the network may fail at any row
-            raise _unreadable(dataset, error) from error
-
-
-def _unreadable(dataset: str, error: Exception) -> ValueError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ValueError(f"the dataset {dataset} could not be read: {reason}")
 
 
 def encode_prompt(

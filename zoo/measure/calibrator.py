@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..compression.calibrate import calibrate
 from ..compression.moments import Moments, Needs, Statistics
-from ..inference.data import calibration_tokens, is_file
-from ..inference.texts import read_text
+from ..inference.data import calibration_tokens
+from ..inference.source_texts import known_texts
+from ..inference.sources import described
 from ..models.model import Model
 from ..utils.provenance import fingerprint
 from ..utils.records import CalibrationText, Seconds
@@ -52,28 +53,25 @@ def narrow(statistics: Sequence[Statistics], have: Needs, want: Needs) -> list[S
 
 
 class Calibration(NamedTuple):
-    """What to calibrate on: see `data.calibration_tokens`."""
+    """What to calibrate on: see `data.calibration_text`."""
 
-    source: str = "self"
+    source: str = "mixed"
     samples: int = 32
     seq_len: int = 1024
     seed: int = 0
 
     def describe(self, tokenizer: PreTrainedTokenizerBase) -> CalibrationText:
-        """The same, a file by name and a digest of its text, chats as the template has them.
+        """The same, files by name and a digest of their text, chats as the template has them.
 
-        Raises ValueError if the file cannot be read.
+        Raises ValueError if a file cannot be read.
         """
-        name, digest = self.source, None
-        if is_file(self.source):
-            text = read_text(self.source)
-            name, digest = text.name, fingerprint(text.words(tokenizer))
+        words = [text.words(tokenizer) for text in known_texts(self.source)]
         return {
-            "source": name,
+            "source": described(self.source),
             "samples": self.samples,
             "seq_len": self.seq_len,
             "seed": self.seed,
-            "digest": digest,
+            "digest": fingerprint(*words) if words else None,
         }
 
 

@@ -29,6 +29,27 @@ class LayerCache(NamedTuple):
         return _write(self.keys, pos, k), _write(self.values, pos, v)
 
 
+class Rounding(NamedTuple):
+    """A layer's cache for training: it keeps nothing, and gives numbers back as a cache would.
+
+    Gradients pass as if nothing were rounded (straight-through, arXiv 1308.3432).
+    """
+
+    keys: Latent
+    values: Latent
+
+    def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (B, heads, T, width), rounded; they must be all that is attended to."""
+        return _straight_through(k, self.keys), _straight_through(v, self.values)
+
+
+def _straight_through(x: Tensor, latent: Latent) -> Tensor:
+    if not latent.segments:
+        return x
+    rounded = pack(x.detach(), latent).unpack(x.dtype)
+    return x + (rounded - x.detach())
+
+
 def _write(buffer: Buffer, pos: Tensor, x: Tensor) -> Buffer:
     if not isinstance(buffer, Packed):
         return buffer.index_copy_(2, pos, x)

@@ -71,6 +71,8 @@ class Config:
     latent with segments is one even at full rank, where others are whole heads.
     k_heads_per_latent, v_heads_per_latent: kv heads that share one latent.
     joint_kv: one latent holds keys and values; its ranks are k_ranks, and v_ranks are 0.
+    centered: the mean is subtracted from latents with segments, so that rounding them costs less;
+    lifts and biases add it back.
     """
 
     family: ClassVar[str]  # the key in `families.FAMILIES`, which is transformers' model_type
@@ -98,6 +100,7 @@ class Config:
     k_heads_per_latent: int = 1
     v_heads_per_latent: int = 1
     joint_kv: bool = False
+    centered: bool = False
 
     def __post_init__(self) -> None:
         """Fill in full ranks. Raises ValueError for fields that do not fit together."""

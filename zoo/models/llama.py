@@ -161,6 +161,7 @@ class Attention(LatentAttention):
         pairs = torch.zeros(shape, dtype=torch.long, device=device) if paired else None
         self.register_buffer("k_pairs", pairs)
         self.v_up = parameter(v.heads, v.width, shared[1] * d) if v_up else None
+        self.add_shifts(config)
 
     def forward(
         self, x: Tensor, pos: Tensor, attn_metadata: AttentionMetadata, cache: LayerCache | None
@@ -169,7 +170,7 @@ class Attention(LatentAttention):
         q = self.project(self.q_proj, x, self.heads)  # (B, H, T, D)
         k = self._keys_to_cache(self.linear(self.k_proj, x), attn_metadata)  # (B, L, T, R)
         v = self.project(self.v_proj, x, self.v.heads)  # (B, L, T, R)
-        keys, values = (k, v) if cache is None else cache.update(pos, k, v)
+        keys, values = self.remember(k, v, pos, cache)
         prompt = x.size(1) > 1  # for one token, lifting the output costs less than lifting values
         if self.v_up is not None and prompt:
             values = lift(values, self.v_up, self.head_dim)

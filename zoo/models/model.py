@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import latent_attention, latent_decode
-from .cache import Buffer, StaticCache
+from .cache import Buffer, LayerCache, StaticCache
 from .config import Config
 from .linear import Projector
 from .mask import CausalMask, DecodeMask, Mask, causal_matrix, counted, decode_mask
@@ -34,6 +34,8 @@ class LatentAttention(Projector):
     k_proj: nn.Linear
     v_proj: Any  # a linear layer, or None if joint latents in k hold values too
     o_proj: nn.Linear
+    k_shift: Tensor | None  # (L, 1, R): added to latents before they are cached
+    v_shift: Tensor | None
     scale: float
     share: tuple[int, int] = (0, 1)  # (i, n): this process has part i of n of heads and latents
 
@@ -65,6 +67,25 @@ class LatentAttention(Projector):
     def project(self, layer: nn.Module, x: Tensor, heads: int) -> Tensor:
         """The output of a linear layer for x (B, T, width), by head or latent: (B, heads, T, n)."""
         return self.linear(layer, x).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def add_shifts(self, config: Config) -> None:
+        """Make the parameters that center latents: see `Config.centered`."""
+        low = config.compressed(self.layer)
+        for name, latent, is_low in zip("kv", (self.k, self.v), low, strict=True):
+            made = config.centered and is_low and latent.segments
+            shift = parameter(latent.heads, 1, latent.width) if made else None
+            setattr(self, f"{name}_shift", shift)
+
+    def remember(
+        self, k: Tensor, v: Tensor, pos: Tensor, cache: LayerCache | None
+    ) -> tuple[Buffer, Buffer]:
+        """What new tokens attend to: all slots of the cache, or without one the new tokens.
+
+        k, v: latents of the new tokens, (B, heads, T, width); pos: their slots, (T,).
+        """
+        k = k if self.k_shift is None else k + self.k_shift
+        v = v if self.v_shift is None else v + self.v_shift
+        return (k, v) if cache is None else cache.update(pos, k, v)
 
     def attend(self, q: Tensor, k: Buffer, v: Buffer, mask: Mask) -> Tensor:
         """Attention of q (B, H, T, R) over k (B, K, S, R) and v (B, L, S, W): (B, H, T, W)."""

@@ -204,6 +204,7 @@ class Attention(LatentAttention):
         self.v_up = parameter(read.heads, read.width, v_n) if v_up else None
         self.k_down = parameter(k.heads, k_n, k.width) if k_down else None
         self.v_down = parameter(v.heads, v_n, v.width) if v_down else None
+        self.add_shifts(config)
 
     def source(self, name: str) -> nn.Module:
         """As in `LatentAttention`: after clips and norms."""
@@ -230,7 +231,7 @@ class Attention(LatentAttention):
             v = _encode(v, self.v.heads, self.v_down)
         if self.k_up is not None:
             q = absorb(q, self.k_up, self.head_dim)
-        keys, values = (k, v) if cache is None else cache.update(pos, k, v)
+        keys, values = self.remember(k, v, pos, cache)
         y = self.attend(q, keys, values if self.v.width else keys, mask)
         if self.v_up is not None:
             y = lift_heads(y, self.v_up, self.head_dim)

@@ -130,6 +130,7 @@ class Attention(LatentAttention):
         self.o_proj = nn.Linear(heads * (d if v_up else read.width), width, config.output_bias)
         self.k_up = parameter(k.heads, k.width, shared[0] * d) if k_up else None
         self.v_up = parameter(read.heads, read.width, shared[1] * d) if v_up else None
+        self.add_shifts(config)
 
     def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
@@ -140,7 +141,7 @@ class Attention(LatentAttention):
             v = self.project(self.v_proj, x, self.v.heads)  # (B, L, T, R)
         if self.k_up is not None:
             q = absorb(q, self.k_up, self.head_dim)
-        keys, values = (k, v) if cache is None else cache.update(pos, k, v)
+        keys, values = self.remember(k, v, pos, cache)
         y = self.attend(q, keys, values if self.v.width else keys, mask)
         if self.v_up is not None:
             y = lift_heads(y, self.v_up, self.head_dim)
