@@ -111,7 +111,7 @@ def test_methods_of_weights_run_no_model_and_read_no_tokens(method):
     dense.layers[0].attn.q_proj.register_forward_pre_hook(refuse)
     one, two = (
         compress(
-            dense, tiny.tokens(4, 64, seed), Settings(method, rank_multiple=4, kv_bits=(16,))
+            dense, tiny.tokens(4, 64, seed), Settings(method, 0.6, rank_multiple=4, kv_bits=(16,))
         ).model.state_dict()
         for seed in (1, 2)
     )
