@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 
 from ..zoo.compression.compress import compress
-from ..zoo.compression.record import about, evaluation, texts
+from ..zoo.compression.methods import METHODS
+from ..zoo.compression.record import about, evaluation, measured_on, texts
 from ..zoo.compression.settings import Settings
 from ..zoo.inference.checkpoint import Checkpoint, load, locate, open_layers
 from ..zoo.inference.data import check_source
+from ..zoo.inference.domains import check_apart
 from ..zoo.inference.tensor_files import stored_bytes
-from ..zoo.inference.texts import read_text
 from ..zoo.utils import memory
 from ..zoo.utils.interrupt import interruptible
 from ..zoo.utils.output import check_disk, check_folder, claimed, new_folder, writing
@@ -64,9 +65,8 @@ def compress_source(
         say(f"there is nothing to resume in {partial_folder(out)}: beginning anew")
     check_folder(out, force, (source.name, text, None if calibration == "self" else calibration))
     check_partial(out, resume, force)
-    if text is not None:
-        read_text(text)  # fails before the long work
-    check_source(calibration)
+    check_source(calibration)  # fails before the long work
+    check_apart(measured_on(text), [calibration] if METHODS[settings.method].data else [])
     if stream is None:
         stream = resume or (not plain and _exceeds_memory(source, say))
     if stream and plain:
@@ -120,8 +120,8 @@ def compress_checkpoint(
 
     calibration, samples, seq_len: see `data.calibration_tokens`; by default sequences have 1024
     tokens, or as many as the model can read. text: a file to measure perplexity on, before and
-    after; by default an eighth of the calibration sequences is held out for that. A method without
-    data reads or samples only the text for perplexity. plain: write an ordinary grouped-query
+    after; by default texts of several domains, see `record.windows`. A method without
+    data reads only the text for perplexity. plain: write an ordinary grouped-query
     checkpoint, see `plain.py`; raises ValueError where there is none.
     """
     check_shard_size(shard_size)

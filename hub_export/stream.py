@@ -121,7 +121,7 @@ def stream_checkpoint(
                 stream = _stream(original, files, settings, tokens, test.rows, kept, told)
                 record: CompressionRecord = {
                     **about(original, settings, stream.low.config, calibration, tokens, seed),
-                    "evaluation": measured(test, stream.perplexities),
+                    "evaluation": measured(test, stream.losses),
                     "layers": stream.layers,
                 }
                 write_about(fresh, stream.low, original, record)

@@ -36,7 +36,7 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 LIMIT = 10  # seconds in which a command must have refused
-QUICK = "--samples 4 --seq-len 16 --calibration a.txt --text a.txt"
+QUICK = "--samples 4 --seq-len 16 --calibration a.txt --text b.txt"
 COMMANDS = {
     "inspect": "inspect dense",
     "evaluate": "evaluate dense --windows 1 --text a.txt",
@@ -293,7 +293,7 @@ def make_place(place: Path) -> None:
     """Write the good files that changes are made to."""
     tiny.save(place / "dense", chat=True, **SIZES)
     (place / "a.txt").write_text(tiny.WORDS * 8)
-    (place / "b.txt").write_text(tiny.WORDS * 8)
+    (place / "b.txt").write_text(tiny.WORDS[::-1] * 8)
     (place / "tmp").mkdir()
     with chdir(place):
         _good(f"compress dense low {QUICK}")
