@@ -42,7 +42,7 @@ COMMANDS = {
     "evaluate": "evaluate dense --windows 1 --text a.txt",
     "generate": "generate dense -p cat --no-compile --max-new-tokens 2 --ops reference",
     "inspect low": "inspect low",
-    "evaluate low": "evaluate low --windows 1 --text a.txt",
+    "evaluate low": "evaluate low --windows 1 --text b.txt",
     "generate low": "generate low -p cat --no-compile --max-new-tokens 2 --ops reference",
     "compress": f"compress dense out {QUICK}",
     "force": f"compress dense low --force {QUICK}",
@@ -299,7 +299,7 @@ def make_place(place: Path) -> None:
         _good(f"compress dense low {QUICK}")
         _good(COMMANDS["sweep"].replace("out.jsonl", "rows.jsonl"))
         with (place / "sheet.json").open("w") as sheet, redirect_stdout(sheet):
-            _good("evaluate low --windows 1 --text a.txt --json")
+            _good("evaluate low --windows 1 --text b.txt --json")
         with patch(
             "eigenzoo.zoo.compression.stream.Stream._measure", side_effect=KeyboardInterrupt
         ):

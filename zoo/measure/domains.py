@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..inference.checkpoint import Checkpoint
-from ..inference.domains import Domain, all_rows, by_domain, domain, domains_record
+from ..inference.domains import all_rows, by_domain, digest, domain, domains_record
 from ..inference.perplexity import window_losses
 from ..inference.texts import Text
 from ..models.config import kv_bytes
@@ -52,9 +52,9 @@ def measure_domains(
     model = checkpoint.model
     if original is not None:
         check_original(model, original.model, original.name)
+    check_unseen(source, checkpoint, texts)
     window = window or min(2048, model.config.max_position_embeddings)
     domains = [domain(x, checkpoint.tokenizer, model, window, windows) for x in texts]
-    check_unseen(source, checkpoint, domains)
     rows, dense = all_rows(domains), None
     result: EvaluationResult = {"model": source, **kv_bytes(model.config, bits), "window": window}
     if original is not None:
@@ -79,15 +79,15 @@ def check_original(low: Model, dense: Model, name: str) -> None:
         )
 
 
-def check_unseen(source: str, checkpoint: Checkpoint, domains: Sequence[Domain]) -> None:
+def check_unseen(source: str, checkpoint: Checkpoint, texts: Sequence[Text]) -> None:
     """Raise ValueError for a text that the checkpoint, called `source`, was calibrated on."""
     record = checkpoint.config.get("compression")
     known = []
     if record and not COMPRESSION.problem(record):
         known = record.get("calibration_digests", [])
-    for x in domains:
-        if x.digest in known:
-            raise ValueError(f"{source} was calibrated on {x.name}: measure on another text")
+    for text in texts if known else []:
+        if digest(text, checkpoint.tokenizer) in known:
+            raise ValueError(f"{source} was calibrated on {text.name}: measure on another text")
 
 
 def domain_cells(record: DomainsRecord | ComparedDomains) -> list[list[str]]:

@@ -59,7 +59,7 @@ def domains(table: DomainTable) -> Figure:
     """Increase of the perplexity in per cent: a group of bars for every text, one a model."""
     known = {label: x for label, x in table.rows.items() if "increase" in x}
     groups, width = [*table.texts, "mean"], 0.8 / len(known)
-    size = (max(6, 1 + 0.3 * len(groups) * (1 + len(known))), 4.5 + 0.2 * len(known))
+    size = (1 + len(groups) * max(1.5, 0.3 * len(known)), 4.5 + 0.2 * len(known))
     figure = Figure(figsize=size, layout="constrained", dpi=150)
     axes = figure.subplots()
     for i, (label, x) in enumerate(known.items()):
@@ -71,6 +71,7 @@ def domains(table: DomainTable) -> Figure:
     axes.set_yscale("symlog", linthresh=1)  # linear up to one per cent, so that bars begin at 0
     axes.yaxis.set_major_formatter("{x:g}")
     axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_ylim(bottom=min(0, 2 * axes.dataLim.y0), top=max(1, 1.3 * axes.dataLim.y1))
     axes.set_xticks(range(len(groups)), groups)
     axes.set(title=table.title, ylabel="increase of perplexity over uncompressed, %")
     figure.legend(loc="outside lower center")
