@@ -29,7 +29,7 @@ from ..utils.records import CompressionOrigin, QualityRecord, SettingsRecord, Te
 from .methods import METHODS
 from .settings import Settings
 
-WINDOW, WINDOWS = 1024, 2  # of each of Python's own texts: as many tokens as 4 samples have
+WINDOW, TOKENS = 1024, 2048  # of each of Python's own texts: seconds beside the calibration
 
 
 class Windows(NamedTuple):
@@ -126,7 +126,8 @@ def windows(
     """
     longest, (words, *more) = model.config.max_position_embeddings, measured_on(text)
     if text is None:
-        size = min(WINDOW, longest), WINDOWS
+        window = min(WINDOW, longest)
+        size = window, TOKENS // window
         return Windows([domain(x, tokenizer, model, *size) for x in (words, *more)])
     tokens = read_tokens(tokenizer, words, model.config.vocab_size)
     if len(tokens) < 2:
