@@ -170,20 +170,31 @@ def _latents(config: Config) -> str:
         f"{config.k_heads_per_latent} kv heads share a key latent, "
         f"{config.v_heads_per_latent} a value latent."
     )
-    if not config.k_bits:
+    if config.k_segments or config.v_segments:
+        shared += (
+            " A latent is cut into segments of falling bits: 16x8+96x4 are 16 numbers of 8 bits, "
+            "and 96 of 4."
+        )
+    if config.least_bits == 16:
         return shared
     return (
-        f"{shared} Where its numbers have fewer than 16 bits in the cache, a latent has a scale "
-        "per token, of 16 bits, which the bytes above include."
+        f"{shared} Numbers of fewer than 16 bits have one scale per token and segment, of one "
+        "byte, which the bytes above include."
     )
 
 
 def _ranks(config: Config) -> str:
+    columns: dict[str, Sequence[object]]
     columns = {"key rank": config.k_ranks, "value rank": config.v_ranks}
     columns |= {"key bits": config.k_bits, "value bits": config.v_bits}
-    columns = {name: numbers for name, numbers in columns.items() if numbers}
-    rows = [map(str, (i, *row)) for i, row in enumerate(zip(*columns.values(), strict=True))]
-    return _table(("layer", *columns), [list(row) for row in rows])
+    columns |= {"key segments": config.k_segments, "value segments": config.v_segments}
+    columns = {name: cells for name, cells in columns.items() if cells}
+    # a latent without segments is in the dtype of the model
+    rows = [
+        [str(i), *("16 bits" if cell == "" else str(cell) for cell in row)]
+        for i, row in enumerate(zip(*columns.values(), strict=True))
+    ]
+    return _table(("layer", *columns), rows)
 
 
 def _cost(config: Config) -> str:

@@ -93,7 +93,8 @@ def test_bits_go_from_compress_to_inspect_and_generate(run, dense_folder, tmp_pa
     assert (code, json.loads(text)["kv_bits"]) == (0, [8])
     assert 0.4 < json.loads(text)["share"] <= 0.5  # of bytes, so ranks are higher than at 16 bits
     shown = json.loads(run("inspect", out, "--json")[1])
-    assert shown["k_bits"] == shown["v_bits"] == [8] * shown["num_hidden_layers"]
+    for side in "kv":
+        assert shown[f"{side}_segments"] == [f"{rank}x8" for rank in shown[f"{side}_ranks"]]
     words = ["generate", out, "-p", "the cat", "--no-compile", "--max-new-tokens", 3, "--json"]
     eight, four = (json.loads(run(*words, *more)[1]) for more in ([], ["--kv-bits", 4]))
     for row in (eight, four):

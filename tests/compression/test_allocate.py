@@ -1,4 +1,4 @@
-from itertools import product
+from itertools import accumulate, product
 
 import pytest
 import tiny
@@ -6,6 +6,10 @@ import torch
 
 from eigenzoo.zoo.compression.allocate import few_pairs, greedy, proportional, threshold_rank
 from eigenzoo.zoo.compression.basis import Basis, LayerBasis
+from eigenzoo.zoo.compression.fold import low_config
+from eigenzoo.zoo.compression.rounding import segment_errors
+from eigenzoo.zoo.models.bits import BITS
+from eigenzoo.zoo.models.config import kv_bytes
 from eigenzoo.zoo.models.llama import LlamaConfig
 
 
@@ -22,6 +26,30 @@ def bases(latents: int, n: int, layers: int = 2) -> list[LayerBasis]:
 def config(layers: int = 2) -> LlamaConfig:
     sizes = tiny.ROTARY | {"head_dim": 8} | {"num_hidden_layers": layers}
     return LlamaConfig(**sizes, k_heads_per_latent=4, v_heads_per_latent=4)
+
+
+def steep(layers: int) -> list[LayerBasis]:
+    """Bases of one latent of 128 numbers, whose spectra fall by three decades or more."""
+    torch.manual_seed(0)
+
+    def basis() -> Basis:
+        fall = torch.logspace(0, -3 - float(torch.rand(1)), 128, dtype=torch.float64)
+        spectrum = (fall * (0.5 + torch.rand(1, 128)) * torch.rand(1) * 9).sort(descending=True)
+        return Basis(
+            torch.empty(0),
+            torch.empty(0),
+            spectrum.values,
+            torch.zeros(1, 128),
+            rounding=torch.ones(2, 1, 128, dtype=torch.float64),
+        )
+
+    return [LayerBasis(basis(), basis()) for _ in range(layers)]
+
+
+def wide(layers: int) -> LlamaConfig:
+    """The config of a dense model with 4 heads of 32 numbers."""
+    sizes = tiny.ROTARY | {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": layers}
+    return LlamaConfig(**sizes)
 
 
 def cost(ranks) -> int:
@@ -175,3 +203,77 @@ def test_threshold_is_a_share_of_singular_values_and_the_largest_head_counts():
     assert threshold_rank(spectrum, 0.91) == 4
     assert threshold_rank(spectrum[1:], 0.9) == 1
     assert threshold_rank(spectrum, 0.4, multiple=4) == 4
+
+
+def segments_lost(units, ranks) -> float:
+    """The expected error of ranks whose latents have segments, or are whole."""
+    total = 0.0
+    for i, pair in enumerate(units):
+        for basis, parts, rank in zip(
+            pair, ranks.segments(i), (ranks.k[i], ranks.v[i]), strict=True
+        ):
+            total += float(basis.errors()[rank])
+            bounds = [0, *accumulate(s.width for s in parts)]
+            for j, s in enumerate(parts):
+                total += float(segment_errors(basis, bounds, [s.bits])[0, j, j + 1])
+    return total
+
+
+def held(sizes, ranks) -> int:
+    """Bytes per token."""
+    return kv_bytes(low_config(sizes, ranks, (4, 4)))["kv_bytes_per_token"]
+
+
+@pytest.mark.parametrize("keep", [0.12, 0.16, 0.25, 0.4])
+def test_segments_fill_the_budget_to_a_step_and_lose_less_than_one_number_of_bits(keep):
+    units, sizes = steep(7), wide(7)
+    budget = keep * 2 * sizes.dense_kv_width
+    segments = greedy(sizes, units, keep, multiple=16, bits=BITS)
+    # a step may be 16 numbers of 2 bits, or one bit more each: 4 bytes, and a scale, and zeros
+    assert budget - 16 < held(sizes, segments) <= budget
+    assert not segments.k_bits
+    for bits in (8, 4, 3, 2):
+        try:
+            one = greedy(sizes, units, keep, multiple=16, bits=(bits,))
+        except ValueError:  # so many bits are too many for the least rank
+            continue
+        assert held(sizes, one) <= budget
+        assert segments_lost(units, segments) < 0.9 * segments_lost(units, one)
+
+
+def test_fewer_bytes_are_fewer_bits_and_fewer_numbers():
+    units, sizes = steep(7), wide(7)
+
+    def numbers(keep: float, bits: int) -> int:
+        ranks = greedy(sizes, units, keep, 16, bits=BITS)
+        parts = [s for i in range(7) for side in ranks.segments(i) for s in side]
+        return sum(s.width for s in parts if s.bits == bits or not bits)
+
+    assert numbers(0.1, 8) < numbers(0.3, 8)
+    assert numbers(0.1, 2) > numbers(0.3, 2)
+    assert numbers(0.1, 0) < numbers(0.3, 0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_pairs_have_few_pairs_of_segments(count):
+    units, sizes = steep(7), wide(7)
+    free = greedy(sizes, units, 0.2, 16, bits=BITS)
+    ranks = few_pairs(sizes, units, count, 0.2, 16, bits=BITS)
+    assert len({*zip(free.k_segments, free.v_segments, strict=True)}) > 3
+    assert len({*zip(ranks.k_segments, ranks.v_segments, strict=True)}) <= count
+    assert held(sizes, ranks) <= 0.2 * 2 * sizes.dense_kv_width
+    assert segments_lost(units, ranks) < segments_lost(
+        units, greedy(sizes, units, 0.2, 16, bits=(4,))
+    )
+
+
+def test_one_number_of_bits_is_one_segment_and_whole_heads_stay_whole():
+    units, sizes = steep(3), wide(3)
+    ranks = greedy(sizes, units, 0.3, 16, bits=(4,))
+    assert ranks.k_segments == tuple(f"{r}x4" for r in ranks.k)
+    whole = greedy(sizes, units, 1.0, 16, bits=(8,))
+    assert (whole.k, whole.k_bits, whole.k_segments) == ((128,) * 3, (8,) * 3, ())
+    keys = greedy(sizes, units, 0.4, 16, whole_keys=True, bits=(8, 4, 2))
+    assert keys.k == (128,) * 3
+    assert {*keys.k_bits} <= {8, 4, 2}
+    assert len(keys.v_segments) == 3

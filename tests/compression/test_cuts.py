@@ -18,7 +18,7 @@ def basis(latents: int = 2, width: int = 64) -> Basis:
     fall = torch.logspace(0, -3, width, dtype=torch.float64)
     spectrum = (torch.rand(latents, width).double() * fall).sort(descending=True).values
     nothing = torch.zeros(latents, width, dtype=torch.float64)
-    rounding = torch.stack((spectrum.flip(1) * 0.1, nothing, nothing))
+    rounding = torch.stack((nothing + 1, nothing + 1))
     return Basis(torch.empty(0), torch.empty(0), spectrum, nothing, rounding=rounding)
 
 
@@ -26,11 +26,15 @@ def everything(basis: Basis, step: int = 16) -> list[tuple[int, float]]:
     """Bytes and errors of all cuts, counted one by one."""
     latents, full = basis.spectrum.shape
     bounds = [*range(0, full, step), full]
-    table, left = segment_errors(basis, bounds, BITS), basis.errors()
+    table, left = segment_errors(basis, bounds, BITS[1:]), basis.errors()
     left, found = left.clamp(min=NOISE * left[0]), []
     for bits_of in product((*BITS, 0), repeat=len(bounds) - 1):  # of every step, 0 where dropped
         kept = [b for b in bits_of if b]
-        if sorted(bits_of, reverse=True) != [*bits_of] or not kept or len(set(kept)) > 4:
+        if (
+            sorted(bits_of, reverse=True) != [*bits_of]
+            or not kept
+            or (16 in kept and len({*kept}) > 1)
+        ):
             continue
         parts = [
             (b, bits_of.index(b), bits_of.index(b) + bits_of.count(b)) for b in BITS if b in kept
@@ -40,7 +44,7 @@ def everything(basis: Basis, step: int = 16) -> list[tuple[int, float]]:
         if set(kept) == {16}:
             text = ""
         else:
-            error += sum(float(table[BITS.index(b), i, j]) for b, i, j in parts)
+            error += sum(float(table[BITS.index(b) - 1, i, j]) for b, i, j in parts)
         latent = Latent(latents, bounds[len(kept)], parse_segments(text))
         found.append((latent.nbytes(torch.bfloat16), error))
     return found
@@ -49,7 +53,7 @@ def everything(basis: Basis, step: int = 16) -> list[tuple[int, float]]:
 def test_no_cut_is_below_the_hull_at_any_price_of_a_byte():
     unit = Segmented(basis(), 8, BITS)
     corners, found = unit.cuts(unit.best()), everything(basis())
-    assert len(found) > 100
+    assert len(found) > 70
     for price in torch.logspace(-6, 0, 40, dtype=torch.float64).tolist():
         got = min(cut.error + price * cut.size for cut in corners)
         assert got == pytest.approx(min(e + price * size for size, e in found), rel=1e-6)
@@ -68,8 +72,8 @@ def test_corners_cost_more_and_lose_less_at_a_falling_rate():
 
 def test_cuts_have_the_bytes_of_their_rows():
     unit = Segmented(basis(3, 40), 8, BITS)
-    allowed = [c for c in unit.cuts(range(len(unit._ends))) if c.error < torch.inf]
-    assert len(allowed) > 50
+    allowed = [c for c in unit.cuts(range(len(unit.ends) + 3)) if c.error < torch.inf]
+    assert len(allowed) > 30
     for cut in allowed:
         segments = parse_segments(cut.segments)
         assert sum(s.width for s in segments) in (0, cut.rank)

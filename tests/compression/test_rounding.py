@@ -14,7 +14,7 @@ from eigenzoo.zoo.compression.rounding import (
     whole_error,
 )
 from eigenzoo.zoo.compression.solve import Basis, solve, solve_pairs
-from eigenzoo.zoo.models.bits import BITS, Segment, parse_segments
+from eigenzoo.zoo.models.bits import Segment, parse_segments
 from eigenzoo.zoo.models.packing import Latent, pack
 
 N = 96
@@ -28,17 +28,17 @@ def rounded(y, segments):
 
 def basis_of(kind: str) -> Basis:
     torch.manual_seed(0)
-    scale = torch.logspace(0, -1.5, N, dtype=torch.float64)[:, None]
+    scale = torch.logspace(0, -1, N, dtype=torch.float64)[:, None]
     x, g = (torch.randn(2, N, 4 * N).double() * scale / N for _ in range(2))
     if kind == "diagonal":
         x, g = (torch.diag_embed(a.diagonal(dim1=1, dim2=2)) for a in (x, g))
     if kind == "pairs":
         return solve_pairs(x @ x.mT, g @ g.mT, 24, 0.01)
-    mean = torch.randn(2, N).double() * (kind == "mean")
+    mean = torch.randn(2, N).double() * (kind != "diagonal")
     return solve(x @ x.mT, g @ g.mT, mean, 0.01)
 
 
-@pytest.mark.parametrize(("bits", "width"), [(16, 64), (8, 16), (4, 64), (3, 32), (2, 256)])
+@pytest.mark.parametrize(("bits", "width"), [(8, 16), (4, 64), (3, 32), (2, 256)])
 def test_a_number_costs_what_pack_loses(bits, width):
     random = torch.Generator().manual_seed(0)
     x = torch.randn(1, 400_000 // width, width, generator=random, dtype=torch.float64)
@@ -55,21 +55,9 @@ def test_costs_between_known_widths_are_between_theirs():
     assert cost(8, torch.tensor([1, 4096])).tolist() == [COST[8][0], COST[8][-1]]
 
 
-def test_a_block_has_the_trace_of_its_root():
-    basis = basis_of("mean")
-    mean = (basis.encoder.mT @ basis.mean[..., None])[..., 0]
-    errors = segment_errors(basis, [0, 16, 48, N], [4])[0]
-    for i, j, start, end in ((0, 1, 0, 16), (1, 2, 16, 48), (0, 3, 0, N), (2, 3, 48, N)):
-        m = mean[:, start:end]
-        second = torch.diag_embed(basis.spectrum[:, start:end]) + m[..., None] * m[:, None]
-        root = torch.linalg.eigvalsh(second).clamp(min=0).sqrt().sum(1)
-        want = root.square().sum() / (end - start) * cost(4, torch.tensor(end - start))
-        assert float(errors[i, j]) == pytest.approx(float(want), rel=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["centered", "mean", "pairs"])
+@pytest.mark.parametrize("kind", ["mixed", "pairs"])
 @pytest.mark.parametrize(
-    "text", ["96x8", "32x4", "96x3", "48x2", "16x16+32x8+48x4", "16x8+48x4+16x3+16x2"]
+    "text", ["96x8", "32x4", "96x3", "48x2", "32x8+48x4", "16x8+48x4+16x3+16x2"]
 )
 def test_segments_lose_what_is_expected_of_normal_numbers(kind, text):
     segments, basis = parse_segments(text), basis_of(kind)
@@ -77,7 +65,7 @@ def test_segments_lose_what_is_expected_of_normal_numbers(kind, text):
         pytest.skip("pairs are one segment")
     torch.manual_seed(1)
     z = basis.spectrum.sqrt()[..., None] * torch.randn(2, N, 4000).double()
-    x = basis.decoder @ z + basis.mean[..., None]
+    x = basis.decoder @ z  # centered
     mixed, width = spread(basis, segments), sum(s.width for s in segments)
     y = mixed.encoder[..., :width].mT @ x
     lost = mixed.decoder[..., :width] @ (rounded(y, segments) - y)
@@ -85,9 +73,7 @@ def test_segments_lose_what_is_expected_of_normal_numbers(kind, text):
     bounds = [0, *torch.tensor([s.width for s in segments]).cumsum(0).tolist()]
     table = segment_errors(basis, bounds, [s.bits for s in segments])
     want = sum(table[i, i, i + 1] for i in range(len(segments)))
-    # evenly mixed numbers of 8 bits have smaller maxima than normal ones, and a mean that is the
-    # same in all tokens rounds better than numbers that vary
-    least = 0.6 if kind == "mean" else 0.85 if "8" in text else 0.95
+    least = 0.85 if "8" in text else 0.95  # mixed numbers have smaller maxima than normal ones
     assert least < float(got) / float(want) < 1.05
 
 
@@ -103,8 +89,8 @@ def test_whole_heads_lose_what_is_expected_of_normal_numbers(bits):
 
 
 def test_facts_stand_for_encoders_and_decoders():
-    basis = basis_of("mean")
+    basis = basis_of("mixed")
     bare = basis._replace(encoder=None, decoder=None, rounding=facts(basis))
     bounds = [0, 16, 96]
-    assert_close(segment_errors(bare, bounds, BITS), segment_errors(basis, bounds, BITS))
+    assert_close(segment_errors(bare, bounds, [4]), segment_errors(basis, bounds, [4]))
     assert whole_error(bare, 24, 4) == whole_error(basis, 24, 4)

@@ -19,6 +19,7 @@ from eigenzoo.hub_export import code as travelling
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo.models.bits import BITS
 from eigenzoo.zoo.models.config import kv_bytes
 
 
@@ -57,19 +58,27 @@ def test_a_card_says_license_and_bytes(low):
     assert "cache of 8192" not in text(low)  # longer than the model can read
 
 
-def test_a_card_and_inspect_say_bits_and_bytes_with_scales(run, dense, tmp_path):
-    out, settings = tmp_path / "few", Settings(keep=0.3, rank_multiple=2, kv_bits=(8, 4))
+@pytest.mark.parametrize(
+    ("bits", "keep", "what"),
+    [((8,), 1.0, "bits"), (BITS, 0.3, "segments")],
+    ids=["bits", "segments"],
+)
+def test_a_card_and_inspect_say_bits_and_bytes_with_scales(run, dense, tmp_path, bits, keep, what):
+    out, settings = tmp_path / "few", Settings(keep=keep, rank_multiple=2, kv_bits=bits)
     compress_checkpoint(load(str(dense)), out, settings, samples=4, seq_len=32)
     config = load(str(out)).model.config
     size = kv_bytes(config)["kv_bytes_per_token"]
     assert size == load(str(out)).model.new_cache(1, 1).nbytes
     assert f"| KV bytes per token, 16 bits | {2 * config.dense_kv_width} | {size} |" in text(out)
     assert f"| cache of 2048 tokens | 0.8 MiB | {2048 * size / 2**20:.1f} MiB |" in text(out)
-    last = (2, config.k_ranks[2], config.v_ranks[2], config.k_bits[2], config.v_bits[2])
-    assert "| layer | key rank | value rank | key bits | value bits |" in text(out)
+    held = [getattr(config, f"{side}_{what}")[2] for side in "kv"]
+    last = (2, config.k_ranks[2], config.v_ranks[2], *held)
+    assert f"| layer | key rank | value rank | key {what} | value {what} |" in text(out)
     assert "| " + " | ".join(map(str, last)) + " |" in text(out)
+    assert ("16 numbers of 8 bits" in text(out)) == (what == "segments")
     code, shown, _ = run("inspect", out)
-    assert (code, "k_bits" in shown, str(size) in shown) == (0, True, True)
+    assert (code, f"k_{what}" in shown, str(size) in shown) == (0, True, True)
+    assert all(str(x) in shown for x in held)
 
 
 def test_every_table_states_the_share_beside_16_bits(run, dense, tmp_path):

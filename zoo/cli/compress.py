@@ -44,9 +44,8 @@ def compress(
     kv_bits: Annotated[
         str | None,
         typer.Option(
-            help=f"{BITS_HELP} One of {listed(map(str, BITS))}; or several as in 8,4, or auto for "
-            "all: each latent is then cut into segments of falling bits, where a byte reduces the "
-            "error most.",
+            help=f"{BITS_HELP} One of {listed(map(str, BITS))}; or several as in 8,4,2; or auto, "
+            "for all: a latent then has segments of falling bits, where its numbers matter less.",
             show_default="auto; 16 with methods that have a rank rule of their own",
         ),
     ] = None,

@@ -130,7 +130,7 @@ def parse_refit(text: str) -> tuple[str, ...] | None:
 
 
 def parse_bits(text: str) -> tuple[int, ...]:
-    """The bits that numbers may have: auto, or some of `BITS`."""
+    """The bits that numbers may have: auto, or some of `BITS`, each once and falling."""
     if text == "auto":
         return BITS
     words = text.split(",")
@@ -138,7 +138,7 @@ def parse_bits(text: str) -> tuple[int, ...]:
         raise ValueError(
             f"kv bits is {text!r}: expected auto, {listed(map(str, BITS))}, or some as in 8,4"
         )
-    return tuple(map(int, words))
+    return tuple(sorted({int(word) for word in words}, reverse=True))
 
 
 def command_line() -> str:

@@ -28,19 +28,10 @@ class Ranks(NamedTuple):
     k_segments: tuple[str, ...] = ()
     v_segments: tuple[str, ...] = ()
 
-    def segments(self, layer: int, full: tuple[int, int]) -> tuple[tuple[Segment, ...], ...]:
-        """The segments of a layer's latents of keys, and of values; none for whole heads.
-
-        full: the widths of both if nothing is dropped, where numbers of one size are whole heads.
-        """
-        sides = (self.k, self.k_bits, self.k_segments), (self.v, self.v_bits, self.v_segments)
-        found = []
-        for (ranks, bits, texts), most in zip(sides, full, strict=True):
-            rank = ranks[layer]
-            alike = bits and bits[layer] < 16 and 0 < rank < most
-            one = (Segment(rank, bits[layer]),) if alike else ()
-            found.append(parse_segments(texts[layer]) if texts else one)
-        return tuple(found)
+    def segments(self, layer: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+        """The segments of a layer's latents of keys, and of values; none at 16 bits."""
+        k, v = self.k_segments, self.v_segments
+        return parse_segments(k[layer] if k else ""), parse_segments(v[layer] if v else "")
 
 
 def greedy(
@@ -93,7 +84,7 @@ def few_pairs(
     chosen = _spend(layers, budget)
     if count is not None and len({tuple(cut[:3] for cut in layer) for layer in chosen}) > count:
         chosen = _alike(units, chosen, count, budget)
-    return _ranks(chosen, bits, whole_keys)
+    return _ranks(chosen, set(bits) == {16})
 
 
 def _check_room(config: Config, layers: Sequence[Sequence[Unit]], budget: int, beside: str) -> None:
@@ -121,21 +112,25 @@ def _alike(
     return [shared[group_of[i]] for i in range(len(layers))]
 
 
-def _ranks(chosen: Sequence[Sequence[Cut]], bits: Sequence[int], whole_keys: bool) -> Ranks:
+def _ranks(chosen: Sequence[Sequence[Cut]], unrounded: bool) -> Ranks:
     """The cuts of all layers as `fold` reads them."""
     k, *rest = zip(*chosen, strict=True)
     v = rest[0] if rest else ()  # joint latents are those of keys
     ranks = Ranks(tuple(cut.rank for cut in k), tuple(cut.rank for cut in v) or (0,) * len(k))
-    if set(bits) == {16}:
+    if unrounded:
         return ranks
-    several = len(set(bits)) > 1
-    if several and not whole_keys:
-        ranks = ranks._replace(k_segments=tuple(cut.segments for cut in k))
-    else:
-        ranks = ranks._replace(k_bits=tuple(cut.bits for cut in k))
-    if several:
-        return ranks._replace(v_segments=tuple(cut.segments for cut in v))
-    return ranks._replace(v_bits=tuple(cut.bits for cut in v))
+    (k_bits, k_segments), (v_bits, v_segments) = _held(k), _held(v)
+    return ranks._replace(
+        k_bits=k_bits, v_bits=v_bits, k_segments=k_segments, v_segments=v_segments
+    )
+
+
+def _held(side: Sequence[Cut]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Bits of whole heads in all layers; or segments, of which whole heads then are one."""
+    if not any(cut.segments for cut in side):
+        return tuple(cut.bits for cut in side), ()
+    whole = ("" if cut.bits == 16 else f"{cut.rank}x{cut.bits}" for cut in side)
+    return (), tuple(cut.segments or text for cut, text in zip(side, whole, strict=True))
 
 
 def _spend(layers: Sequence[Sequence[Unit]], budget: int) -> list[list[Cut]]:

@@ -133,8 +133,7 @@ def choose_ranks(
 
 def mixed(basis: LayerBasis, ranks: Ranks, layer: int) -> LayerBasis:
     """`spread` for latents of fewer than 16 bits; whole heads stay as they are."""
-    full = basis.k.spectrum.size(1), 0 if basis.v is None else basis.v.spectrum.size(1)
-    k, v = ranks.segments(layer, full)
+    k, v = ranks.segments(layer)
     return LayerBasis(spread(basis.k, k), None if basis.v is None else spread(basis.v, v))
 
 

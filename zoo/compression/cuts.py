@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cache
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 from math import lcm
 from typing import NamedTuple, Protocol
 
@@ -17,13 +17,13 @@ from .solve import Basis
 
 NOISE = 1e-7  # of a unit's error: what fp32 sums leave where nothing is left
 STEP = 16  # numbers: widths of segments are multiples, as kernels like them
-MOST_STEPS = 32  # in a latent; 437,000 ways to cut it
+MOST_STEPS = 32  # in a latent; there are 58,904 ways to cut it into four bits
 
 
 class Cut(NamedTuple):
     """What a unit may become, its bytes per token, and its error.
 
-    bits: of all numbers, unless there are segments; 16 stands for the model's dtype.
+    bits: of whole heads; 16, also of a latent without segments, stands for the model's dtype.
     """
 
     rank: int
@@ -80,14 +80,13 @@ def _ranks(config: Config, basis: Basis, multiple: int, bits: int) -> Unit:
     latents, full = basis.spectrum.shape
     step = multiple if basis.pairs is None else lcm(multiple, 2)
     ranks = [rank for rank in range(step, full, step) if rank % PARTS[bits] == 0]
-    left = _left(basis)
-    lost = torch.zeros(len(ranks))
+    errors, texts = _left(basis)[ranks], [""] * len(ranks)
     if bits < 16:
-        lost = segment_errors(basis, [0, *ranks], [bits])[0, 0, 1:]
-    errors = (left[ranks] + lost).tolist()
+        errors += segment_errors(basis, [0, *ranks], [bits])[0, 0, 1:]
+        texts = [segments_text((Segment(rank, bits),)) for rank in ranks]
     sizes = [Latent(latents, rank).rounded(bits).nbytes(torch.bfloat16) for rank in ranks]
-    below = [Cut(r, bits, "", *x) for r, *x in zip(ranks, sizes, errors, strict=True)]
-    return below + _whole(config, basis, [bits])
+    cells = zip(ranks, texts, sizes, errors.tolist(), strict=True)
+    return [Cut(rank, 16, *x) for rank, *x in cells] + _whole(config, basis, [bits])
 
 
 def _whole(config: Config, basis: Basis, bits: Sequence[int]) -> Unit:
@@ -111,55 +110,49 @@ def _left(basis: Basis) -> Tensor:
 class Segmented:
     """All ways to cut a latent into segments of falling bits, and to drop the rest.
 
-    One segment of 16 bits is no segment: numbers are in the model's dtype.
+    Where 16 bits are allowed, a latent may also be in the model's dtype. It has no segments then:
+    beside fewer bits 16 are never worth their bytes.
     """
 
     def __init__(self, basis: Basis, multiple: int, bits: Sequence[int]):
-        latents, full = basis.spectrum.shape
-        self.latents, self.bits = latents, sorted(set(bits), reverse=True)
+        self.latents, full = basis.spectrum.shape
+        self.bits = sorted({*bits} - {16}, reverse=True)
         step = lcm(STEP, multiple)
         step *= -(-full // (MOST_STEPS * step))
         self.bounds = [*range(0, full, step), full]
         self.left = _left(basis)[self.bounds]
         self.lost = segment_errors(basis, self.bounds, self.bits)
+        self.whole = [*range(1, len(self.bounds))] if 16 in bits else []  # numbers of bounds
+        self.ends = _ways(len(self.bounds) - 1, len(self.bits))
 
-    @property
-    def _ends(self) -> Tensor:
-        return _ways(len(self.bounds) - 1, len(self.bits))
-
-    def _measured(self, ends: Tensor) -> tuple[Tensor, Tensor]:
-        """Bytes and errors of cuts whose segments end at bounds of such numbers, (cuts, bits)."""
-        starts = _starts(ends)
-        bits, bounds = torch.tensor(self.bits), torch.tensor(self.bounds)
-        width = bounds[ends] - bounds[starts]
-        lost = self.lost[torch.arange(len(bits)), starts, ends].sum(1)
-        codes = (width * bits).sum(1) // 8
-        scales = ((width > 0) & (bits < 16)).sum(1)
-        wide = (width * (bits == 16)).sum(1)  # numbers of 16 bits
-        lost[(wide > 0) & (codes % 2 > 0)] = torch.inf  # they would lie at odd bytes
-        sizes = -(-self.latents * (codes + scales) // ALIGN) * ALIGN
-        pure = scales == 0
-        sizes = torch.where(pure, 2 * self.latents * wide, sizes)
-        return sizes, self.left[ends[:, -1]] + lost.masked_fill(pure, 0)
+    def _measured(self) -> tuple[Tensor, Tensor]:
+        """Bytes and errors of all cuts; those in the model's dtype come last."""
+        starts, bounds = _starts(self.ends), torch.tensor(self.bounds)
+        width = bounds[self.ends] - bounds[starts]
+        lost = self.lost[torch.arange(len(self.bits)), starts, self.ends].sum(1)
+        each = (width * torch.tensor(self.bits)).sum(1) // 8 + (width > 0).sum(1)
+        sizes = -(-self.latents * each // ALIGN) * ALIGN
+        whole = 2 * self.latents * bounds[self.whole]
+        errors = torch.cat((self.left[self.ends[:, -1]] + lost, self.left[self.whole]))
+        return torch.cat((sizes, whole)), errors
 
     def best(self) -> list[int]:
         """Those on the lower convex hull of errors over bytes."""
-        return hull(*self._measured(self._ends))
+        return hull(*self._measured())
 
     def cuts(self, numbers: Sequence[int]) -> Unit:
         """The cuts of such numbers."""
-        ends = self._ends[numbers]
-        measured = zip(*(x.tolist() for x in self._measured(ends)), strict=True)
-        texts = [self._segments(row) for row in ends.tolist()]
-        return [
-            Cut(self.bounds[end], 16, text, *x)
-            for end, text, x in zip(ends[:, -1].tolist(), texts, measured, strict=True)
-        ]
+        sizes, errors = (x[numbers].tolist() for x in self._measured())
+        cells = zip(map(self._cut, numbers), sizes, errors, strict=True)
+        return [Cut(rank, 16, text, size, error) for (rank, text), size, error in cells]
 
-    def _segments(self, ends: Sequence[int]) -> str:
-        widths = [self.bounds[b] - self.bounds[a] for a, b in zip((0, *ends), ends, strict=False)]
-        cut = [Segment(w, b) for w, b in zip(widths, self.bits, strict=True) if w]
-        return "" if [s.bits for s in cut] == [16] else segments_text(tuple(cut))
+    def _cut(self, number: int) -> tuple[int, str]:
+        """Rank and segments of a cut."""
+        if number >= len(self.ends):
+            return self.bounds[self.whole[number - len(self.ends)]], ""
+        ends = [self.bounds[i] for i in (0, *self.ends[number].tolist())]
+        widths = zip((b - a for a, b in pairwise(ends)), self.bits, strict=True)
+        return ends[-1], segments_text(tuple(Segment(w, b) for w, b in widths if w))
 
 
 def _starts(ends: Tensor) -> Tensor:

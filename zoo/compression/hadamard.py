@@ -1,7 +1,18 @@
-"""Hadamard matrices: orthogonal, all of whose entries have one size."""
+"""Orthogonal matrices whose entries have one size: Hadamard's."""
 
 import torch
 from torch import Tensor
+
+
+def even(size: int) -> Tensor:
+    """An orthogonal matrix, fp64: of even entries if `hadamard` makes it, else a random one.
+
+    The same at every call and on every device.
+    """
+    if (found := hadamard(size)) is not None:
+        return found / size**0.5
+    random = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=random)).Q
 
 
 def hadamard(size: int) -> Tensor | None:

@@ -21,7 +21,7 @@ class Basis(NamedTuple):
     spectrum: Tensor  # (L, n): the error, per token, that each column takes away
     mean: Tensor  # (L, n): zero where the method does not center
     pairs: Tensor | None = None  # (L, n / 2): see `solve_pairs`
-    rounding: Tensor | None = None  # (3, L, n): see `rounding.facts`; None if not asked for
+    rounding: Tensor | None = None  # (2, L, n): see `rounding.facts`; None if not asked for
 
     def errors(self) -> Tensor:
         """Error per token left at rank 0, 1, ..., n, summed over the latents: (n + 1,)."""

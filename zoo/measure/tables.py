@@ -22,6 +22,11 @@ from .domains import DomainTable, domain_cells, percent, table_caption, table_ce
 from .evaluate import Comparison
 from .sweep_table import Section, caption, cells
 
+BY_LAYER = {  # of a layer, and of a config
+    **{"k_rank": "k_ranks", "v_rank": "v_ranks", "k_bits": "k_bits", "v_bits": "v_bits"},
+    **{"k_segments": "k_segments", "v_segments": "v_segments"},
+}
+
 
 def _add(table: Table, *cells: object) -> None:
     """Add a row, whose cells may come from files."""
@@ -45,10 +50,14 @@ def layers(rows: Sequence[LayerRecord]) -> None:
         for rank in (x["k_rank"], x["v_rank"]) if both else (x["k_rank"],):
             cells += [str(rank), "█" * max(1, round(12 * rank / widest))]
         by_name: Mapping[str, Any] = x
-        more = (by_name[name] for name in extra)
-        cells += [f"{n:.4f}" if isinstance(n, float) else str(n) for n in more]
+        cells += [_cell(by_name[name]) for name in extra]
         _add(table, str(i), *cells)
     _show(table)
+
+
+def _cell(x: object) -> str:
+    """A cell about a layer; a latent without segments is in the dtype of the model."""
+    return f"{x:.4f}" if isinstance(x, float) else "16 bits" if x == "" else str(x)
 
 
 def comparison(rows: Mapping[str, Comparison], context: int) -> None:
@@ -211,8 +220,7 @@ def checkpoint(about: Mapping[str, Any]) -> None:
     table = Table(show_header=False)
     compression = about["compression"] or {}
     for key, value in {**about, **compression}.items():
-        by_layer = ("k_ranks", "v_ranks", "k_bits", "v_bits")
-        hidden = (*by_layer, "compression", "layers", "refined", "measured", "evaluation")
+        hidden = (*BY_LAYER.values(), "compression", "layers", "refined", "measured", "evaluation")
         if key not in hidden and value is not None:
             _add(table, key, str(value))
     if quality := compression.get("evaluation"):
@@ -223,7 +231,6 @@ def checkpoint(about: Mapping[str, Any]) -> None:
     _show(table)
     if domain_rows := (compression.get("evaluation") or {}).get("domains"):
         domains(domain_rows)
-    names = {"k_rank": "k_ranks", "v_rank": "v_ranks", "k_bits": "k_bits", "v_bits": "v_bits"}
-    columns = {name: about[key] for name, key in names.items() if about[key]}
+    columns = {name: about[key] for name, key in BY_LAYER.items() if about[key]}
     rows = zip(*columns.values(), strict=True)
     layers([cast(LayerRecord, dict(zip(columns, row, strict=True))) for row in rows])
