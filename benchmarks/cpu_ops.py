@@ -31,6 +31,7 @@ SHAPES = {  # query heads, kv heads
     "multi-head": (32, 32),
     "grouped": (32, 8),
 }
+BITS = ("16", "8", "4", "falling")  # of packed caches, but for 16; see `_latent`
 
 
 class Case(NamedTuple):
@@ -44,12 +45,10 @@ class Case(NamedTuple):
 def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> dict[str, Case]:
     """The cases of one shape."""
 
-    def made(latents: int, *widths: int, bits: int = 16) -> list[list[Buffer]]:
+    def made(latents: int, *widths: int, bits: str = "16") -> list[list[Buffer]]:
         def one(width: int) -> Buffer:
             x = torch.randn(1, latents, slots, width)
-            return (
-                x.to(dtype) if bits == 16 else pack(x, Latent(x.size(1), x.size(3)).rounded(bits))
-            )
+            return x.to(dtype) if bits == "16" else pack(x, _latent(latents, width, bits))
 
         return [[one(w) for w in widths] for _ in range(caches)]
 
@@ -79,19 +78,22 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
         "latent_decode 128/128": Case(latent(q, full), size(full)),
         "latent_decode 128/128, 1/8 full": Case(latent(q, full, eighth), size(full) // 8),
     }
-    for rk, rv, bits in ((80, 80, 16), (80, 80, 8), (80, 80, 4), (64, 96, 16)):
+    for rk, rv, bits in ((64, 96, "16"), *((80, 80, bits) for bits in BITS)):
         kept = made(kv, rk, rv, bits=bits)
         call = latent(torch.randn(1, heads, 1, rk).to(dtype), kept)
         named[f"latent_decode {rk}/{rv}{_few(bits)}"] = Case(call, size(kept))
+    kept = made(kv, 80, 80, bits="falling")
+    call = latent(torch.randn(1, heads, 1, 80).to(dtype), [_in_one_row(*pair) for pair in kept])
+    named["latent_decode 80/80, falling bits, keys and values in one row"] = Case(call, size(kept))
     for shared in (2, 4):
         rank = 80 * shared
         up = torch.randn(kv // shared, rank, shared * D)
-        for bits in (16, 8, 4):
+        for bits in BITS:
             kept = made(kv // shared, rank, rank, bits=bits)
             call = latent(torch.randn(1, heads, 1, rank).to(dtype), kept)
             name = f"latent_decode {rank}, {shared} heads a latent{_few(bits)}"
             named[name] = Case(call, size(kept))
-        for block, bits in ((16, 16), (32, 16), (64, 16), (32, 8), (32, 4)):
+        for block, bits in ((16, "16"), (64, "16"), *((32, bits) for bits in BITS)):
             kept = made(kv // shared, rank, rank, bits=bits)
             angle = torch.rand(1, 1, -(-slots // block), D // 2)
             rest = (span, 0.1, angle.cos(), angle.sin(), up.to(dtype), None, block)
@@ -117,8 +119,23 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
     return named
 
 
-def _few(bits: int) -> str:
-    return "" if bits == 16 else f", {bits} bits"
+def _latent(heads: int, width: int, bits: str) -> Latent:
+    """Of one number of bits; or of bits that fall, 4.4 on average."""
+    segments = f"{width}x{bits}"
+    if bits == "falling":
+        segments = f"{width // 5}x8+{width // 5 * 3}x4+{width // 5}x2"
+    return Latent.of_layout(f"{heads}:{segments}")
+
+
+def _in_one_row(*pair: Buffer) -> list[Buffer]:
+    """The same keys and values, as views of rows that hold both."""
+    packs = [x for x in pair if isinstance(x, Packed)]
+    rows = torch.cat([x.rows for x in packs], 2).split([x.rows.size(2) for x in packs], 2)
+    return [x._replace(rows=part) for x, part in zip(packs, rows, strict=True)]
+
+
+def _few(bits: str) -> str:
+    return "" if bits == "16" else f", {bits} bits"
 
 
 def medians(named: dict[str, Case], rounds: int) -> dict[str, float]:

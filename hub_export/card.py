@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
 from ..zoo.compression.methods import METHODS
 from ..zoo.models.config import Config, kv_bytes
 from ..zoo.utils.escape import code_block, code_span, markdown, printable
-from ..zoo.utils.records import CompressionRecord, EvaluationRow, Measurements, TimedRow
+from ..zoo.utils.records import CompressionRecord, Measurements, TimedRow
+from .card_numbers import before_and_after, cells, results
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 FIGURES = "figures"  # folder of plots, in the checkpoint
@@ -62,14 +63,7 @@ Keys and values differ in width, so FlashAttention 2 and paged caches do not app
 
 def _metadata(c: CompressionRecord, title: str) -> str:
     """Metadata for the Hub, as YAML."""
-    base, results = c["base_model"], []
-    if quality := c.get("evaluation"):
-        results.append(_result(quality["text"], "perplexity", quality["compressed"]))
-    for row in c.get("measured", {}).get("evaluations", []):
-        if row["kv_share"] < 1:
-            if "perplexity" in row:
-                results.append(_result(row["text"], "perplexity", row["perplexity"]))
-            results += [_result(*cell) for cell in _task_cells(row)]
+    base, measured = c["base_model"], results(c)
     known = base.count("/") == 1  # a Hub id; of a local model only the name is kept
     data = ModelCardData(
         library_name="transformers",
@@ -78,30 +72,10 @@ def _metadata(c: CompressionRecord, title: str) -> str:
         base_model=printable(base) if known else None,
         base_model_relation="finetune" if known else None,
         tags=["eigenzoo", "kv-cache", "low-rank"],
-        model_name=title if results else None,
-        eval_results=results or None,
+        model_name=title if measured else None,
+        eval_results=measured or None,
     )
     return data.to_yaml()
-
-
-def _result(text: str, metric: str, value: float) -> EvalResult:
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type="text",
-        dataset_name=printable(text),
-        metric_type=printable(metric),
-        metric_value=round(value, 4),
-    )
-
-
-def _task_cells(row: EvaluationRow) -> list[tuple[str, str, float]]:
-    """Task, metric and value, without standard errors and without what is no metric."""
-    return [
-        (task, metric.partition(",")[0], value)
-        for task, metrics in row.get("tasks", {}).items()
-        for metric, value in metrics.items()
-        if "," in metric and "_stderr" not in metric and isinstance(value, float)
-    ]
 
 
 def _license(c: CompressionRecord) -> str:
@@ -121,9 +95,7 @@ def _sizes(config: Config, c: CompressionRecord) -> str:
         if context <= config.max_position_embeddings:
             dense, low = (f"{context * n / 2**20:.1f} MiB" for n in (before, after))
             rows.append((f"cache of {context} tokens", dense, low))
-    if quality := c.get("evaluation"):
-        text = f"perplexity ({quality['tokens']} tokens of {quality['text']})"
-        rows.append((text, f"{quality['dense']:.3f}", f"{quality['compressed']:.3f}"))
+    rows += before_and_after(c.get("evaluation"))
     return _table(("", "original", "compressed"), rows)
 
 
@@ -154,12 +126,8 @@ def _measured(measured: Measurements) -> str:
     evaluations, timed = measured.get("evaluations", []), measured.get("speed", [])
     parts, rows = [], []
     for x in evaluations:
-        cells = _task_cells(x)
-        if "perplexity" in x:
-            text = f"{x['tokens']} tokens of {x['text']}"
-            cells = [(text, "perplexity", x["perplexity"]), *cells]
         name = "original" if x["kv_share"] == 1 else f"{x['kv_share']:.2f} of the KV bytes"
-        rows += [(name, task, metric, f"{value:.4f}") for task, metric, value in cells]
+        rows += [(name, task, metric, f"{value:.4f}") for task, metric, value in cells(x)]
     if rows:
         parts.append(_table(("", "measured on", "metric", "value"), rows))
     if timed:

@@ -8,13 +8,13 @@ import torch
 
 from ..zoo.compression.compress import compress
 from ..zoo.compression.methods import METHODS
-from ..zoo.compression.record import about, evaluation, texts
+from ..zoo.compression.record import about, evaluation, measured_on, texts
 from ..zoo.compression.settings import Settings
 from ..zoo.inference.checkpoint import Checkpoint, load, locate, open_layers
+from ..zoo.inference.domains import check_apart
 from ..zoo.inference.source_texts import check_source
 from ..zoo.inference.sources import files as text_files
 from ..zoo.inference.tensor_files import stored_bytes
-from ..zoo.inference.texts import read_text
 from ..zoo.utils import memory
 from ..zoo.utils.interrupt import interruptible
 from ..zoo.utils.output import check_disk, check_folder, claimed, new_folder, writing
@@ -66,9 +66,9 @@ def compress_source(
         say(f"there is nothing to resume in {partial_folder(out)}: beginning anew")
     check_folder(out, force, (source.name, text, *text_files(calibration)))
     check_partial(out, resume, force)
-    if text is not None:
-        read_text(text)  # fails before the long work
-    check_source(calibration, samples if METHODS[settings.method].data else None)
+    data = METHODS[settings.method].data
+    check_source(calibration, samples if data else None)  # fails before the long work
+    check_apart(measured_on(text), [calibration] if data else [])
     if stream is None:
         stream = resume or (not plain and _exceeds_memory(source, say))
     if stream and plain:
@@ -122,8 +122,8 @@ def compress_checkpoint(
 
     calibration, samples, seq_len: see `data.calibration_text`; by default sequences have 1024
     tokens, or as many as the model can read. text: a file to measure perplexity on, before and
-    after; by default an eighth of the calibration sequences is held out for that. A method without
-    data reads or samples only the text for perplexity. plain: write an ordinary grouped-query
+    after; by default texts of several domains, see `record.windows`. A method without
+    data reads only the text for perplexity. plain: write an ordinary grouped-query
     checkpoint, see `plain.py`; raises ValueError where there is none.
     """
     check_shard_size(shard_size)
@@ -135,11 +135,13 @@ def compress_checkpoint(
     with new_folder(out, force) as folder:
         with writing(out):
             rehearse(folder, original, settings, write_about_plain if plain else write_about)
-        tokens, test, sources = texts(original, settings, calibration, samples, seq_len, text, seed)
+        tokens, test, told = texts(original, settings, calibration, samples, seq_len, text, seed)
         result = compress(model, tokens, settings)
         models = {"dense": model, "compressed": result.model}
         record: CompressionRecord = {
-            **about(original, result.settings, result.model.config, sources, tokens, seed),
+            **about(
+                original, result.settings, result.model.config, calibration, tokens, told, seed
+            ),
             "evaluation": evaluation(models, test),
             "layers": result.layers,
         }

@@ -87,7 +87,7 @@ def rehearse(
 ) -> None:
     """Write all but the weights as if nothing were compressed, to fail before the long work."""
     model = original.model
-    source = about(original, settings, model.config, "self", torch.empty(0, 1), seed=0)
+    source = about(original, settings, model.config, "self", torch.empty(0, 1), "", 0)
     write(folder, model, original, cast(CompressionRecord, {**source, "layers": []}))
 
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import cast
 
-from ..zoo.compression.record import calibrated_on, evaluation, held_out_windows, windows
+from ..zoo.compression.record import calibrated_on, digests, evaluation, measured_on, windows
 from ..zoo.compression.refine import RefineSettings, check_pair, learned, refine
 from ..zoo.inference.checkpoint import Checkpoint, recorded
 from ..zoo.inference.data import calibration_text, hold_out
+from ..zoo.inference.domains import check_apart
 from ..zoo.models.model import Model
 from ..zoo.utils.output import check_disk, new_folder, writing
 from ..zoo.utils.records import CompressionRecord, RefineRecord
@@ -53,8 +54,8 @@ def refine_checkpoint(
 
     calibration, samples, seq_len: the text to learn from, see `data.calibration_text`, where
     `dense` is the model; by default sequences have 512 tokens, or as many as the model can
-    read. An eighth of them is held out to measure on. text: a file to measure perplexity on
-    instead. After an interruption the same call continues.
+    read. An eighth of them is held out to choose the best weights by. text: a file to measure
+    perplexity on, see `record.windows`. After an interruption the same call continues.
     """
     check_pair(dense, low.model)  # before text is sampled or read
     before = recorded(low.config, low.name)
@@ -82,10 +83,10 @@ def _refine(
 ) -> tuple[Model, CompressionRecord]:
     """The refined model, and the record of it."""
     seq_len = seq_len or min(512, dense.config.max_position_embeddings)
+    check_apart(measured_on(text), [calibration])
     test = windows(low.tokenizer, dense, text)  # fails before the long work
     rows = calibration_text(calibration, dense, low.tokenizer, samples, seq_len, settings.seed)
     tokens, held_out = hold_out(rows.tokens)
-    test = test or held_out_windows(held_out, calibration)
     refined = refine(dense, low.model, tokens, settings, held_out, state_file(out))
     models = {"dense": dense, "before": low.model, "compressed": refined.model}
     measured = evaluation(models, test)
@@ -103,5 +104,7 @@ def _refine(
     }
     record = recorded(low.config, low.name).copy()
     record["evaluation"] = measured
+    known = record.get("calibration_digests", [])
+    record["calibration_digests"] = [*known, *digests(low.tokenizer, [calibration])]
     record["refined"] = [*record.get("refined", []), cast(RefineRecord, run)]
     return refined.model, record

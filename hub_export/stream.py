@@ -102,8 +102,8 @@ def stream_checkpoint(
         check_disk(out, bytes_of(original.model) - written)
         with writing(out), scratch(place) as folder:
             rehearse(folder, original, settings)
-        tokens, test, sources = texts(original, settings, calibration, samples, seq_len, text, seed)
-        told = {**calibrated_on(sources, tokens), "text": test.name, "seed": seed}
+        tokens, test, told = texts(original, settings, calibration, samples, seq_len, text, seed)
+        facts = {**calibrated_on(told, tokens), "text": test.name, "seed": seed}
         fresh = left / NEW
         try:
             # interruptible: else code in C may turn Ctrl-C into what looks like a refusal
@@ -113,10 +113,10 @@ def stream_checkpoint(
             ):
                 fresh.mkdir(parents=True, exist_ok=True)
                 kept = KeptFiles(left)
-                stream = _stream(original, files, settings, tokens, test.rows, kept, told)
+                stream = _stream(original, files, settings, tokens, test.rows, kept, facts)
                 record: CompressionRecord = {
-                    **about(original, settings, stream.low.config, sources, tokens, seed),
-                    "evaluation": measured(test, stream.perplexities),
+                    **about(original, settings, stream.low.config, calibration, tokens, told, seed),
+                    "evaluation": measured(test, stream.losses),
                     "layers": stream.layers,
                 }
                 write_about(fresh, stream.low, original, record)

@@ -16,7 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import anchored_decode, latent_decode, rotary_decode, split
+from ..zoo.models.bits import parse_segments
+from ..zoo.models.packing import Latent
+from . import anchored_decode, latent_decode, layouts, rotary_decode, split
 from .disassembly import count, disassemble, loops
 
 TARGETS = {
@@ -40,7 +42,7 @@ LIMITS = {
     "sm_90": Limits(228 << 10, 3.35e12 / 132 / 1.76e9),
     "sm_100": Limits(228 << 10, 8.0e12 / 148 / 1.85e9),
 }
-SCALES = {"k_scale_ptr", "z_scale_ptr", "v_scale_ptr"}
+HEADS = 8  # latents of a token, which share a row if they are packed
 LOADS = ("LDG.", "LDGSTS.", "global_load", "buffer_load")
 REGISTERS, WARPS, MOST_BLOCKS = 65536, 64, 32  # per multiprocessor, on all three
 MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -53,17 +55,18 @@ class Case(NamedTuple):
     kernel: Any
     constants: dict[str, Any]
     dtype: torch.dtype = torch.bfloat16
-    bits: int = 16  # of the numbers in the cache
 
     @property
-    def bytes_read(self) -> int:
+    def bytes_read(self) -> float:
         """Bytes of memory that one iteration of the loop reads."""
         c = self.constants
-        if "RK" not in c:
-            return int(c["WIDTH"] * c["TILE"] * 4)
-        if self.bits == 16:
-            return int((c["RK"] + c["RV"]) * c["TILE"] * self.dtype.itemsize)
-        return int(((c["RK"] + c["RV"]) * self.bits // 8 + 2 * torch.bfloat16.itemsize) * c["TILE"])
+        if "K" not in c:
+            return float(c["WIDTH"] * c["TILE"] * 4)
+        return sum(self._bytes(c[name]) for name in "KV") * float(c["TILE"])
+
+    def _bytes(self, row: layouts.Row) -> float:
+        """Bytes of a latent in a slot: of a row of bytes, its share of the heads."""
+        return row.slot / HEADS if row.codes else row.width * self.dtype.itemsize
 
 
 class Reading(NamedTuple):
@@ -81,40 +84,38 @@ class Reading(NamedTuple):
     ratio: float  # clocks to issue the loop / clocks to read its tile from memory
 
 
-def latent(rk: int, rv: int, shared: int = 1, bits: int = 16) -> Case:
-    """`latent_decode` for `shared` query heads of one latent."""
-    shape = latent_decode.constants(shared, 1, rk, rv, 2, *_halves(bits))
+def latent(k: int | str, v: int | str, shared: int = 1) -> Case:
+    """`latent_decode` for `shared` query heads of one latent. k, v: ranks or segments."""
+    shape = latent_decode.constants(shared, 1, _row(k), _row(v, layouts.LEAST_VALUES), 2)
     shape |= {"bias_ptr": None, "slopes_ptr": None}
-    return _case(f"latent {rk}/{rv} x{shared}", latent_decode.kernel, shape, bits)
+    return Case(f"latent {k}/{v} x{shared}", latent_decode.kernel, shape)
 
 
-def anchored(
-    rk: int, rv: int, shared: int, block: int, bits: int = 16, padded: bool = False
-) -> Case:
+def anchored(k: int | str, v: int | str, shared: int, block: int, padded: bool = False) -> Case:
     """`anchored_decode` for blocks of `block` positions. padded: positions and a bias are given."""
-    shape = anchored_decode.constants(
-        *(shared, block, rk, rv, 2, *_halves(bits)), aligned=not padded
-    )
+    rows = _row(k), _row(v, layouts.LEAST_VALUES)
+    shape = anchored_decode.constants(shared, block, *rows, 2, aligned=not padded)
     shape |= dict.fromkeys(("added_ptr",) if padded else ("bias_ptr", "position_ptr", "added_ptr"))
-    name = f"{'padded ' * padded}anchored {rk}/{rv} x{shared} {block}"
-    return _case(name, anchored_decode.kernel, shape, bits)
+    name = f"{'padded ' * padded}anchored {k}/{v} x{shared} {block}"
+    return Case(name, anchored_decode.kernel, shape)
 
 
-def rotary(rk: int, rv: int, shared: int, lifted: int, bits: int = 16) -> Case:
+def rotary(k: int | str, v: int | str, shared: int, lifted: int) -> Case:
     """`rotary_decode` for a latent of `lifted` kv heads of 128 numbers."""
-    shape = rotary_decode.constants(shared, 1, rk, rv, 128, 2, False, *_halves(bits))
+    rows = _row(k, loop=True), _row(v, layouts.LEAST_VALUES)
+    shape = rotary_decode.constants(shared, 1, *rows, 128, 2, False)
     shape |= {"bias_ptr": None, "mean_ptr": None, "LIFTED": lifted}
-    return _case(f"rotary {rk}/{rv} x{shared} of {lifted}", rotary_decode.kernel, shape, bits)
+    return Case(f"rotary {k}/{v} x{shared} of {lifted}", rotary_decode.kernel, shape)
 
 
-def _halves(bits: int) -> tuple[int, int]:
-    return (2, 2) if bits == 4 else (1, 1)
-
-
-def _case(name: str, kernel: Any, shape: dict[str, Any], bits: int) -> Case:
-    if bits == 16:
-        return Case(name, kernel, shape | dict.fromkeys(SCALES & {*kernel.arg_names}))
-    return Case(f"{bits}-bit {name}", kernel, shape, bits=bits)
+def _row(kept: int | str, least: int = layouts.LEAST_ROWS, loop: bool = False) -> layouts.Row:
+    """The row of a cache as `StaticCache` makes it: of a rank, or of segments."""
+    if isinstance(kept, int):
+        return layouts.row(None, kept, kept, least, loop)
+    segments = parse_segments(kept)
+    slot = Latent(HEADS, 0, segments).nbytes(torch.bfloat16)
+    layout = [HEADS, *(n for segment in segments for n in segment)]
+    return layouts.row(layout, 0, slot, least, loop)
 
 
 def merge(splits: int, width: int) -> Case:
@@ -142,11 +143,15 @@ CASES = (
     *(rotary(r, 80, 1, 1) for r in (64, 80, 96)),
     rotary(160, 80, 4, 2),
     rotary(320, 80, 1, 4),
-    *(latent(r, r, shared, bits) for bits in (8, 4) for r in (80, 96) for shared in (1, 4)),
-    *(anchored(320, 80, 4, 32, bits) for bits in (8, 4)),
-    anchored(320, 80, 4, 16, 4, padded=True),
-    *(rotary(96, 96, 1, 1, bits) for bits in (8, 4)),
-    *(rotary(160, 96, 4, 2, bits) for bits in (8, 4)),
+    *(latent(f"{r}x{n}", f"{r}x{n}", m) for n in (8, 4, 3, 2) for r in (80, 96) for m in (1, 4)),
+    latent("16x8+32x4+16x2", "32x4+32x2", 1),
+    latent("16x16+48x8+128x4+128x2", "16x8+96x4+48x2", 4),
+    *(anchored(f"320x{n}", f"80x{n}", 4, 32) for n in (8, 4, 2)),
+    anchored("48x8+96x4+48x3+64x2", "16x8+96x4+48x2", 4, 32),
+    anchored("320x4", "80x4", 4, 16, padded=True),
+    *(rotary(f"96x{n}", f"96x{n}", 1, 1) for n in (8, 4, 2)),
+    *(rotary(f"160x{n}", f"96x{n}", 4, 2) for n in (8, 4)),
+    rotary("32x8+64x4+64x2", "16x8+48x4+32x2", 4, 2),
     merge(32, 80),
     merge(128, 320),
 )
@@ -155,10 +160,8 @@ CASES = (
 def compiled(case: Case, target: GPUTarget) -> Any:
     """The kernel as Triton compiles it for aligned tensors and strides divisible by 16."""
     constants = dict(case.constants)
-    if "RK" in constants:
+    if "K" in constants:
         constants |= {"K_SHARE": 1, "V_SHARE": 1, "UPCAST": False}
-        constants |= {f"{x}_SLOT": constants[f"R{x}"] // constants[f"{x}_HALVES"] for x in "KV"}
-        constants |= {"K_STEP": 1, "V_STEP": 1}
     if target.backend == "hip" and "HELD" in constants:
         constants["HELD"] = False
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
@@ -181,10 +184,9 @@ def _type(name: str, case: Case) -> str:
         return "*i64"
     if name == "position_ptr":
         return "*i32"
-    if name in SCALES:
-        return "*bf16"
     if name in ("k_ptr", "z_ptr", "v_ptr"):
-        return {16: "*" + own, 8: "*i8", 4: "*u8"}[case.bits]
+        packed = case.constants["V" if name == "v_ptr" else "K"].codes
+        return "*u8" if packed else "*" + own
     if name.split("_")[0] in ("part", "weight", "bias", "slopes", "cos", "sin"):
         return "*fp32" if name.endswith("_ptr") else "i32"
     if name.endswith("_ptr"):

@@ -3,10 +3,6 @@
 A sequence is cut into splits, so that one token of one sequence still fills a GPU (Flash-Decoding,
 https://pytorch.org/blog/flash-decoding). Every split has its own online softmax (arXiv 1805.02867),
 in base 2. The merge weights the splits by the sums of their softmaxes.
-
-`tl.arange` takes powers of two only, so other widths are read in chunks. A byte that holds two
-4-bit numbers has one from each half of a row (`zoo.models.cache.Packed`): chunks of the first half
-come before those of the second, in queries and outputs too.
 """
 
 import torch
@@ -14,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..zoo.models.bits import LEVELS
+from .layouts import LEAST_ROWS
+from .rows import columns, numbers, scale_of
 
 LOG2E = 1.4426950408889634
-MIDDLE = tl.constexpr(LEVELS[4])  # 4-bit code n stands for n - MIDDLE
-LEAST_ROWS = 16  # the fewest rows of a matrix instruction
 PROGRAMS = 512  # about four per multiprocessor of an A100 (108), H100 (132) or B200 (148)
 TILE_BYTES = 32 << 10  # of keys and values together; a pipelined loop holds several tiles
 
@@ -33,53 +28,12 @@ def extent(span_ptr, TILE: tl.constexpr):
     return first, end, start, tl.minimum(start + share, end)
 
 
-# fmt: off
 @triton.jit
-def load(
-    ptr, rows, there, STRIDE: tl.constexpr, width, CHUNKS: tl.constexpr, HALVES: tl.constexpr = 1
-):
-    # fmt: on
-    """Rows of HALVES * `width` numbers, as a tuple of chunks; zeros where `there` is false."""
-    parts = tl.tuple(())
-    for half in tl.static_range(HALVES):
-        at = 0
-        for i in tl.static_range(len(CHUNKS)):
-            column = at + tl.arange(0, CHUNKS[i])
-            mask = there[:, None] & (column < width)[None, :]
-            row = ptr + half * width + (rows * STRIDE)[:, None]
-            parts += (tl.load(row + column[None, :], mask=mask, other=0),)
-            at += CHUNKS[i]
-    return parts
-
-
-# fmt: off
-@triton.jit
-def cached(
-    ptr, rows, there, STRIDE: tl.constexpr, width, CHUNKS: tl.constexpr, TYPE: tl.constexpr
-):
-    # fmt: on
-    """Rows of a cache as numbers of TYPE, not yet scaled; `width`: elements of the cache per row.
-
-    TYPE must be fp32 under the interpreter, which converts integers to bf16 wrongly.
-    """
-    kept = load(ptr, rows, there, STRIDE, width, CHUNKS)
-    parts = tl.tuple(())
-    if ptr.dtype.element_ty == tl.uint8:
-        for shift in tl.static_range(0, 8, 4):
-            for i in tl.static_range(len(CHUNKS)):
-                parts += (((kept[i] >> shift) & 15).to(TYPE) - MIDDLE,)
-    else:
-        for i in tl.static_range(len(CHUNKS)):
-            parts += (kept[i].to(TYPE),)
-    return parts
-
-
-@triton.jit
-def scaled(x, scale_ptr, rows, there, STRIDE: tl.constexpr):
-    """x (ROWS, TILE) times the scales of the slots of a tile, if the cache has scales."""
-    if scale_ptr is not None:
-        x *= tl.load(scale_ptr + rows * STRIDE, mask=there, other=0.0).to(tl.float32)[None, :]
-    return x
+def load(ptr, rows, there, STRIDE: tl.constexpr, width, SIZE: tl.constexpr):
+    """Rows of `width` numbers, padded to SIZE; zeros where `there` is false."""
+    column = tl.arange(0, SIZE)
+    mask = there[:, None] & (column < width)[None, :]
+    return tl.load(ptr + (rows * STRIDE)[:, None] + column[None, :], mask=mask, other=0)
 
 
 @triton.jit
@@ -93,63 +47,74 @@ def product(a, b, c, UPCAST: tl.constexpr):
     return tl.dot(a.to(b.dtype), b, c, input_precision="ieee")  # the default rounds fp32 to tf32
 
 
+# fmt: off
 @triton.jit
-def scores(q, k, ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr):
-    """q @ k.T (ROWS, TILE) in fp32, with q and k in chunks."""
+def scores(
+    q, ptr, scales, rows, there, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    TYPE: tl.constexpr, UPCAST: tl.constexpr,
+):
+    # fmt: on
+    """q @ k.T (ROWS, TILE) in fp32, with q in chunks. ptr, scales: those of the first row."""
     s = tl.zeros([ROWS, TILE], tl.float32)
-    for i in tl.static_range(len(q)):
-        s = product(q[i], tl.trans(k[i]), s, UPCAST)
+    one = s  # of a segment
+    for i in tl.static_range(len(K.chunks)):
+        k = tl.trans(numbers(ptr, rows, there, K, K.chunks[i], TYPE))
+        if K.chunks[i].scale < 0:
+            s = product(q[i], k, s, UPCAST)
+        else:
+            if K.chunks[i].opens:
+                one = tl.zeros([ROWS, TILE], tl.float32)
+            one = product(q[i], k, one, UPCAST)
+            if K.chunks[i].closes:
+                s += one * scale_of(scales, rows, there, K, K.chunks[i])[None, :]
     return s
 
 
 @triton.jit
-def nothing(ROWS: tl.constexpr, CHUNKS: tl.constexpr, HALVES: tl.constexpr):
+def nothing(ROWS: tl.constexpr, V: tl.constexpr):
     """Initial state of a softmax: peak and sum (ROWS,), and values in chunks.
 
     The peak is finite, because a row may see no slot of a tile, and -inf - -inf is NaN.
     """
     read = tl.tuple(())
-    for i in tl.static_range(HALVES * len(CHUNKS)):
-        read += (tl.full([ROWS, CHUNKS[i % len(CHUNKS)]], 0, tl.float32),)
+    for i in tl.static_range(len(V.chunks)):
+        read += (tl.full([ROWS, V.chunks[i].size * V.chunks[i].parts], 0, tl.float32),)
     return tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32), read
 
 
 # fmt: off
 @triton.jit
 def attend(
-    peak, total, read, s, v, scale_ptr, rows, there, STRIDE: tl.constexpr, UPCAST: tl.constexpr
+    peak, total, read, s, ptr, scales, rows, there, V: tl.constexpr, TYPE: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     # fmt: on
-    """The state after one more tile: scores s (ROWS, TILE) in base 2, and values v in chunks."""
+    """The state after one more tile: scores s (ROWS, TILE) in base 2, and its rows of values."""
     top = tl.maximum(peak, tl.max(s, 1))
     p, decay = tl.exp2(s - top[:, None]), tl.exp2(peak - top)
-    weight = scaled(p, scale_ptr, rows, there, STRIDE)
+    weight = p
     more = tl.tuple(())
-    for i in tl.static_range(len(v)):
-        more += (product(weight, v[i], read[i] * decay[:, None], UPCAST),)
+    for i in tl.static_range(len(V.chunks)):
+        v = numbers(ptr, rows, there, V, V.chunks[i], TYPE)
+        if V.chunks[i].opens and V.chunks[i].scale >= 0:
+            weight = p * scale_of(scales, rows, there, V, V.chunks[i])[None, :]
+        elif V.chunks[i].opens:
+            weight = p
+        more += (product(weight, v, read[i] * decay[:, None], UPCAST),)
     return top, total * decay + tl.sum(p, 1), more
 
 
-# fmt: off
 @triton.jit
-def store(
-    part_ptr, weight_ptr, row, valid, peak, total, read, WIDTH: tl.constexpr, HALVES: tl.constexpr
-):
-    # fmt: on
+def store(part_ptr, weight_ptr, row, valid, peak, total, read, V: tl.constexpr):
     """Write the result of this split for rows `row` of the output, and the logarithm of its sum."""
     at = row * tl.num_programs(1) + tl.program_id(1)
     some = total > 0
     weight = tl.where(some, peak + tl.log2(total), -float("inf"))
     tl.store(weight_ptr + at, weight, mask=valid)
-    for half in tl.static_range(HALVES):
-        column = 0
-        for i in tl.static_range(len(read) // HALVES):
-            part = read[half * (len(read) // HALVES) + i]
-            c = column + tl.arange(0, part.shape[1])
-            mask = (valid & some)[:, None] & (c < WIDTH // HALVES)[None, :]
-            to = part_ptr + half * (WIDTH // HALVES) + (at * WIDTH)[:, None]
-            tl.store(to + c[None, :], part / total[:, None], mask=mask)
-            column += part.shape[1]
+    for i in tl.static_range(len(V.chunks)):
+        column, known = columns(V.chunks[i])
+        to = part_ptr + (at * V.width)[:, None] + column[None, :]
+        tl.store(to, read[i] / total[:, None], mask=(valid & some)[:, None] & known[None, :])
 
 
 # fmt: off
@@ -174,15 +139,6 @@ def _merge(
         at = part_ptr + (split * WIDTH)[:, None] + column[None, :]
         y += tl.sum(w[:, None] * tl.load(at, mask=mask, other=0.0), 0)
     tl.store(out_ptr + row * WIDTH + column, y / total, mask=column < WIDTH)
-
-
-def chunks(width: int, least: int = LEAST_ROWS) -> tuple[int, ...]:
-    """One or two powers of two, at least `least` each, that cover `width`: 64 + 16 for 80."""
-    power = max(least, 1 << (width.bit_length() - 1))
-    if width <= power:
-        return (power,)
-    rest = max(least, triton.next_power_of_2(width - power))
-    return (power, rest) if rest < power else (2 * power,)
 
 
 def tile_of(numbers: int, itemsize: int, most: int = 128) -> int:
@@ -225,21 +181,6 @@ class Parts:
             TILE=min(splits, 16),
         )
         return self.out
-
-
-def adjacent(x: Tensor) -> Tensor:
-    """Keys or values with contiguous latents; those of a cache are returned as they are."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def halves(x: Tensor) -> int:
-    """Numbers per element of a cache: 2 for bytes of two 4-bit numbers, else 1."""
-    return 2 if x.dtype == torch.uint8 else 1
-
-
-def strides(scale: Tensor | None) -> tuple[int, ...]:
-    """Strides of scales (B, heads, S, 1): from one sequence, head and slot to the next."""
-    return (0, 0, 1) if scale is None else scale.stride()[:3]
 
 
 def per_sequence(x: Tensor | None) -> int:

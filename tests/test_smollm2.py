@@ -83,5 +83,9 @@ def test_the_demo_does_the_main_job(run, tmp_path):
     assert "Paris" in before["answer"]
     assert after["cache_bytes"] <= 0.8 * before["cache_bytes"]
     assert before["cache_bytes"] == 128 * 30 * 2 * 3 * 64 * 4
-    assert after["perplexity"] < 1.5 * before["perplexity"]
+    texts = after["domains"]["texts"]
+    assert [x["text"] for x in texts] == ["Python's own help", "Python's own source"]
+    known = [x["perplexity"] for x in before["domains"]["texts"]]
+    assert [x["dense_perplexity"] for x in texts] == known
+    assert after["domains"]["increase"]["worst"] < 0.5
     assert (tmp_path / "out" / "README.md").exists()

@@ -101,37 +101,46 @@ int word(const uint8_t* p) {
 // W levels from number n on of a segment's order, of which `count` exist. Others are anything
 // finite, and no byte of theirs is read.
 #ifdef CPU_CAPABILITY_AVX512
+template <class T>
+struct alignas(64) EachLane {
+  T x[W];
+
+  template <class Of>
+  constexpr explicit EachLane(Of of) : x() {
+    for (int lane = 0; lane < W; ++lane) x[lane] = of(lane);
+  }
+};
+
 template <int BITS>
 V levels(const uint8_t* p, int64_t n, int64_t width, int64_t count) {
-  constexpr float MIDDLE = ((1 << BITS) - 1) / 2.f;
-  auto lanes = [](auto of) {  // of(lane) in every lane
-    alignas(64) int x[W];
-    for (int i = 0; i < W; ++i) x[i] = of(i);
-    return _mm512_load_si512(x);
-  };
-  // a table is read at the lowest four bits of an index, so bits above those of a code do not matter
-  const __m512 table = _mm512_sub_ps(
-      _mm512_cvtepi32_ps(lanes([](int i) { return i % (1 << BITS); })), _mm512_set1_ps(MIDDLE));
-  __m512i code;
+  __m512i code;  // in the lowest bits of every lane
   if constexpr (BITS == 4) {
-    const uint8_t* q = p + n / 2;
-    const int low = count == W ? word<4>(q) : word(q, std::min<int64_t>(4, count / 2));
-    const int high = count == W ? word<4>(q + 4) : count > 8 ? word(q + 4, count / 2 - 4) : 0;
+    static constexpr EachLane<int> shift([](int lane) { return lane % 8 * 4; });
+    p += n / 2;
+    const int low = count == W ? word<4>(p) : word(p, std::min<int64_t>(4, count / 2));
+    const int high = count == W ? word<4>(p + 4) : count > 8 ? word(p + 4, count / 2 - 4) : 0;
     const __m512i both = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
-    code = _mm512_srlv_epi32(both, lanes([](int i) { return i % 8 * 4; }));
+    code = _mm512_srlv_epi32(both, _mm512_load_si512(shift.x));
   } else if constexpr (BITS == 2) {
+    static constexpr EachLane<int> shift([](int lane) { return lane * 2; });
     const int x = count == W ? word<4>(p + n / 4) : word(p + n / 4, count / 4);
-    code = _mm512_srlv_epi32(_mm512_set1_epi32(x), lanes([](int i) { return i * 2; }));
+    code = _mm512_srlv_epi32(_mm512_set1_epi32(x), _mm512_load_si512(shift.x));
   } else {
+    static constexpr EachLane<int> of_low(
+        [](int lane) { return lane % 2 * 16 + lane / 8 * 8 + lane % 8 / 2 * 2; });
+    static constexpr EachLane<int> of_high([](int lane) { return lane; });
     auto two = [&](const uint8_t* q) { return count == W ? word<2>(q) : word<1>(q); };
-    const uint8_t* q = p + n / 8;
-    const __m512i low = _mm512_set1_epi32(two(q) | two(q + width / 8) << 16);
-    const __m512i high = _mm512_set1_epi32(two(q + width / 4) << 2);
-    code = _mm512_ternarylogic_epi32(  // the lowest two bits of the one, and the third of the other
-        _mm512_srlv_epi32(low, lanes([](int i) { return i % 2 * 16 + i / 8 * 8 + i % 8 / 2 * 2; })),
-        _mm512_srlv_epi32(high, lanes([](int i) { return i; })), _mm512_set1_epi32(3), 0xe4);
+    p += n / 8;
+    const __m512i low = _mm512_set1_epi32(two(p) | two(p + width / 8) << 16);
+    const __m512i high = _mm512_set1_epi32(two(p + width / 4) << 2);
+    code = _mm512_ternarylogic_epi32(  // two bits of the one, and the third of the other
+        _mm512_srlv_epi32(low, _mm512_load_si512(of_low.x)),
+        _mm512_srlv_epi32(high, _mm512_load_si512(of_high.x)), _mm512_set1_epi32(3), 0xe4);
   }
-  return _mm512_permutexvar_ps(code, table);
+  // The table is read at the lowest four bits of a lane: those above the code do not matter
+  static constexpr EachLane<float> table(
+      [](int lane) { return lane % (1 << BITS) - ((1 << BITS) - 1) / 2.f; });
+  return _mm512_permutexvar_ps(code, _mm512_load_ps(table.x));
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 template <int BITS>

@@ -181,11 +181,13 @@ SHEET = {
 NEW = ("missing", "empty")  # then a sweep begins
 READERS = {
     "evaluate --text": "evaluate dense --text a.txt",
-    "compress --calibration": f"compress dense out {QUICK}".replace("--text a.txt", ""),
-    "compress --text": f"compress dense out {QUICK}".replace("--calibration a.txt", ""),
+    "compress --calibration": f"compress dense out {QUICK}".replace("--text b.txt", ""),
+    "compress --text": "compress dense out --samples 4 --seq-len 16 --text a.txt",
     "refine --text": "refine low out --original dense --text a.txt",
-    "sweep --text": COMMANDS["sweep"].replace("--calibration a.txt", "--calibration b.txt"),
-    "sweep --calibration": COMMANDS["sweep"].replace("--text a.txt", "--text b.txt"),
+    "sweep --text": COMMANDS["sweep"].replace(
+        "--calibration a.txt --text b.txt", "--calibration b.txt --text a.txt"
+    ),
+    "sweep --calibration": COMMANDS["sweep"],
 }
 ENOUGH = [  # two tokens to measure on; a sweep measures the dense model before it calibrates
     ("short", reader) for reader in ("compress --text", "refine --text", "sweep --calibration")

@@ -87,6 +87,11 @@ def test_a_model_that_was_streamed_is_the_one_that_was_compressed_in_memory(
     assert b["evaluation"]["compressed"] == pytest.approx(a["evaluation"]["compressed"], rel=1e-4)
     assert b["evaluation"]["dense"] == pytest.approx(a["evaluation"]["dense"], rel=1e-6)
     assert b["calibration"] == a["calibration"]
+    of_whole, of_parts = (x["evaluation"]["domains"]["texts"] for x in (a, b))
+    assert [x["text"] for x in of_parts] == ["Python's own help", "Python's own source"]
+    for old, new in zip(of_whole, of_parts, strict=True):
+        assert new["dense_perplexity"] == pytest.approx(old["dense_perplexity"], rel=1e-6)
+        assert new["perplexity"] == pytest.approx(old["perplexity"], rel=1e-4)
     for old, new in zip(a["layers"], b["layers"], strict=True):
         assert new == pytest.approx(old, abs=1e-5)
 

@@ -36,13 +36,13 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 LIMIT = 10  # seconds in which a command must have refused
-QUICK = "--samples 4 --seq-len 16 --calibration a.txt --text a.txt"
+QUICK = "--samples 4 --seq-len 16 --calibration a.txt --text b.txt"
 COMMANDS = {
     "inspect": "inspect dense",
     "evaluate": "evaluate dense --windows 1 --text a.txt",
     "generate": "generate dense -p cat --no-compile --max-new-tokens 2 --ops reference",
     "inspect low": "inspect low",
-    "evaluate low": "evaluate low --windows 1 --text a.txt",
+    "evaluate low": "evaluate low --windows 1 --text b.txt",
     "generate low": "generate low -p cat --no-compile --max-new-tokens 2 --ops reference",
     "compress": f"compress dense out {QUICK}",
     "force": f"compress dense low --force {QUICK}",
@@ -293,13 +293,13 @@ def make_place(place: Path) -> None:
     """Write the good files that changes are made to."""
     tiny.save(place / "dense", chat=True, **SIZES)
     (place / "a.txt").write_text(tiny.WORDS * 8)
-    (place / "b.txt").write_text(tiny.WORDS * 8)
+    (place / "b.txt").write_text(tiny.WORDS[::-1] * 8)
     (place / "tmp").mkdir()
     with chdir(place):
         _good(f"compress dense low {QUICK}")
         _good(COMMANDS["sweep"].replace("out.jsonl", "rows.jsonl"))
         with (place / "sheet.json").open("w") as sheet, redirect_stdout(sheet):
-            _good("evaluate low --windows 1 --text a.txt --json")
+            _good("evaluate low --windows 1 --text b.txt --json")
         with patch(
             "eigenzoo.zoo.compression.stream.Stream._measure", side_effect=KeyboardInterrupt
         ):

@@ -75,7 +75,7 @@ def test_factors_of_a_rotation_are_kept_whatever_they_are(tmp_path, low_freq_fac
 def test_a_compressed_gguf_keeps_its_rotation(tmp_path):
     checkpoint = load(str(ggufs.write(tmp_path / "tiny.gguf", model(rope="llama3")[0])))
     compress_checkpoint(
-        checkpoint, tmp_path / "out", Settings(keep=0.5, kv_bits=(16,)), samples=2, seq_len=32
+        checkpoint, tmp_path / "out", Settings(keep=0.5, kv_bits=(16,)), samples=4, seq_len=32
     )
     out = load(str(tmp_path / "out")).model
     assert out.config.rope_parameters["rope_type"] == "llama3"

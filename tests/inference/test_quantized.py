@@ -94,7 +94,7 @@ def test_a_compressed_copy_is_quantized_no_more(folder, tmp_path):
         load(str(folder)),
         tmp_path / "out",
         Settings(keep=0.5, kv_bits=(16,)),
-        samples=2,
+        samples=4,
         seq_len=32,
     )
     assert "quantization_config" not in read_config(tmp_path / "out")

@@ -6,7 +6,7 @@ kernels on a GPU.
 """
 
 import os
-from itertools import combinations
+from itertools import chain, combinations
 
 import pytest
 import tiny
@@ -19,7 +19,9 @@ from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.models import attention
-from eigenzoo.zoo.models.cache import Packed, pack
+from eigenzoo.zoo.models.bits import parse_segments
+from eigenzoo.zoo.models.cache import Buffer
+from eigenzoo.zoo.models.packing import Latent, pack
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 torch.set_default_device(DEVICE)
@@ -76,24 +78,35 @@ def cache(heads: int, slots: int, width: int, dtype=torch.float32) -> torch.Tens
     return x[:, :, :slots]
 
 
-def check(definition, q, k, v, span, *rest, bits=(16, 16)):
+def kept(x: torch.Tensor, segments: str) -> tuple[Buffer, torch.Tensor, list[int] | None]:
+    """A cache as the definition takes it, then its tensor and layout, as a launcher does.
+
+    Rows lie in wider ones, with 255 in all bytes of other columns and slots.
+    """
+    if not segments:
+        return x.float(), x, None
+    latent = Latent(x.size(1), x.size(3), parse_segments(segments))
+    packed = pack(x, latent)
+    wide = torch.full((2, x.size(2) + 3, packed.rows.size(2) + 6), 255, dtype=torch.uint8)
+    rows = wide[:, 2:-1, 2:-4]
+    rows.copy_(packed.rows)
+    return packed, rows, [latent.heads, *chain(*latent.segments)]
+
+
+def check(definition, q, k, v, span, *rest, segments=("", "")):
     """The launcher agrees with the definition, and reads no slot outside of the span."""
-    dtype = v.dtype
     wide = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rest]
-    k, v = (x if n == 16 else pack(x, n) for x, n in zip((k, v), bits, strict=True))
-    known = [x if isinstance(x, Packed) else x.float() for x in (k, v)]
-    want = definition(q.float(), *known, span, *wide)
-    slot = torch.arange(k.size(2) if isinstance(k, torch.Tensor) else k.codes.size(2))
-    outside = ((slot < span[:, :1]) | (slot >= span[:, 1:])).expand(2, -1)
-    scales = {}
-    for name, x in (("k" if definition is attention.latent_decode else "z", k), ("v", v)):
-        numbers = scales[f"{name}_scale"] = x.scale if isinstance(x, Packed) else x
-        numbers.transpose(1, 2)[outside] = torch.nan
-    scales = {n: s for n, s in scales.items() if s is not k and s is not v}
-    codes = [x.codes if isinstance(x, Packed) else x for x in (k, v)]
-    got = LAUNCH[definition](q, *codes, span, *rest, **scales)
-    assert got.dtype == dtype
-    torch.testing.assert_close(got.float(), want, atol=TOLERANCE[dtype], rtol=0)
+    (k, k_rows, k_layout), (v, v_rows, v_layout) = map(kept, (k, v), segments)
+    want = definition(q.float(), k, v, span, *wide)
+    for x, layout in ((k_rows, k_layout), (v_rows, v_layout)):
+        slot = torch.arange(x.size(-2))
+        outside = ((slot < span[:, :1]) | (slot >= span[:, 1:])).expand(2, -1)
+        (x if layout else x.transpose(1, 2))[outside] = 255 if layout else torch.nan
+    name = "k" if definition is attention.latent_decode else "z"
+    layouts = {f"{name}_layout": k_layout, "v_layout": v_layout}
+    got = LAUNCH[definition](q, k_rows, v_rows, span, *rest, **layouts)
+    assert got.dtype == q.dtype
+    torch.testing.assert_close(got.float(), want, atol=TOLERANCE[q.dtype], rtol=0)
 
 
 def latent(slots, given, rk=16, rv=32, dtype=torch.float32, heads=4, k_heads=2, v_heads=2):
@@ -256,42 +269,67 @@ def test_a_lift_that_is_not_held_is_read_for_every_tile(monkeypatch):
     check(attention.rotary_decode, *rotary(70, {"spans", "mean"}, 70))
 
 
-MIXED = [(8, 8), (4, 4), (8, 4), (4, 16), (16, 8)]
-bits = pytest.mark.parametrize("bits", MIXED, ids=lambda b: f"{b[0]},{b[1]}")
+MIXED = "16x16+16x8+32x4+16x2"  # 80 numbers
+KEPT = {  # segments of keys and values, at ranks 80 and 80
+    "8": ("80x8", "80x8"),
+    "4": ("80x4", "80x4"),
+    "3": ("80x3", "80x3"),
+    "2": ("80x2", "80x2"),
+    "mixed": (MIXED, "48x4+24x3+8x2"),
+    "only keys": (MIXED, ""),
+    "only values": ("", MIXED),
+}
 
 
-@bits
+@pytest.mark.parametrize("segments", KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize("made", [latent, anchored, rotary], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_packed_numbers_are_read_as_what_they_stand_for(made, bits, dtype):
-    block = {"block": 32} if made is anchored else {}
-    arguments = made(90, {"spans", "mean", "bias", "padding"}, dtype=dtype, **block)
-    check(getattr(attention, f"{made.__name__}_decode"), *arguments, bits=bits)
+def test_packed_numbers_are_read_as_what_they_stand_for(made, segments):
+    wide = {anchored: {"block": 32, "rank": 80}, latent: {"rk": 80}, rotary: {"rank": 80}}[made]
+    arguments = list(made(90, {"spans", "mean", "bias", "padding"}, **wide))
+    arguments[2] = cache(2, 90, 80)
+    check(getattr(attention, f"{made.__name__}_decode"), *arguments, segments=segments)
 
 
-@pytest.mark.parametrize("bits", [(8, 4), (4, 8)], ids=str)
-@pytest.mark.parametrize(("rk", "rv"), [(80, 48), (96, 160), (2, 320), (514, 8), (70, 38)])
-def test_packed_numbers_have_any_rank(rk, rv, bits):
-    check(attention.latent_decode, *latent(40, {"uneven"}, rk, rv), bits=bits)
+@pytest.mark.parametrize("made", [latent, anchored, rotary], ids=lambda f: f.__name__)
+def test_packed_numbers_are_read_in_bf16(made):
+    wide = {anchored: {"block": 32, "rank": 80}, latent: {"rk": 80}, rotary: {"rank": 80}}[made]
+    arguments = list(made(40, {"spans", "mean"}, dtype=torch.bfloat16, **wide))
+    arguments[2] = cache(2, 40, 80, torch.bfloat16)
+    check(
+        *(getattr(attention, f"{made.__name__}_decode"), *arguments), segments=(MIXED, "64x4+16x2")
+    )
+
+
+@pytest.mark.parametrize(
+    ("k", "v"),
+    [
+        ("16x2", "16x3"),
+        ("4x4+4x2", "2x8+8x3"),
+        ("1x16+2x8+320x4", "132x2"),
+        ("514x8", "200x3"),
+        ("3x16+72x4", "38x4"),
+    ],
+)
+def test_segments_have_any_width(k, v):
+    ranks = [sum(s.width for s in parse_segments(x)) for x in (k, v)]
+    check(attention.latent_decode, *latent(40, {"uneven"}, *ranks), segments=(k, v))
 
 
 @pytest.mark.parametrize("held", [0, 1 << 20])
-@pytest.mark.parametrize("rank", [6, 80, 134])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_packed_latents_of_any_rank_are_lifted(rank, bits, held, monkeypatch):
+@pytest.mark.parametrize("segments", ["6x4", MIXED, "134x8+40x3"])
+def test_packed_latents_of_any_rank_are_lifted(segments, held, monkeypatch):
     monkeypatch.setattr(rotary_decode, "MOST_HELD", held)
-    check(attention.rotary_decode, *rotary(40, {"mean", "tokens"}, rank), bits=(bits, bits))
+    rank = sum(s.width for s in parse_segments(segments))
+    arguments = rotary(40, {"mean", "tokens"}, rank)
+    check(attention.rotary_decode, *arguments, segments=(segments, "24x4+8x2"))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_packed_numbers_may_lie_beside_their_scales(bits):
-    q, k, v, *rest = latent(40, {"spans"})
-    k, v = pack(k, bits), pack(v, bits)
-    rows = [torch.cat([part.view(torch.uint8) for part in x], dim=-1) for x in (k, v)]
-    codes = [x[..., :-2].view(p.codes.dtype) for x, p in zip(rows, (k, v), strict=True)]
-    scales = [x[..., -2:].view(torch.bfloat16) for x in rows]
-    got = latent_decode.launch(q, *codes, *rest, *scales)
-    torch.testing.assert_close(got, attention.latent_decode(q, k, v, *rest), atol=1e-5, rtol=0)
+def test_numbers_of_16_bits_at_odd_addresses_are_refused():
+    q, k, v, *rest = latent(20, set())
+    _, rows, layout = kept(k, "8x16+8x4")
+    odd = torch.zeros(2, 20, rows.size(2) + 1, dtype=torch.uint8)[..., 1:]
+    with pytest.raises(ValueError, match="16 bits at odd addresses"):
+        latent_decode.launch(q, odd, v, *rest, k_layout=layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

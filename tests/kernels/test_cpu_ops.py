@@ -1,13 +1,14 @@
 """The C++ ops for CPUs against the definitions, with NaN wherever nothing may be read."""
 
 from itertools import combinations
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from eigenzoo.kernels import cpu, ops
 from eigenzoo.zoo.models import attention
-from eigenzoo.zoo.models.cache import Packed, pack
+from eigenzoo.zoo.models.packing import Latent, Packed, pack
 
 pytestmark = pytest.mark.slow  # the first test builds the ops, in half a minute
 SLOTS = 300
@@ -17,6 +18,13 @@ DTYPES = {  # what rounding queries, maps and the output may cost: a few units i
     torch.bfloat16: 2e-2,
     torch.float16: 2e-3,
 }
+SEGMENTS = [  # of keys, of values
+    *[("64x16", "48x16"), ("64x8", "33x8"), ("64x4", "48x4"), ("64x3", "48x3"), ("64x2", "48x2")],
+    ("16x16+16x8+32x4+16x2", "48x4+24x3+8x2"),
+    ("6x4+8x3+4x2", "6x16+12x4"),  # few of them fill a vector
+    ("", "320x8+320x4+64x3"),  # keys in the dtype of the model; values wider than a panel
+    ("34x8+22x4", ""),
+]
 OPTIONS = ("padding", "bias", "more tokens", "slopes")
 SOME = [(), *((o,) for o in OPTIONS), *combinations(OPTIONS, 2)]
 
@@ -32,12 +40,19 @@ def buffer(heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return x.copy_(torch.randn(x.shape))
 
 
-def packed(heads: int, width: int, bits: int, dtype: torch.dtype):
-    """The same with numbers of `bits` bits; 16 are not packed."""
-    if bits == 16:
+def latent(heads: int, text: str) -> Latent:
+    return Latent.of_layout(f"{heads}:{text}")
+
+
+def packed(heads: int, text: str, dtype: torch.dtype, width: int = 48) -> torch.Tensor | Packed:
+    """The same with segments, at odd places of longer rows; without segments, of a width."""
+    kept = latent(heads, text)
+    if not text:
         return buffer(heads, width, dtype)
-    x = pack(torch.randn(2, heads, SLOTS + 64, width), bits)
-    return Packed(*(part[:, :, 32:-32] for part in x))
+    x = pack(torch.randn(2, heads, SLOTS, kept.width), kept)
+    rows = torch.full((2, SLOTS + 64, x.rows.size(2) + 13), 255, dtype=torch.uint8)
+    rows = rows[:, 32:-32, 5:-8].copy_(x.rows)
+    return Packed(rows, x.layout)
 
 
 def spans(length: int, options) -> torch.Tensor:
@@ -71,8 +86,10 @@ def compare(op, definition, q, k, v, span, *rest) -> None:
     )
     for b in range(2):
         first, end = span[b % len(span)]
-        for x in (x.scale if isinstance(x, Packed) else x for x in (k, v)):
-            x[b, :, :first], x[b, :, end:] = torch.nan, torch.nan
+        for x in (k, v):
+            packed = isinstance(x, Packed)
+            slots = x.rows[b] if packed else x[b].transpose(0, 1)
+            slots[:first] = slots[end:] = 255 if packed else torch.nan
     bound = DTYPES[q.dtype]
     torch.testing.assert_close(op(*args).float(), want, atol=bound, rtol=bound)
 
@@ -118,12 +135,13 @@ def test_anchored_and_rebuilt_keys_are_read_as_defined(heads, kv, block, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (16, 4), (8, 16)])
+@pytest.mark.parametrize("segments", SEGMENTS, ids=" and ".join)
 @pytest.mark.parametrize(("heads", "kv"), list(zip(HEADS, (4, 3, 3, 12), strict=True)), ids=str)
-def test_packed_caches_are_read_as_the_numbers_they_stand_for(heads, kv, bits, dtype):
+def test_packed_caches_are_read_as_the_numbers_they_stand_for(heads, kv, segments, dtype):
     torch.manual_seed(0)
     (h, k, v), d = heads, 40
-    for rank, width, length in ((16, 34, 1), (34, 16, 65), (66, 128, 200)):
+    rank = latent(k, segments[0]).width or 48
+    for length in (1, 65, 200):
         for options in [(), ("padding", "bias"), ("more tokens", "slopes"), ("more tokens",)]:
             span, bias = spans(length, options), biases(length, options)
             new = min(3, length) if "more tokens" in options else 1
@@ -146,8 +164,53 @@ def test_packed_caches_are_read_as_the_numbers_they_stand_for(heads, kv, bits, d
                 count = 1 if op is ops.anchored_decode else new
                 wide = rank if op is ops.latent_decode else d
                 q = torch.randn(2, h, count, wide).to(dtype)
-                cache = packed(k, rank, bits[0], dtype), packed(v, width, bits[1], dtype)
+                cache = packed(k, segments[0], dtype), packed(v, segments[1], dtype)
                 compare(op, definition, q, *cache, span, 0.1, *rest)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_every_code_stands_for_its_number_under_every_scale(bits):
+    # a single slot has weight 1, so what the op returns is the value itself
+    width, one, span = 96, torch.ones(1, 1, 1, 1), torch.tensor([[0, 1]])
+    layout = f"1:{width}x{bits}"
+    for code in range(256):
+        rows = (torch.arange(104) + code).to(torch.uint8)[None, None]
+        rows[..., width * bits // 8] = code  # the scale
+        x = Packed(rows, layout)
+        got = ops.latent_decode(one, one, x, span, 1.0)
+        torch.testing.assert_close(got, x.unpack(one.dtype), rtol=0, atol=0)
+
+
+def test_keys_and_values_may_share_a_row():
+    kept = latent(2, "16x8+16x4"), latent(2, "32x3+16x2")
+    packs = [pack(torch.randn(2, 2, 50, x.width), x) for x in kept]
+    both = torch.cat([x.rows for x in packs], 2)
+    views = both.split([x.rows.size(2) for x in packs], 2)
+    q, span = torch.randn(2, 6, 1, 32), torch.tensor([[0, 50]])
+    together = (Packed(rows, x.layout) for rows, x in zip(views, packs, strict=True))
+    got, want = (ops.latent_decode(q, *cache, span, 0.1) for cache in (together, packs))
+    assert torch.equal(got, want)
+
+
+class Older(NamedTuple):
+    """As `Packed` was in the code that came with older checkpoints."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    def unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.codes.to(dtype) * self.scale.to(dtype)
+
+
+def test_codes_with_a_scale_of_two_bytes_as_older_checkpoints_keep_them_are_read():
+    q, span = torch.randn(1, 4, 1, 16).bfloat16(), torch.tensor([[0, 70]])
+    old = [
+        Older(torch.randint(-127, 128, (1, 2, 70, 16)).char(), torch.rand(1, 2, 70, 1).bfloat16())
+        for _ in range(2)
+    ]
+    got = ops.latent_decode(q, *old, span, 0.001)
+    known = (x.unpack(q.dtype) for x in old)
+    torch.testing.assert_close(got, ops.latent_decode(q, *known, span, 0.001), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("wrong", [-1, 32])
@@ -161,12 +224,22 @@ def test_positions_without_angles_are_refused(wrong):
 
 
 def test_no_copy_of_a_packed_cache_is_made():
-    q, span = torch.randn(1, 4, 1, 64), torch.tensor([[0, 4096]])
-    k, v = (pack(torch.randn(1, 2, 4096, 64), bits) for bits in (8, 4))
-    with torch.profiler.profile(profile_memory=True) as seen:
-        ops.latent_decode(q, k, v, span, 0.1)
-    taken = max(event.cpu_memory_usage for event in seen.key_averages())
-    assert 0 < taken < k.codes.nbytes / 10
+    q, span, d = torch.randn(1, 4, 1, 64), torch.tensor([[0, 4096]]), 32
+    k, v = (
+        pack(torch.randn(1, 2, 4096, 64), latent(2, x)) for x in ("32x8+32x4", "16x8+16x3+32x2")
+    )
+    angle, up = torch.rand(1, 1, 4096, d // 2), torch.randn(2, 64, d)
+    rotation = angle.cos(), angle.sin(), up, None
+    anchored = *(x[:, :, ::128] for x in rotation[:2]), up, None, 128
+    for op, width, *rest in (
+        (ops.latent_decode, 64),
+        (ops.rotary_decode, d, *rotation),
+        (ops.anchored_decode, d, *anchored),
+    ):
+        with torch.profiler.profile(profile_memory=True) as seen:
+            op(q[..., :width], k, v, span, 0.1, *rest)
+        taken = max(event.cpu_memory_usage for event in seen.key_averages())
+        assert 0 < taken < v.rows.nbytes / 3, op.__name__
 
 
 @pytest.mark.parametrize("kept", [torch.ones(1, 2, 9, 8), torch.ones(1, 2, 9, 8).char()])

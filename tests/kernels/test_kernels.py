@@ -19,7 +19,7 @@ from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.models import attention
-from eigenzoo.zoo.models.cache import pack
+from eigenzoo.zoo.models.packing import Latent, pack
 
 pytestmark = pytest.mark.slow  # the first test builds the ops, in half a minute
 torch.manual_seed(0)
@@ -76,14 +76,27 @@ def test_ops_are_registered_as_torch_expects(op, arguments):
     opcheck(getattr(torch.ops.eigenzoo, op.__name__).default, arguments)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_ops_of_packed_caches_are_registered_as_torch_expects(bits):
-    k, v = pack(K, bits), pack(torch.randn(2, 1, 20, 6), bits)
-    arguments = Q[..., :8], k.codes, v.codes, SPAN, 0.3, None, None, k.scale, v.scale
-    opcheck(torch.ops.eigenzoo.latent_decode.default, arguments)
+PACKED = [pack(K, Latent.of_layout("2:4x8+4x2")), pack(V[..., :4], Latent.of_layout("1:4x4"))]
+CALLS |= {  # their arguments with rows instead of numbers
+    f"{name}, packed": (op, (arguments[0], *PACKED, *arguments[3:]))
+    for name, (op, arguments) in CALLS.items()
+    if name in ("latent", "padded", "rotary")
+}
 
 
-@call
+@pytest.mark.parametrize("name", [n for n in CALLS if "packed" in n])
+def test_ops_of_packed_caches_are_registered_as_torch_expects(name):
+    op, arguments = CALLS[name]
+    q, k, v, *rest = arguments
+    registered = getattr(torch.ops.eigenzoo, op.__name__).default
+    missing = len(registered._schema.arguments) - len(arguments) - 2  # before the layouts
+    k_layout, v_layout = [2, 4, 8, 4, 2], [1, 4, 4]
+    rest = (*rest, *[None] * missing)
+    opcheck(registered, (q, k.rows, v.rows, *rest, k_layout, v_layout))
+    opcheck(registered, (q, k.rows, torch.randn(2, 1, 20, 5), *rest, k_layout))
+
+
+@pytest.mark.parametrize(("op", "arguments"), CALLS.values(), ids=CALLS)
 def test_ops_compile_in_one_graph_and_export(op, arguments):
     class Twice(torch.nn.Module):
         def forward(self, q, *rest):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eigenzoo.kernels import cpu, ops
 from eigenzoo.zoo.models import attention, linear
-from eigenzoo.zoo.models.cache import Packed, pack
+from eigenzoo.zoo.models.packing import Latent, Packed, pack
 
 pytestmark = pytest.mark.slow  # the ops are built
 BATCH, HEADS, SLOTS, RANK, WIDTH, SIZE = 2, 4, 40, 16, 24, 8
@@ -20,6 +20,11 @@ HALVES = {torch.float16, torch.bfloat16}
 @pytest.fixture(autouse=True, scope="module")
 def _built():
     cpu.load()
+
+
+def few(x: Tensor, text: str) -> Packed:
+    """Numbers as rows of segments."""
+    return pack(x, Latent.of_layout(f"{x.size(1)}:{text}"))
 
 
 def calls() -> dict[str, tuple]:
@@ -43,11 +48,15 @@ def calls() -> dict[str, tuple]:
     return {
         "latent": (*latent, (q, k, v, span, 0.2, bias, slopes)),
         "latent, some tokens": (*latent, (torch.cat([q] * 3, 2), k, v, span, 0.2, None, slopes)),
-        "latent, 8 and 4 bits": (*latent, (q, pack(k, 8), pack(v, 4), span, 0.2)),
+        "latent, packed": (*latent, (q, few(k, "8x8+8x3"), few(v, "8x16+8x4+8x2"), span, 0.2)),
         "rotary": (*rotary, (narrow, k, v, span, 0.2, *rotation, bias)),
-        "rotary, 4 bits": (*rotary, (narrow, pack(k, 4), v, span, 0.2, *rotation)),
+        "rotary, packed": (*rotary, (narrow, few(k, "16x4"), v, span, 0.2, *rotation)),
         "anchored": (*anchored, (narrow, k, v, span, 0.2, *ahead, *maps, 16, bias)),
         "anchored, padded": (*anchored, (narrow, k, v, span, 0.2, *ahead, *maps, 16, bias, place)),
+        "anchored, packed": (
+            *anchored,
+            (narrow, few(k, "8x4+8x2"), few(v, "24x8"), span, 0.2, *ahead, *maps, 16),
+        ),
         "linear": (*product, (row, weight, None, torch.randn(7))),
         "linear, int8": (*product, (row, codes, scale, None)),
     }
@@ -86,13 +95,16 @@ def mutations(args: tuple):
 
 
 def alike(args: tuple) -> list:
-    """Maps and means in the dtype of the queries, as models have them and definitions need them."""
-    return [
-        x.to(args[0].dtype)
-        if isinstance(x, Tensor) and x.is_floating_point() and i in (7, 8)
-        else x
-        for i, x in enumerate(args)
-    ]
+    """The same as definitions need it: maps and means in the dtype of the queries, as models have
+    them, and rows that are no view of their negatives."""
+
+    def one(i: int, x: object) -> object:
+        if isinstance(x, Packed):
+            return x._replace(rows=x.rows.resolve_neg())
+        maps = isinstance(x, Tensor) and x.is_floating_point() and i in (7, 8)
+        return x.to(args[0].dtype) if maps else x
+
+    return [one(i, x) for i, x in enumerate(args)]
 
 
 SPANS = [(-1, 33), (0, SLOTS + 1), (0, 2**40), (33, 33), (33, 5), (-(2**62), 2**62)]
@@ -127,3 +139,31 @@ def test_a_span_outside_of_the_cache_or_of_nothing_is_refused(name, bounds):
     op, _, (q, k, v, _, *rest) = calls()[name]
     with pytest.raises(RuntimeError, match=r"expected (a span|keys)"):
         op(q, k, v, torch.tensor([bounds]), *rest)
+
+
+LAYOUTS = [
+    *([], [2], [2, 16], [2, 16, 4, 1]),  # no segment, or half of one
+    *([0, 16, 4], [-2, 16, 4], [3, 16, 4], [2**62, 16, 4]),  # heads that do not divide those of q
+    *([2, 16, 5], [2, 16, 0], [2, 16, -4], [2, 16, 2**40]),  # bits
+    *([2, 15, 4], [2, 18, 2], [2, 20, 3], [2, 0, 4], [2, -16, 4], [2, 2**62, 4]),  # widths
+    *([2, 17, 8], [2, 16, 16], [2, 16, 4, 32, 2], [4, 16, 4]),  # more than the row holds
+]
+
+
+@pytest.mark.parametrize("of_values", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_layout_that_does_not_fit_its_rows_is_refused(layout, of_values):
+    q, span = torch.randn(BATCH, HEADS, 1, RANK), torch.tensor([[0, 33]])
+    x = few(torch.randn(BATCH, 2, SLOTS, RANK), "16x4")
+    good, rest = [2, 16, 4], (q, x.rows, x.rows, span, 0.2, None, None)
+    assert torch.ops.eigenzoo.latent_decode(*rest, good, good).isfinite().all()
+    with pytest.raises(RuntimeError, match=r"expected|queries have"):
+        torch.ops.eigenzoo.latent_decode(*rest, *((good, layout) if of_values else (layout, good)))
+
+
+def test_rows_without_a_layout_and_numbers_with_one_are_refused():
+    q, span = torch.randn(BATCH, HEADS, 1, RANK), torch.tensor([[0, 33]])
+    x = torch.randn(BATCH, 2, SLOTS, RANK)
+    for given, layout in ((few(x, "16x4").rows, None), (x, [2, 16, 4]), (x.byte(), [2, 16, 4])):
+        with pytest.raises(RuntimeError, match="expected"):
+            torch.ops.eigenzoo.latent_decode(q, x, given, span, 0.2, None, None, None, layout)

@@ -24,9 +24,11 @@ def swept(model, path, axes, decode=None):
     """Sweep into a file; return its path."""
     tokens = path.parent / "text.txt"
     tokens.write_text(tiny.WORDS * 20)
+    measured = path.parent / "other.txt"
+    measured.write_text(tiny.WORDS[::-1] * 20)
     calibrations = [Calibration(str(tokens), 4, 32)]
     command = "eigenzoo sweep MODEL OUT"
-    evaluation = Evaluation(tokens, 64, 2)
+    evaluation = Evaluation(measured, 64, 2)
     work = Sweep(model, path, evaluation, calibrations, command, decode=decode)
     assert list(work.rows(grid(axes)))
     return path
@@ -221,7 +223,7 @@ def test_a_file_that_is_not_a_sweep_is_refused(run, llama, tmp_path):
     (tmp_path / "headless.jsonl").write_text("".join(lines[1:]))
     for name, named in {
         "empty": "no rows yet",
-        "other": "other.jsonl, line 1: expected a row that eigenzoo sweep wrote, but it lacks",
+        "other": "other.jsonl, line 1: expected a row that eigenzoo sweep wrote, or what",
         "headless": "no row is of the uncompressed",
         "missing": "does not exist",
     }.items():

@@ -459,7 +459,7 @@ def test_the_command_writes_rows_and_prints_them(run, dense_folder, texts, tmp_p
 
 def test_the_command_times_decoding(run, dense_folder, texts, tmp_path):
     words = ["sweep", dense_folder, tmp_path / "rows.jsonl", "--text", texts / "b.txt"]
-    words += ["--samples", "2", "--seq-len", "16", "--keep", "0.5", "--windows", "1"]
+    words += ["--samples", "4", "--seq-len", "16", "--keep", "0.5", "--windows", "1"]
     code, text, error = run(*words, "--decode", "32", "--json")
     assert code == 0
     decode = json.loads(text)[1]["decode"]
@@ -473,7 +473,7 @@ def test_the_command_times_decoding(run, dense_folder, texts, tmp_path):
 
 def test_the_model_is_loaded_as_evaluate_loads_it(run, dense_folder, texts, tmp_path):
     words = ["--text", texts / "b.txt", "--windows", "2", "--json", "--dtype", "bfloat16"]
-    quick = ["--samples", "2", "--seq-len", "16", "--keep", "0.5"]
+    quick = ["--samples", "4", "--seq-len", "16", "--keep", "0.5"]
     code, text, _ = run("sweep", dense_folder, tmp_path / "rows.jsonl", *words, *quick)
     assert code == 0
     evaluated = json.loads(run("evaluate", dense_folder, *words)[1])

@@ -145,10 +145,10 @@ def compress(
         print(json.dumps({"out": str(out)} | record))
         return
     tables.layers(record["layers"])
-    measured = record["evaluation"]
+    if "domains" in record["evaluation"]:
+        tables.domains(record["evaluation"]["domains"])
     typer.echo(
-        f"kept {record['share']:.1%} of the KV bytes; perplexity {measured['dense']:.2f} -> "
-        f"{measured['compressed']:.2f} on {measured['tokens']} tokens of {measured['text']}\n"
+        f"kept {record['share']:.1%} of the KV bytes; {tables.change(record['evaluation'])}\n"
         f"wrote {out}; next: eigenzoo generate {out} --prompt '...'"
     )
     if plain:

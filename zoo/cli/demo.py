@@ -33,7 +33,7 @@ def demo(
         option(
             "--text",
             help=f"File to measure perplexity on: {FILE_HELP}",
-            default="Python's own help",
+            default="Python's own help and source code",
             panel=TEXTS,
         ),
     ] = None,
@@ -47,9 +47,12 @@ def demo(
     windows: Annotated[
         int,
         option(
-            "--windows", min=0, help="Windows of 1024 tokens to measure perplexity on.", panel=TEXTS
+            "--windows",
+            min=0,
+            help="Windows of 1024 tokens to measure perplexity on, of each text.",
+            panel=TEXTS,
         ),
-    ] = 4,
+    ] = 2,
     compile: Compile = True,
     ops: Ops = "auto",
     seed: Seed = 0,
@@ -63,7 +66,8 @@ def demo(
     from ...hub_export.compress import compress_checkpoint
     from ..compression.settings import Settings
     from ..inference.checkpoint import stop_tokens
-    from ..inference.data import encode_prompt, read_tokens
+    from ..inference.data import encode_prompt
+    from ..inference.domains import domain, python_domains
     from ..inference.source_texts import check_source
     from ..inference.texts import read_text
     from ..measure import tables as report
@@ -74,7 +78,7 @@ def demo(
     settings = Settings(method, keep)
     settings.check()
     check_folder(out, force, (text,))
-    words = read_text(text)
+    texts = [read_text(text)] if text is not None else python_domains()
     check_source("mixed", samples)
     say("1/4 loading SmolLM2-135M-Instruct")
     original = load(str(demo_model()))
@@ -88,15 +92,16 @@ def demo(
     say("4/4 measuring both" + (": compiling takes a minute or two each" if compile else ""))
     vocabulary = original.model.config.vocab_size
     question = encode_prompt(tokenizer, "What is the capital of France?", None, vocabulary)
-    tokens, stop = read_tokens(tokenizer, words, vocabulary), stop_tokens(original)
-    rows = compare(models, tokens, windows, context, question, stop, compile)
+    domains = [domain(x, tokenizer, original.model, 1024, windows) for x in texts]
+    stop = stop_tokens(original)
+    rows = compare(models, domains, context, question, stop, compile)
     for row in rows.values():
         row["answer"] = tokenizer.decode(row["answer"], skip_special_tokens=True)
     seconds = time.perf_counter() - started
     if as_json:
         print(json.dumps({"out": str(out), "seconds": seconds, "context": context} | rows))
         return
-    report.comparison(rows, context, words.name)
+    report.comparison(rows, context)
     typer.echo(f"wrote {out}, {seconds:.0f} s; next: eigenzoo generate {out} --prompt '...'")
 
 

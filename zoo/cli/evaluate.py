@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from ..utils.records import EvaluationRow
-from .options import FILE_HELP, AsJson, Device, Dtype, KvBits, Revision, Seed, Source, Trust, option
+from .options import (
+    FILE_HELP,
+    TEXTS,
+    AsJson,
+    Device,
+    DomainFiles,
+    Domains,
+    Dtype,
+    KvBits,
+    Revision,
+    Seed,
+    Source,
+    Trust,
+    option,
+)
 from .values import command_line, load
 
 RETRIEVAL = "Retrieval"
@@ -23,6 +37,18 @@ def evaluate(
             "--text",
             help=f"File to measure perplexity on: {FILE_HELP}",
             default="Python's own help",
+        ),
+    ] = None,
+    domains: Domains = False,
+    domain: DomainFiles = None,
+    original: Annotated[
+        str | None,
+        option(
+            "--original",
+            help="With --domains or --domain: measure the uncompressed model too, and show the "
+            "increase of perplexity.",
+            default="not measured",
+            panel=TEXTS,
         ),
     ] = None,
     window: Annotated[
@@ -134,8 +160,10 @@ def evaluate(
     SOURCE may be compressed or not.
     """
     from ..inference.checkpoint import stop_tokens
+    from ..inference.domains import read_domains
     from ..inference.texts import read_text
     from ..measure import tables
+    from ..measure.domains import measure_domains
     from ..measure.quality import Probes, measure
     from ..utils.provenance import device_name, versions
 
@@ -147,6 +175,14 @@ def evaluate(
             "--limit, --include-path, --apply-chat-template, --num-fewshot and --gen-kwargs go "
             "with --tasks"
         )
+    several = read_domains(domains, domain or ())
+    if several and (text or by_position or retrieval or tasks):
+        raise ValueError(
+            "--domains and --domain measure perplexity on texts of their own: leave --text, "
+            "--by-position, --retrieval and --tasks out; a file goes with --domain FILE"
+        )
+    if original and not several:
+        raise ValueError("--original goes with --domains or --domain")
     words = read_text(text)
     names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
     if not all(names):
@@ -163,7 +199,13 @@ def evaluate(
         *(not (retrieval or tasks), window, windows, by_position, retrieval, length or ()),
         *(facts, seed, kv_bits),
     )
-    result = measure(source, checkpoint, words, probes)
+    if several:
+        kind = str(checkpoint.model.dtype).removeprefix("torch.")
+        dense = load(original, kind, device, None, trust_remote_code) if original else None
+        size = window, windows, kv_bits
+        result = measure_domains(source, checkpoint, several, *size, dense)
+    else:
+        result = measure(source, checkpoint, words, probes)
     model = checkpoint.model
     if tasks:
         result["tasks"] = run_tasks(

@@ -140,8 +140,28 @@ MeasuredOn = Annotated[
     option(
         "--text",
         help=f"File to measure perplexity on: {FILE_HELP}",
-        default="held-out calibration text",
+        default="Python's own help and source code",
         panel=TEXTS,
+    ),
+]
+Domains = Annotated[
+    bool,
+    option(
+        "--domains",
+        help="Measure perplexity on several texts, each a domain, with mean and worst: Python's "
+        "own help and source code. `--windows` counts for each.",
+        panel=TEXTS,
+    ),
+]
+DomainFiles = Annotated[
+    list[str] | None,
+    option(
+        "--domain",
+        help="The same on a file, or with --domains on it as well; repeat for more. A domain is "
+        "called as its file, or NAME.",
+        default="none",
+        panel=TEXTS,
+        metavar="[NAME=]FILE",
     ),
 ]
 Dtype = Annotated[str, choice("--dtype", ("auto", *DTYPES), DTYPE_HELP, panel=MODEL)]

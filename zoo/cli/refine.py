@@ -87,10 +87,12 @@ def refine(
     """
     from ...hub_export.export import check_shard_size
     from ...hub_export.refine import original_of, refine_checkpoint, state_file
+    from ..compression.record import measured_on
     from ..compression.refine import RefineSettings
+    from ..inference.domains import check_apart
     from ..inference.source_texts import check_source
     from ..inference.sources import files
-    from ..inference.texts import read_text
+    from ..measure import tables
     from ..utils.output import check_folder
 
     settings = RefineSettings(
@@ -100,9 +102,8 @@ def refine(
     settings.check()
     check_shard_size(shard_size)
     check_folder(out, force, (source, original, text, *files(calibration)))
-    if text is not None:
-        read_text(text)  # fails before the long work
     check_source(calibration, samples)
+    check_apart(measured_on(text), [calibration])
     low = load(source, "auto", device, revision, trust_remote_code)
     kind = str(low.model.dtype).removeprefix("torch.")
     dense = load(original or original_of(low), kind, device, None, trust_remote_code).model
@@ -115,6 +116,8 @@ def refine(
         print(json.dumps({"out": str(out)} | record))
         return
     run, measured = record["refined"][-1], record["evaluation"]
+    if "domains" in measured:
+        tables.domains(measured["domains"])
     typer.echo(
         f"KL to the original {run['kl_before']:.4g} -> {run['kl_after']:.4g} nats per token on "
         f"held-out text, best at step {run['best_step']}; {run['stopped']}\n"

@@ -23,6 +23,8 @@ from .options import (
     TEXTS,
     AsJson,
     Device,
+    DomainFiles,
+    Domains,
     Dtype,
     Ops,
     Revision,
@@ -114,6 +116,8 @@ def sweep(
             panel=TEXTS,
         ),
     ] = None,
+    domains: Domains = False,
+    domain: DomainFiles = None,
     window: Annotated[
         int | None,
         option(
@@ -170,6 +174,7 @@ def sweep(
     """
     from tqdm import tqdm
 
+    from ..inference.domains import read_domains
     from ..inference.source_texts import check_source
     from ..inference.texts import read_text
     from ..measure import tables
@@ -184,6 +189,9 @@ def sweep(
 
     check_kept(out)
     ctx.with_resource(claimed_rows(out, SWEEP, force))
+    several = read_domains(domains, domain or ())
+    if several and text:
+        raise ValueError("--text goes without --domains and --domain: give it as --domain FILE")
     read_text(text)
     for source_of_text in calibration or ():
         check_source(source_of_text, samples)
@@ -212,7 +220,7 @@ def sweep(
         Calibration(c, samples, seq_len or min(1024, length), seed)
         for c in calibration or ["mixed"]
     ]
-    evaluation = Evaluation(text, window or min(2048, length), windows)
+    evaluation = Evaluation(text, window or min(2048, length), windows, several)
     command = shlex.join(["eigenzoo", *sys.argv[1:]])
     work = Sweep(
         *(original, out, evaluation, calibrations, command, save_statistics, force, decode),

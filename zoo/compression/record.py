@@ -1,6 +1,6 @@
 """Texts and measurements of a compression, and the record of it in config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -9,10 +9,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..inference.checkpoint import Checkpoint
-from ..inference.data import CalibrationRows, calibration_text, hold_out, read_tokens
-from ..inference.perplexity import Perplexity, perplexity
-from ..inference.sources import parse, title
-from ..inference.texts import read_text
+from ..inference.data import CalibrationRows, calibration_text, read_tokens
+from ..inference.domains import (
+    Domain,
+    all_rows,
+    by_domain,
+    check_apart,
+    digest,
+    domain,
+    domains_record,
+    python_domains,
+)
+from ..inference.perplexity import cut, mean_perplexity, window_losses
+from ..inference.source_texts import known_texts
+from ..inference.texts import Text, read_text
 from ..models.config import Config, kv_bytes
 from ..models.model import Model
 from ..utils.provenance import versions
@@ -20,12 +30,23 @@ from ..utils.records import CompressionOrigin, QualityRecord, SettingsRecord, Te
 from .methods import METHODS
 from .settings import Settings
 
+WINDOW, TOKENS = 1024, 2048  # of each of Python's own texts: seconds beside the calibration
+
 
 class Windows(NamedTuple):
-    """What perplexity is measured on: the name of the text, and windows of its tokens (M, W)."""
+    """What perplexity is measured on: one text or several, as windows of one length."""
 
-    name: str
-    rows: Tensor
+    domains: list[Domain]
+
+    @property
+    def name(self) -> str:
+        """The names of the texts."""
+        return " and ".join(x.name for x in self.domains)
+
+    @property
+    def rows(self) -> Tensor:
+        """The windows (M, W) of all texts."""
+        return all_rows(self.domains)
 
 
 def texts(
@@ -39,7 +60,7 @@ def texts(
 ) -> tuple[Tensor, Windows, str]:
     """Tokens (N, T) to calibrate on, what to measure on, and what records tell of the tokens.
 
-    Measured on is `text`, or else held-out sequences.
+    Measured on is what `windows` says. Raises ValueError also if both are one text.
     """
     model = original.model
     seq_len = seq_len or min(1024, model.config.max_position_embeddings)
@@ -47,15 +68,10 @@ def texts(
     test = windows(original.tokenizer, model, text)  # fails before the long work
     nothing = torch.empty(0, seq_len, dtype=torch.long, device=model.device)
     rows = CalibrationRows(calibration, nothing, ())
-    if needed or text is None:
-        if not needed:  # as many as would be held out
-            samples = max(2, len(parse(calibration)), samples // 8)
+    if needed:
+        check_apart(measured_on(text), [calibration])
         rows = calibration_text(calibration, model, original.tokenizer, samples, seq_len, seed)
-    tokens = rows.tokens
-    if test is None:
-        tokens, held_out = hold_out(tokens) if needed else (nothing, tokens)
-        test = held_out_windows(held_out, calibration)
-    return tokens, test, rows.told(len(tokens))
+    return rows.tokens, test, rows.told(len(rows.tokens))
 
 
 def about(
@@ -64,18 +80,20 @@ def about(
     low: Config,
     calibration: str,
     tokens: Tensor,
+    told: str,
     seed: int,
 ) -> CompressionOrigin:
     """The part of a record that says how a model was compressed.
 
-    calibration, tokens: what records tell of the text to calibrate on, and it; see `texts`.
+    calibration, tokens, told: the text to calibrate on, and what records tell of it; see `texts`.
     """
     return {
         "base_model": original.name,
         "base_license": original.license,
         **settings_record(settings),
         "share": kv_bytes(low)["kv_share"],
-        "calibration": calibrated_on(calibration, tokens) if len(tokens) else None,
+        "calibration": calibrated_on(told, tokens) if len(tokens) else None,
+        "calibration_digests": digests(original.tokenizer, [calibration]) if len(tokens) else [],
         "seed": seed,
         "versions": versions(),
     }
@@ -92,45 +110,55 @@ def calibrated_on(sources: str, tokens: Tensor) -> TextRecord:
     return {"source": sources, "sequences": sequences, "seq_len": length, "tokens": size}
 
 
+def digests(tokenizer: PreTrainedTokenizerBase, calibration: Sequence[str]) -> list[str]:
+    """Digests of the texts of calibration that are known, see `domains.digest`."""
+    return [digest(text, tokenizer) for given in calibration for text in known_texts(given)]
+
+
+def measured_on(text: Path | None) -> list[Text]:
+    """The text of a file to measure on; None: those of several domains. Errors as of `windows`."""
+    return python_domains() if text is None else [read_text(text)]
+
+
 def windows(
     tokenizer: PreTrainedTokenizerBase,
     model: Model,
     text: Path | None,
-) -> Windows | None:
-    """A file to measure on; None without one.
+) -> Windows:
+    """A file to measure on; None: texts of several domains that every Python brings along.
 
     Raises ValueError if the file cannot be read, or has no token that can be predicted.
     """
+    longest, (words, *more) = model.config.max_position_embeddings, measured_on(text)
     if text is None:
-        return None
-    tokens = read_tokens(tokenizer, read_text(text), model.config.vocab_size)
+        window = min(WINDOW, longest)
+        size = window, TOKENS // window
+        return Windows([domain(x, tokenizer, model, *size) for x in (words, *more)])
+    tokens = read_tokens(tokenizer, words, model.config.vocab_size)
     if len(tokens) < 2:
         raise ValueError(f"{text} has {len(tokens)} tokens: expected at least 2")
-    window = min(2048, model.config.max_position_embeddings, len(tokens))
-    rows = tokens[: len(tokens) // window * window].view(-1, window)
-    return Windows(text.name, rows.to(model.device))
-
-
-def held_out_windows(held_out: Tensor, calibration: str) -> Windows:
-    """Sequences (N, T) of the text to calibrate on, to measure on."""
-    return Windows(f"held-out {title(calibration)} text", held_out)
+    rows = cut(tokens, min(2048, longest, len(tokens)))
+    return Windows([Domain(words.name, digest(words, tokenizer), rows.to(model.device))])
 
 
 def evaluation(models: Mapping[str, Model], test: Windows) -> QualityRecord:
     """The part of a record about perplexity."""
     rows = test.rows
-    perplexities = {
-        name: perplexity(model, rows.flatten(), rows.size(1)) for name, model in models.items()
-    }
-    return measured(test, perplexities)
+    return measured(test, {name: window_losses(model, rows) for name, model in models.items()})
 
 
-def measured(test: Windows, perplexities: Mapping[str, Perplexity]) -> QualityRecord:
-    """The part of a record about perplexities, by the name of the model."""
+def measured(test: Windows, losses: Mapping[str, Tensor]) -> QualityRecord:
+    """The part of a record about perplexity.
+
+    losses: on the windows, in nats (M, W - 1), by the name of the model: dense, compressed.
+    """
     about = {
         "text": test.name,
         "window": test.rows.size(1),
-        "tokens": next(iter(perplexities.values())).tokens,
+        "tokens": losses["dense"].numel(),
+        **{name: mean_perplexity(x).perplexity for name, x in losses.items()},
     }
-    numbers = {name: x.perplexity for name, x in perplexities.items()}
-    return cast(QualityRecord, about | numbers)
+    if len(test.domains) > 1:
+        dense = [x.perplexity for x in by_domain(test.domains, losses["dense"])]
+        about["domains"] = domains_record(test.domains, losses["compressed"], dense)
+    return cast(QualityRecord, about)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from ..inference.perplexity import Perplexity, mean_perplexity, row_losses
+from ..inference.perplexity import row_losses
 from ..inference.weights import LayerFiles
 from ..models.cache import LayerCache, StaticCache
 from ..models.families import model_of
@@ -241,10 +241,9 @@ class Stream:
         return cast(list[LayerRecord], report(self.bases, self.ranks))
 
     @property
-    def perplexities(self) -> dict[str, Perplexity]:
-        """Perplexities of the dense and of the compressed model on the windows."""
-        names = "dense", "compressed"
-        return {name: mean_perplexity(self._get(f"loss-{name}")["losses"]) for name in names}
+    def losses(self) -> dict[str, Tensor]:
+        """Losses in nats (M, W - 1) of the dense and of the compressed model on the windows."""
+        return {name: self._get(f"loss-{name}")["losses"] for name in ("dense", "compressed")}
 
     def _basis(self, i: int, whole: bool = True) -> LayerBasis:
         sides: dict[str, dict[str, Any]] = {}

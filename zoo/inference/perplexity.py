@@ -41,13 +41,21 @@ def mean_perplexity(losses: Tensor) -> Perplexity:
     return Perplexity(losses.double().mean().exp().item(), losses.numel())
 
 
-@torch.inference_mode()
 def token_losses(
     model: Model, tokens: Tensor, window: int = 2048, windows: int = 0, bits: int | None = None
 ) -> Tensor:
     """Negative log-likelihoods in nats, (windows, window - 1) on the CPU.
 
     Arguments and errors as in `perplexity`.
+    """
+    return window_losses(model, cut(tokens, window, windows), bits)
+
+
+def cut(tokens: Tensor, window: int, windows: int = 0, name: str = "the text") -> Tensor:
+    """Windows (M, window) of tokens (N,) that do not overlap; a last piece that is shorter is left.
+
+    windows: at most so many; 0 stands for all. name: of the text, for the error. Raises ValueError
+    if the text is shorter than one window.
     """
     if window < 2:
         raise ValueError(f"window is {window}: expected at least 2 tokens")
@@ -56,13 +64,21 @@ def token_losses(
     count = len(tokens) // window
     if count == 0:
         raise ValueError(
-            f"the text has {len(tokens)} tokens: expected at least one window of {window}; "
+            f"{name} has {len(tokens)} tokens: expected at least one window of {window}; "
             "give a longer text or a smaller --window"
         )
     count = min(count, windows or count)
-    rows = tokens[: count * window].view(count, window)
+    return tokens[: count * window].view(count, window)
+
+
+@torch.inference_mode()
+def window_losses(model: Model, rows: Tensor, bits: int | None = None) -> Tensor:
+    """Negative log-likelihoods in nats, (M, W - 1) on the CPU, of windows (M, W) of token ids.
+
+    bits: as in `perplexity`.
+    """
     losses = []
-    cache = rounding_cache(model, 1, window - 1, bits)
+    cache = rounding_cache(model, 1, rows.size(1) - 1, bits)
     for row in tqdm(rows, desc="evaluating", unit="window", disable=None, leave=False):
         losses.append(row_losses(model, model.hidden(row[None, :-1], cache=cache)[0], row[1:]))
     return torch.stack(losses).cpu()

@@ -7,45 +7,50 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..inference.domains import Domain, all_rows, domains_record
 from ..inference.generate import Generator, answer
-from ..inference.perplexity import perplexity
+from ..inference.perplexity import window_losses
 from ..inference.texts import Text, read_text
 from ..models.config import kv_bytes
 from ..models.model import Model
 from ..utils.provenance import fingerprint
-from ..utils.records import EvaluationText, KvBytes, PerplexityRecord
+from ..utils.records import DomainsRecord, EvaluationText, KvBytes
 
 
-class Comparison(PerplexityRecord, KvBytes):
-    """One of several models, as `compare` measures them."""
+class Comparison(KvBytes):
+    """One of several models, as `compare` measures them: increases are over the first."""
 
+    domains: DomainsRecord
     answer: Any  # token ids; the command line puts their text in their place
     cache_bytes: int
     decode_tokens_per_second: float
 
 
 class Evaluation(NamedTuple):
-    """What to measure perplexity on: a file, or None for Python's own help; see `perplexity`."""
+    """What to measure perplexity on: a file, or None for Python's own help; see `perplexity`.
+
+    domains: texts to measure on instead, so many windows of each.
+    """
 
     text: Path | None = None
     window: int = 2048
     windows: int = 0
+    domains: Sequence[Text] = ()
 
-    def read(self) -> Text:
-        """The text. Raises ValueError if it cannot be read."""
-        return read_text(self.text)
+    def read(self) -> list[Text]:
+        """The texts. Raises ValueError if the file cannot be read."""
+        return list(self.domains) or [read_text(self.text)]
 
     def describe(self, tokenizer: PreTrainedTokenizerBase) -> EvaluationText:
         """The same, a file by its last name, with a digest of the text, chats as a template's."""
-        text = self.read()
+        texts = self.read()
         return {
-            "text": text.name,
+            "text": " and ".join(text.name for text in texts),
             "window": self.window,
             "windows": self.windows,
-            "digest": fingerprint(text.words(tokenizer)),
+            "digest": fingerprint(*(text.words(tokenizer) for text in texts)),
         }
 
 
@@ -66,8 +71,7 @@ def decode_speed(generators: Sequence[Generator], steps: int = 32, rounds: int =
 
 def compare(
     models: Mapping[str, Model],
-    tokens: Tensor,
-    windows: int,
+    domains: Sequence[Domain],
     context: int,
     prompt: Sequence[int],
     stop: Sequence[int],
@@ -75,19 +79,21 @@ def compare(
 ) -> dict[str, Comparison]:
     """Perplexity, bytes, an answer to `prompt` and decode speed of each model.
 
-    Perplexity takes `windows` windows of 1024 of `tokens`; the cache has `context` slots.
+    Perplexity is that on each domain, its increase that over the first model's. The cache has
+    `context` slots.
     """
     generators = [Generator(m, 1, context, compile, False) for m in models.values()]
-    answers, qualities = [], []
+    answers, qualities, rows = [], list[DomainsRecord](), all_rows(domains)
+    dense: list[float] | None = None
     for model, generator in zip(models.values(), generators, strict=True):
         new = min(48, context - len(prompt))
         answers.append(answer(generator, [prompt], new, stop=stop).tokens[0])
-        qualities.append(perplexity(model, tokens, 1024, windows))
+        qualities.append(domains_record(domains, window_losses(model, rows), dense))
+        dense = dense or [x["perplexity"] for x in qualities[0]["texts"]]
     speeds = decode_speed(generators)
     return {
         name: {
-            "perplexity": quality.perplexity,
-            "tokens": quality.tokens,
+            "domains": quality,
             **kv_bytes(model.config),
             "answer": said,
             "cache_bytes": generator.cache.nbytes,

@@ -19,6 +19,7 @@ except ModuleNotFoundError:
 
 from ..compression.cuts import NOISE
 from ..utils.records import BenchRow, CompressedRow, TimedRow
+from .domains import DomainTable
 from .sweep_table import Section, increase
 
 AS_WRITTEN = rc_context({"text.parse_math": False})  # a $ in a name begins no formula
@@ -26,7 +27,7 @@ COLORS, MARKS = list(TABLEAU_COLORS.values()), "osD^vPX"
 
 
 @AS_WRITTEN
-def figures(sections: Sequence[Section]) -> dict[str, Figure]:
+def figures(sections: Sequence[Section], tables: Sequence[DomainTable] = ()) -> dict[str, Figure]:
     """All figures of a report by title."""
     drawn = {}
     for section in sections:
@@ -48,7 +49,33 @@ def figures(sections: Sequence[Section]) -> dict[str, Figure]:
             keep = row["settings"]["keep"]
             title = f"{name}, {label}; dots: ranks at keep {keep:g}"
             drawn[f"{name}: errors of {label}"] = errors(row, title)
+    for table in tables:
+        if any("increase" in record for record in table.rows.values()):
+            drawn[f"{table.title}: domains"] = domains(table)
     return drawn
+
+
+def domains(table: DomainTable) -> Figure:
+    """Increase of the perplexity in per cent: a group of bars for every text, one a model."""
+    known = {label: x for label, x in table.rows.items() if "increase" in x}
+    groups, width = [*table.texts, "mean"], 0.8 / len(known)
+    size = (1 + len(groups) * max(1.5, 0.3 * len(known)), 4.5 + 0.2 * len(known))
+    figure = Figure(figsize=size, layout="constrained", dpi=150)
+    axes = figure.subplots()
+    for i, (label, x) in enumerate(known.items()):
+        shares = [*(row["increase"] for row in x["texts"]), x["increase"]["mean"]]
+        places = [group - 0.4 + (i + 0.5) * width for group in range(len(groups))]
+        color = COLORS[i % len(COLORS)]
+        bars = axes.bar(places, [100 * share for share in shares], width, label=label, color=color)
+        axes.bar_label(bars, fmt="%.1f", fontsize=6)
+    axes.set_yscale("symlog", linthresh=1)  # linear up to one per cent, so that bars begin at 0
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_ylim(bottom=min(0, 2 * axes.dataLim.y0), top=max(1, 1.3 * axes.dataLim.y1))
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set(title=table.title, ylabel="increase of perplexity over uncompressed, %")
+    figure.legend(loc="outside lower center")
+    return figure
 
 
 def quality(section: Section, title: str) -> Figure:

@@ -10,6 +10,7 @@ from ..inference.texts import Text
 from ..models.config import kv_bytes
 from ..utils.records import EvaluationResult, PositionRecord, RetrievalRecord
 from . import probe
+from .domains import check_unseen
 
 LENGTHS = (256, 512, 1024, 2048)  # tokens of a text with a fact in it, unless told
 
@@ -39,12 +40,13 @@ def measure(source: str, checkpoint: Checkpoint, text: Text, probes: Probes) -> 
     """Measure a checkpoint on a text, and the bytes of its cache.
 
     source: its name in the result. Raises ValueError for windows and lengths that do not fit the
-    model or the text.
+    model or the text, and for perplexity on a text that the checkpoint was calibrated on.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     longest = model.config.max_position_embeddings
     result: EvaluationResult = {"model": source, **kv_bytes(model.config, probes.bits)}
     if probes.perplexity or probes.by_position:
+        check_unseen(source, checkpoint, [text])
         window = probes.window or min(2048, longest)
         tokens = read_tokens(tokenizer, text, model.config.vocab_size).to(model.device)
         losses = token_losses(model, tokens, window, probes.windows, probes.bits)

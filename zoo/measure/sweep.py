@@ -17,9 +17,9 @@ from ..compression.record import settings_record
 from ..compression.search import ErrorBudget
 from ..compression.settings import Settings, needs
 from ..inference.checkpoint import Checkpoint
-from ..inference.data import read_tokens
+from ..inference.domains import all_rows, check_apart, domain, domains_record
 from ..inference.generate import Generator
-from ..inference.perplexity import perplexity
+from ..inference.perplexity import mean_perplexity, window_losses
 from ..models.config import kv_bytes
 from ..models.model import Model
 from ..utils.interrupt import interruptible
@@ -82,10 +82,10 @@ class Sweep:
         is None no row is. ready: installs in a model, before it is timed, the ops it decodes with,
         of this name.
         Raises ValueError where the file's rows are of another model, dtype or evaluation, or
-        decode at other slots.
+        decode at other slots, and where a text is measured on that is calibrated on.
         """
         self.original, self.model = original, original.model
-        self.evaluation, self.decode, self.ready, self.ops = evaluation, decode, ready, ops
+        self.decode, self.ready, self.ops = decode, ready, ops
         if self.model.config.kv_width != self.model.config.dense_kv_width:
             raise ValueError("the model is compressed already: take the model it was made from")
         longest = self.model.config.max_position_embeddings
@@ -94,10 +94,11 @@ class Sweep:
                 f"decoding at {decode} slots: expected {DECODE_STEPS} to {longest}, which is what "
                 "the model can read"
             )
-        vocabulary = self.model.config.vocab_size
-        tokens = read_tokens(original.tokenizer, evaluation.read(), vocabulary)
+        texts = evaluation.read()
+        check_apart(texts, [c.source for c in calibrations])
+        size = evaluation.window, evaluation.windows
+        self.domains = [domain(x, original.tokenizer, self.model, *size) for x in texts]
         device = self.model.device
-        self.tokens = tokens.to(device)
         run: SweepRun = {
             "model": original.name,
             "weights": model_fingerprint(self.model),
@@ -197,11 +198,12 @@ class Sweep:
         except ValueError as error:
             return {"refused": str(error)}
         seconds: Seconds = {**source.seconds, "compress": time.perf_counter() - start}
-        measured = self._measure(result.model)
+        dense = cast(DenseResult, self.file.row(None, None))
+        measured = self._measure(result.model, dense)
         row: CompressedResult = {
             **measured,
             "seconds": {**seconds, **measured["seconds"]},
-            "dense_perplexity": cast(DenseResult, self.file.row(None, None))["perplexity"],
+            "dense_perplexity": dense["perplexity"],
             "sequences": len(source.tokens),
             "fitted": settings_record(result.settings),
             "layers": result.layers,
@@ -213,10 +215,12 @@ class Sweep:
             row["seconds"]["decode"] = time.perf_counter() - start
         return row
 
-    def _measure(self, model: Model) -> DenseResult:
-        start, on = time.perf_counter(), self.evaluation
-        quality = perplexity(model, self.tokens, on.window, on.windows)
-        return {
+    def _measure(self, model: Model, dense: DenseResult | None = None) -> DenseResult:
+        """Measure a model. dense: what was measured of the uncompressed one, if it is another."""
+        start = time.perf_counter()
+        losses = window_losses(model, all_rows(self.domains))
+        quality = mean_perplexity(losses)
+        measured: DenseResult = {
             "perplexity": quality.perplexity,
             "tokens": quality.tokens,
             **kv_bytes(model.config),
@@ -225,6 +229,10 @@ class Sweep:
             "full_ranks": model.config.full_ranks,
             "seconds": {"evaluate": time.perf_counter() - start},
         }
+        if len(self.domains) > 1:
+            known = [x["perplexity"] for x in dense["domains"]["texts"]] if dense else None
+            measured["domains"] = domains_record(self.domains, losses, known)
+        return measured
 
     def _decode(self, model: Model, slots: int) -> DecodeRecord:
         """Seconds of a decoding step, and the speed over the dense model's in the same run.

@@ -9,12 +9,16 @@ from rich.table import Table
 from ..utils.escape import printable
 from ..utils.records import (
     BenchResult,
+    ComparedDomains,
+    DomainsRecord,
     EvaluationResult,
     LayerRecord,
     PositionRecord,
+    QualityRecord,
     RetrievalRecord,
     TaskRow,
 )
+from .domains import DomainTable, domain_cells, percent, table_caption, table_cells
 from .evaluate import Comparison
 from .sweep_table import Section, caption, cells
 
@@ -56,10 +60,10 @@ def _cell(x: object) -> str:
     return f"{x:.4f}" if isinstance(x, float) else "16 bits" if x == "" else str(x)
 
 
-def comparison(rows: Mapping[str, Comparison], context: int, text: str) -> None:
-    """Print what was measured of several models side by side."""
+def comparison(rows: Mapping[str, Comparison], context: int) -> None:
+    """Print what was measured of several models side by side, the last beside the first."""
+    domains([*rows.values()][-1]["domains"])
     names = {
-        "perplexity": f"perplexity on {text}",
         "kv_bytes_per_token": "KV bytes per token, 16 bits",
         "cache_bytes": f"cache bytes allocated, {context} slots",
         "decode_tokens_per_second": f"decode tokens/s, {context} slots",
@@ -71,6 +75,28 @@ def comparison(rows: Mapping[str, Comparison], context: int, text: str) -> None:
         cells = [column[key] for column in columns]
         _add(table, title, *(f"{x:.2f}" if isinstance(x, float) else x for x in cells))
     _show(table)
+
+
+def domains(record: DomainsRecord | ComparedDomains) -> None:
+    """Print perplexity on several texts, with its increase if the original was measured too."""
+    head, *body = domain_cells(record)
+    table = Table(*head)
+    for row in body:
+        _add(table, *row)
+    _show(table)
+
+
+def change(quality: QualityRecord) -> str:
+    """The change of perplexity in words: its mean and worst over several texts."""
+    if "domains" in quality:
+        spread = quality["domains"]["increase"]
+        return (
+            f"perplexity {percent(spread['mean'])} on average, {percent(spread['worst'])} at worst"
+        )
+    return (
+        f"perplexity {quality['dense']:.2f} -> {quality['compressed']:.2f} on "
+        f"{quality['tokens']} tokens of {quality['text']}"
+    )
 
 
 def changes(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -115,6 +141,8 @@ def bench(rows: Sequence[BenchResult]) -> None:
 
 def evaluation(result: EvaluationResult) -> None:
     """Print what `eigenzoo evaluate` measured: perplexity, positions, retrieval, tasks."""
+    if "domains" in result:
+        domains(result["domains"])
     if "perplexity" in result:
         print(
             f"perplexity {result['perplexity']:.4f} on {result['tokens']} tokens of "
@@ -177,18 +205,32 @@ def sweep(section: Section) -> None:
     print(printable(caption(section)))
 
 
+def models_by_domain(models: DomainTable) -> None:
+    """Print the table of several models on the same texts."""
+    head, *body = table_cells(models)
+    table = Table(*map(printable, head))
+    for row in body:
+        _add(table, *row)
+    _show(table)
+    print(printable(table_caption(models)))
+
+
 def checkpoint(about: Mapping[str, Any]) -> None:
     """Print what `checkpoint.inspect` returned."""
     table = Table(show_header=False)
     compression = about["compression"] or {}
     for key, value in {**about, **compression}.items():
-        hidden = (*BY_LAYER.values(), "compression", "layers", "refined", "measured")
+        hidden = (*BY_LAYER.values(), "compression", "layers", "refined", "measured", "evaluation")
         if key not in hidden and value is not None:
             _add(table, key, str(value))
+    if quality := compression.get("evaluation"):
+        _add(table, "evaluation", change(quality))
     for run in compression.get("refined", []):
         kl = f"KL {run['kl_before']:.4g} -> {run['kl_after']:.4g} nats per token"
         _add(table, "refined", f"{run['best_step']} steps, {kl}")
     _show(table)
+    if domain_rows := (compression.get("evaluation") or {}).get("domains"):
+        domains(domain_rows)
     columns = {name: about[key] for name, key in BY_LAYER.items() if about[key]}
     rows = zip(*columns.values(), strict=True)
     layers([cast(LayerRecord, dict(zip(columns, row, strict=True))) for row in rows])

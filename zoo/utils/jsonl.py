@@ -73,6 +73,11 @@ BENCH: Format[BenchRow] = Format("a row that eigenzoo bench wrote", (TimedRow, F
 COMPRESSION: Format[CompressionRecord] = Format(
     "what eigenzoo compress wrote", (CompressionRecord,), "base_model"
 )
+REPORTED: Format[SweepRow | EvaluationRow] = Format(
+    "a row that eigenzoo sweep wrote, or what `eigenzoo evaluate --domains --json` printed",
+    (*SWEEP.kinds, EvaluationRow),
+    "versions",
+)
 MEASURED: Format[EvaluationRow | BenchRow] = Format(
     "what `eigenzoo evaluate --json` printed, or a row that eigenzoo bench wrote",
     (EvaluationRow, TimedRow, FailedRow),

@@ -157,14 +157,67 @@ class TaskSettings(TypedDict):
     limit: int | None
 
 
+class PerplexityRecord(TypedDict):
+    """`inference.perplexity.Perplexity`: over `tokens` predicted tokens."""
+
+    perplexity: float
+    tokens: int
+
+
+class DomainRecord(PerplexityRecord):
+    """Perplexity on one of several texts. increase: over the dense model's, as a share of it."""
+
+    text: str
+    digest: str
+    dense_perplexity: NotRequired[float]
+    increase: NotRequired[float]
+
+
+class MeanWorst(TypedDict):
+    """Of a number that is lower for better models, over several texts."""
+
+    mean: float
+    worst: float
+
+
+class DomainsRecord(TypedDict):
+    """Perplexity on several texts; its increase where the uncompressed model was measured too."""
+
+    texts: list[DomainRecord]
+    perplexity: MeanWorst
+    increase: NotRequired[MeanWorst]
+
+
+class ComparedDomain(PerplexityRecord):
+    """`DomainRecord` where the uncompressed model was measured too."""
+
+    text: str
+    digest: str
+    dense_perplexity: float
+    increase: float
+
+
+class ComparedDomains(TypedDict):
+    """`DomainsRecord` where the uncompressed model was measured too."""
+
+    texts: list[ComparedDomain]
+    perplexity: MeanWorst
+    increase: MeanWorst
+
+
 class EvaluationResult(KvBytes):
-    """What `eigenzoo evaluate` measures: only what its options ask for."""
+    """What `eigenzoo evaluate` measures: only what its options ask for.
+
+    original: the uncompressed model that `domains` compares with.
+    """
 
     model: str
+    original: NotRequired[str]
     text: NotRequired[str]
     window: NotRequired[int]
     perplexity: NotRequired[float]
     tokens: NotRequired[int]
+    domains: NotRequired[DomainsRecord]
     by_position: NotRequired[list[PositionRecord]]
     retrieval: NotRequired[list[RetrievalRecord]]
     tasks: NotRequired[dict[str, TaskRow]]
@@ -190,7 +243,10 @@ class TextRecord(TypedDict):
 
 
 class QualityRecord(TypedDict):
-    """Perplexity before and after. before: of the model that a refinement began with."""
+    """Perplexity before and after, over the tokens of all texts.
+
+    before: of the model that a refinement began with. domains: where there are several texts.
+    """
 
     text: str
     window: int
@@ -198,6 +254,7 @@ class QualityRecord(TypedDict):
     dense: float
     compressed: float
     before: NotRequired[float]
+    domains: NotRequired[ComparedDomains]
 
 
 class RefineStep(TypedDict):
@@ -248,6 +305,7 @@ class CompressionOrigin(SettingsRecord):
     base_license: NotRequired[str | None]
     share: float  # of the KV bytes of a 16-bit cache
     calibration: TextRecord | None
+    calibration_digests: NotRequired[Sequence[str]]  # of files: nothing is measured on them
     seed: int
     versions: Versions
 
@@ -259,13 +317,6 @@ class CompressionRecord(CompressionOrigin):
     layers: list[LayerRecord]
     refined: NotRequired[list[RefineRecord]]
     measured: NotRequired[Measurements]
-
-
-class PerplexityRecord(TypedDict):
-    """`inference.perplexity.Perplexity`: over `tokens` predicted tokens."""
-
-    perplexity: float
-    tokens: int
 
 
 class CalibrationText(TypedDict):
@@ -345,12 +396,16 @@ class Curves(TypedDict):
 
 
 class DenseResult(PerplexityRecord, KvBytes):
-    """What a sweep measures of a model. full_ranks: of keys and of values."""
+    """What a sweep measures of a model, its perplexity over the tokens of all texts.
+
+    full_ranks: of keys and of values. domains: where there are several texts.
+    """
 
     k_ranks: Sequence[int]
     v_ranks: Sequence[int]
     full_ranks: Sequence[int]
     seconds: Seconds
+    domains: NotRequired[DomainsRecord]
 
 
 class CompressedResult(DenseResult):
