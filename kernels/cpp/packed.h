@@ -74,14 +74,14 @@ inline float scale_of(uint8_t code) {
 
 // The level of number n of a segment's order, for 4, 3 and 2 bits
 template <int BITS>
-float level(const uint8_t* p, int64_t n, int64_t width) {
+float level(const uint8_t* p, uint64_t n, int64_t width) {
   if constexpr (BITS == 3) {
-    const int64_t i = n / 8, eighth = n % 8;
+    const uint64_t i = n / 8, eighth = n % 8;
     const int low = p[eighth % 2 * (width / 8) + i] >> eighth / 2 * 2 & 3;
     const int high = p[width / 4 + i] >> eighth & 1;
     return float(low | high << 2) - 3.5f;
   } else {
-    constexpr int64_t PARTS = 8 / BITS, MASK = (1 << BITS) - 1;
+    constexpr uint64_t PARTS = 8 / BITS, MASK = (1 << BITS) - 1;
     return float(p[n / PARTS] >> n % PARTS * BITS & MASK) - MASK / 2.f;
   }
 }
@@ -113,7 +113,7 @@ struct alignas(64) EachLane {
 };
 
 template <int BITS>
-V levels(const uint8_t* p, int64_t n, int64_t width, int64_t count) {
+V levels(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
   __m512i code;  // in the lowest bits of every lane
   if constexpr (BITS == 4) {
     static constexpr EachLane<int> shift([](int lane) { return lane % 8 * 4; });
@@ -145,7 +145,7 @@ V levels(const uint8_t* p, int64_t n, int64_t width, int64_t count) {
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 template <int BITS>
-V levels(const uint8_t* p, int64_t n, int64_t width, int64_t count) {
+V levels(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   if constexpr (BITS == 4) {
     const int x = count == W ? word<4>(p + n / 2) : word(p + n / 2, count / 2);
@@ -172,7 +172,7 @@ V levels(const uint8_t* p, int64_t n, int64_t width, int64_t count) {
 }
 #else
 template <int BITS>
-V levels(const uint8_t* p, int64_t n, int64_t width, int64_t count) {
+V levels(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
   float all[W] = {};
   for (int64_t i = 0; i < count; ++i) all[i] = level<BITS>(p, n + i, width);
   return V::loadu(all);
@@ -181,7 +181,7 @@ V levels(const uint8_t* p, int64_t n, int64_t width, int64_t count) {
 
 // The same for any bits
 template <int BITS>
-V numbers(const uint8_t* p, int64_t n, int64_t width, int64_t count) {
+V numbers(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
   if constexpr (BITS == 16)
     return load(reinterpret_cast<const at::BFloat16*>(p) + n, count);
   else if constexpr (BITS == 8)
@@ -203,10 +203,11 @@ struct Codes {
     return {packing, codes + slots * step, scales + slots * step, step};
   }
 
-  // Calls use(i, numbers) for vectors `begin` to `end` of the latent in slot t. Inlined, so that sums
-  // stay in registers.
+  // Calls use(i, numbers) for vectors `begin` to `end` of the latent in slot t. It is inlined, so
+  // that the sums of a caller stay in registers.
   template <class Use>
-  C10_ALWAYS_INLINE void for_each_vector(int64_t t, int64_t begin, int64_t end, const Use& use) const {
+  C10_ALWAYS_INLINE void for_each_vector(int64_t t, int64_t begin, int64_t end,
+                                         const Use& use) const {
     const uint8_t *p = codes + t * step, *scale = scales + t * step;
     for (const Segment& s : packing->segments) {
       const V factor(s.bits == 16 ? 1.f : scale_of(*scale++));

@@ -94,7 +94,8 @@ Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Te
   check_rotation(q, latent, up, mean, cos, sin);
   expect(cos.size(2) == latent.slots(), "angles of all slots", cos);
   const int64_t D = q.size(3), half = D / 2, padded = round_up(D);
-  const int64_t K = latent.latents(), heads = up.size(2) / D, G = heads * K;  // kv heads of a latent, all
+  const int64_t K = latent.latents();
+  const int64_t heads = up.size(2) / D, G = heads * K;  // kv heads of a latent, all
   const int64_t latents = K / std::gcd(K, values.latents()), rows = q.size(1) / G * q.size(2);
   const Tensor queries = q.to(at::kFloat).contiguous();
   const Tensor means = mean ? mean->to(at::kFloat).contiguous() : Tensor();
