@@ -114,7 +114,7 @@ def _row(kept: int | str, least: int = layouts.LEAST_ROWS, loop: bool = False) -
         return layouts.row(None, kept, kept, least, loop)
     segments = parse_segments(kept)
     slot = Latent(HEADS, 0, segments).nbytes(torch.bfloat16)
-    layout = [HEADS, *(n for segment in segments for n in segment)]
+    layout = (HEADS, *(n for segment in segments for n in segment))
     return layouts.row(layout, 0, slot, least, loop)
 
 
@@ -161,6 +161,8 @@ def compiled(case: Case, target: GPUTarget) -> Any:
     """The kernel as Triton compiles it for aligned tensors and strides divisible by 16."""
     constants = dict(case.constants)
     if "K" in constants:
+        ptx = target.backend == "cuda"
+        constants |= {n: constants[n]._replace(ptx=ptx, aligned=True) for n in "KV"}
         constants |= {"K_SHARE": 1, "V_SHARE": 1, "UPCAST": False}
     if target.backend == "hip" and "HELD" in constants:
         constants["HELD"] = False
