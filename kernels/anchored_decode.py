@@ -45,13 +45,13 @@ def kernel(
     within, head = rows // SHARED, rows % SHARED
     first_head = (b * tl.num_programs(0) + group) * QUERIES
     dtype: tl.constexpr = tl.float32 if UPCAST else u_ptr.dtype.element_ty
-    z_ptr, z_scales = begin(z_ptr, b, z_batch, group // K_SHARE, z_head, K)
-    v_ptr, v_scales = begin(v_ptr, b, v_batch, group // V_SHARE, v_head, V)
     first, _, low, high = extent(span_ptr + b * span_batch, TILE)
+    z_ptr, z_scales = begin(z_ptr, b, z_batch, group // K_SHARE, z_head, low, K)
+    v_ptr, v_scales = begin(v_ptr, b, v_batch, group // V_SHARE, v_head, low, V)
 
     peak, total, read = nothing(ROWS, V)
     for start in range(low, high, TILE):
-        slot, past = start + column, tl.cast(start, tl.int64)
+        slot = start + column
         there = (slot >= first) & (slot < high)
         own, low_block = slot // BLOCK, start // BLOCK
         if position_ptr is not None:
@@ -62,17 +62,17 @@ def kernel(
         known = (head < QUERIES) & (block < blocks)
         query = (first_head + head) * blocks + block
         u = queries(u_ptr, query, known, K)
-        z, scales = z_ptr + past * K.slot, z_scales + past * K.slot
-        s = scores(u, z, scales, column, there, K, ROWS, TILE, dtype, UPCAST)
+        s = scores(u, z_ptr, z_scales, column, there, K, ROWS, TILE, dtype, UPCAST)
         if added_ptr is not None:
             s += tl.load(added_ptr + query, mask=known, other=0.0).to(tl.float32)[:, None]
         if bias_ptr is not None:
             s += tl.load(bias_ptr + b * bias_batch + slot, mask=there, other=0.0)[None, :]
         s = tl.where(there[None, :] & (own[None, :] == block[:, None]), s * LOG2E, -float("inf"))
-        v, scales = v_ptr + past * V.slot, v_scales + past * V.slot
         peak, total, read = attend(
-            peak, total, read, s, v, scales, column, there, V, dtype, UPCAST
+            peak, total, read, s, v_ptr, v_scales, column, there, V, dtype, UPCAST
         )
+        z_ptr, z_scales = z_ptr + TILE * K.slot, z_scales + TILE * K.slot
+        v_ptr, v_scales = v_ptr + TILE * V.slot, v_scales + TILE * V.slot
     peak, total, read = join(peak, total, read, ROWS // SHARED, SHARED)
     head = tl.arange(0, SHARED)
     store(part_ptr, weight_ptr, first_head + head, head < QUERIES, peak, total, read, V)
@@ -118,23 +118,22 @@ def launch(
     added = None
     if mean is not None:  # the mean of the keys adds one number per block and query
         added = (turned.unflatten(1, (len(mean), -1)) * mean[:, None]).sum(-1).contiguous()
-    z, v = layouts.rows(z, z_layout), layouts.rows(v, v_layout)
-    z_heads, v_heads = layouts.heads_of(z, z_layout), layouts.heads_of(v, v_layout)
-    shared = gcd(heads // z_heads, heads // v_heads)  # heads of one group
-    groups = heads // shared
-    rows = layouts.row_of(z, z_layout), layouts.row_of(v, v_layout, layouts.LEAST_VALUES)
+    keys = layouts.cache(z, z_layout, q)
+    values = layouts.cache(v, v_layout, q, layouts.LEAST_VALUES)
+    shared = gcd(heads // keys.heads, heads // values.heads)  # heads of one group
+    groups, rows = heads // shared, (keys.row, values.row)
     shape = constants(
         shared, block if blocks > 1 else 0, *rows, q.element_size(), aligned=position is None
     )
-    splits = split.splits_of(batch * groups, z.size(-2), shape["TILE"])
-    parts = split.Parts(q, splits, rows[1].width)
+    splits = split.splits_of(batch * groups, keys.x.size(-2), shape["TILE"])
+    parts = split.Parts(q, splits, values.row.width)
     kernel[(groups, splits, batch)](
-        *(u.contiguous(), z, v, span.contiguous(), bias, position, added),
+        *(u.contiguous(), keys.x, values.x, span.contiguous(), bias, position, added),
         *(parts.part, parts.weight),
-        *(*layouts.strides(z, z_layout), *layouts.strides(v, v_layout)),
+        *(*keys.strides, *values.strides),
         *(split.per_sequence(span), split.per_sequence(bias), split.per_sequence(position), blocks),
-        K_SHARE=groups // z_heads,
-        V_SHARE=groups // v_heads,
+        K_SHARE=groups // keys.heads,
+        V_SHARE=groups // values.heads,
         UPCAST=not q.is_cuda,
         **shape,
     )

@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from ..zoo.models.bits import BITS
+from ..zoo.models.bits import parse_segments
 from ..zoo.models.cache import Buffer
 from ..zoo.models.packing import Latent, pack
 from . import ops
 from .install import register
 
 ROTATION = 1 << 30  # bytes of all caches together: 20 times the L2 cache of an H100
+BITS = (16, 8, 4, 2)
+MIXED = "16x8+48x4+32x2", "64x4+32x2"  # segments of keys and of values, of rank 96
 RANKS = ((64, 64), (64, 96), (80, 80), (96, 96), (112, 112))
 
 
@@ -51,21 +53,19 @@ def read_bandwidth(size: int = 1 << 32) -> float:
     return size / seconds([x.sum])
 
 
-def caches(
-    batch: int, heads: int, slots: int, rk: int, rv: int, bits: int
-) -> tuple[list[tuple[Buffer, Buffer]], int]:
+def caches(batch: int, slots: int, k: Latent, v: Latent) -> tuple[list[tuple[Buffer, Buffer]], int]:
     """Random pairs of keys and values, and the bytes of one pair.
 
     At least two pairs; ROTATION bytes in total.
     """
-    latents = Latent(heads, rk).rounded(bits), Latent(heads, rv).rounded(bits)
-    size = batch * slots * sum(x.nbytes(torch.bfloat16) for x in latents)
+    size = batch * slots * sum(x.nbytes(torch.bfloat16) for x in (k, v))
 
-    def one(width: int) -> Buffer:
-        x = torch.randn(batch, heads, slots, width, dtype=torch.bfloat16, device="cuda")
-        return x if bits == 16 else pack(x, Latent(x.size(1), x.size(3)).rounded(bits))
+    def one(latent: Latent) -> Buffer:
+        shape = batch, latent.heads, slots, latent.width
+        x = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+        return pack(x, latent) if latent.segments else x
 
-    return [(one(rk), one(rv)) for _ in range(max(2, ROTATION // size))], size
+    return [(one(k), one(v)) for _ in range(max(2, ROTATION // size))], size
 
 
 def main() -> None:
@@ -83,25 +83,30 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, a sum reads {bandwidth / 1e9:.0f} GB/s")
     full = 0.0
 
-    def report(name: str, rk: int, rv: int, call: Callable[..., object], bits: int = 16) -> None:
+    def report(name: str, kept: str, k: Latent, v: Latent, call: Callable[..., object]) -> None:
         nonlocal full
-        q = torch.randn(b, h, 1, rk, dtype=torch.bfloat16, device="cuda")
-        pairs, size = caches(b, g, s, rk, rv, bits)
-        time = seconds([partial(call, q, k, v) for k, v in pairs])
+        q = torch.randn(b, h, 1, k.width, dtype=torch.bfloat16, device="cuda")
+        pairs, size = caches(b, s, k, v)
+        time = seconds([partial(call, q, *pair) for pair in pairs])
         full = full or time
         share = size / time / bandwidth
         print(
-            f"{name:14} {rk:3}/{rv:3} {bits:2} bits {1e6 * time:8.1f} us {full / time:5.2f}x "
+            f"{name:14} {k.width:3}/{v.width:3} {kept:7} {1e6 * time:8.1f} us {full / time:5.2f}x "
             f"{share:5.0%}"
         )
 
     with torch.inference_mode():
-        report("SDPA", 128, 128, partial(F.scaled_dot_product_attention, enable_gqa=h > g))
-        report("flex_attention", 128, 128, partial(flex, enable_gqa=h > g))
+        whole = Latent(g, 128)
+        sdpa = partial(F.scaled_dot_product_attention, enable_gqa=h > g)
+        report("SDPA", "16 bits", whole, whole, sdpa)
+        report("flex_attention", "16 bits", whole, whole, partial(flex, enable_gqa=h > g))
         fused = partial(ops.latent_decode, span=span, scale=128**-0.5)
         for bits in BITS:
             for rk, rv in ((128, 128), *RANKS):
-                report("latent_decode", rk, rv, fused, bits)
+                k, v = (Latent(g, rank).rounded(bits) for rank in (rk, rv))
+                report("latent_decode", f"{bits:2} bits", k, v, fused)
+        k, v = (Latent(g, 96, parse_segments(text)) for text in MIXED)
+        report("latent_decode", "mixed", k, v, fused)
 
 
 if __name__ == "__main__":

@@ -44,27 +44,28 @@ def kernel(
     if slopes_ptr is not None:
         head = (group * QUERIES + rows) // TOKENS
         slope = tl.load(slopes_ptr + head, mask=valid, other=0.0).to(tl.float32)[:, None]
-    k_ptr, k_scales = begin(k_ptr, b, k_batch, group // K_SHARE, k_head, K)
-    v_ptr, v_scales = begin(v_ptr, b, v_batch, group // V_SHARE, v_head, V)
     first, end, low, high = extent(span_ptr + b * span_batch, TILE)
+    k_ptr, k_scales = begin(k_ptr, b, k_batch, group // K_SHARE, k_head, low, K)
+    v_ptr, v_scales = begin(v_ptr, b, v_batch, group // V_SHARE, v_head, low, V)
     last = end - TOKENS + rows % TOKENS  # the slot of a row's own token
 
     peak, total, read = nothing(ROWS, V)
     for start in range(low, high, TILE):
-        slot, past = start + column, tl.cast(start, tl.int64)
+        slot = start + column
         there = (slot >= first) & (slot < high)
-        k, scales = k_ptr + past * K.slot, k_scales + past * K.slot
-        s = scores(q, k, scales, column, there, K, ROWS, TILE, dtype, UPCAST) * (scale * LOG2E)
+        s = scores(q, k_ptr, k_scales, column, there, K, ROWS, TILE, dtype, UPCAST)
+        s *= scale * LOG2E
         if bias_ptr is not None:
             far = tl.load(bias_ptr + b * bias_batch + slot, mask=there, other=0.0)[None, :]
             s += (far if slopes_ptr is None else slope * far) * LOG2E
         elif slopes_ptr is not None:
             s += slope * (slot - end + 1).to(tl.float32)[None, :] * LOG2E
         s = tl.where(there[None, :] & (slot[None, :] <= last[:, None]), s, -float("inf"))
-        v, scales = v_ptr + past * V.slot, v_scales + past * V.slot
         peak, total, read = attend(
-            peak, total, read, s, v, scales, column, there, V, dtype, UPCAST
+            peak, total, read, s, v_ptr, v_scales, column, there, V, dtype, UPCAST
         )
+        k_ptr, k_scales = k_ptr + TILE * K.slot, k_scales + TILE * K.slot
+        v_ptr, v_scales = v_ptr + TILE * V.slot, v_scales + TILE * V.slot
     store(part_ptr, weight_ptr, row, valid, peak, total, read, V)
 
 
@@ -85,20 +86,19 @@ def launch(
     and bits of every segment.
     """
     batch, heads, tokens, _ = q.shape
-    k, v = layouts.rows(k, k_layout), layouts.rows(v, v_layout)
-    k_heads, v_heads = layouts.heads_of(k, k_layout), layouts.heads_of(v, v_layout)
-    shared = gcd(heads // k_heads, heads // v_heads)  # heads of one group
-    groups = heads // shared
-    rows = layouts.row_of(k, k_layout), layouts.row_of(v, v_layout, layouts.LEAST_VALUES)
+    keys = layouts.cache(k, k_layout, q)
+    values = layouts.cache(v, v_layout, q, layouts.LEAST_VALUES)
+    shared = gcd(heads // keys.heads, heads // values.heads)  # heads of one group
+    groups, rows = heads // shared, (keys.row, values.row)
     shape = constants(shared, tokens, *rows, q.element_size())
-    splits = split.splits_of(batch * groups, k.size(-2), shape["TILE"])
-    parts = split.Parts(q, splits, rows[1].width)
+    splits = split.splits_of(batch * groups, keys.x.size(-2), shape["TILE"])
+    parts = split.Parts(q, splits, values.row.width)
     kernel[(groups, splits, batch)](
-        *(q.contiguous(), k, v, span.contiguous(), bias, slopes, parts.part, parts.weight, scale),
-        *(*layouts.strides(k, k_layout), *layouts.strides(v, v_layout)),
+        *(q.contiguous(), keys.x, values.x, span.contiguous(), bias, slopes),
+        *(parts.part, parts.weight, scale, *keys.strides, *values.strides),
         *(split.per_sequence(span), split.per_sequence(bias)),
-        K_SHARE=groups // k_heads,
-        V_SHARE=groups // v_heads,
+        K_SHARE=groups // keys.heads,
+        V_SHARE=groups // values.heads,
         UPCAST=not q.is_cuda,
         **shape,
     )

@@ -6,9 +6,11 @@ of the first part, then those of the second, and so on. Queries and outputs foll
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -26,7 +28,8 @@ class Chunk(NamedTuple):
 
     start, size: of the chunk, in elements; width: elements of the segment without the high bits of
     3; first: its first number; at: its first byte; scale: the index of its scale, or -1; opens,
-    closes: whether the chunk is the first, and the last, of its segment.
+    closes: whether the chunk is the first, and the last, of its segment; whole: whether all of its
+    elements exist.
     """
 
     bits: int
@@ -39,14 +42,16 @@ class Chunk(NamedTuple):
     scale: int
     opens: bool
     closes: bool
+    whole: bool
 
 
 class Row(NamedTuple):
     """The layout of keys or of values in a cache.
 
     width: numbers of a latent; slot: elements from one slot to the next; codes: bytes of a latent;
-    scales_at, scales: the first scale and the number of scales of a latent; aligned: what divides
-    the stride from one sequence to the next, if Triton cannot see it.
+    scales_at, scales: the first scale and the number of scales of a latent; aligned: whether
+    ALIGN divides the stride from one sequence to the next; ptx: whether instructions of
+    NVIDIA's GPUs unpack it, to bf16.
     """
 
     chunks: tuple[Chunk, ...]
@@ -55,7 +60,20 @@ class Row(NamedTuple):
     codes: int = 0
     scales_at: int = 0
     scales: int = 0
-    aligned: int = 1
+    aligned: bool = False
+    ptx: bool = False
+
+
+class Cache(NamedTuple):
+    """Keys or values as a kernel takes them.
+
+    strides: from one sequence to the next, and from one latent to the next if it is not packed.
+    """
+
+    x: Tensor
+    heads: int
+    row: Row
+    strides: tuple[int, ...]
 
 
 def powers(width: int, least: int = LEAST_ROWS) -> tuple[int, ...]:
@@ -67,48 +85,39 @@ def powers(width: int, least: int = LEAST_ROWS) -> tuple[int, ...]:
     return (power, rest) if rest < power else (2 * power,)
 
 
-def rows(x: Tensor, layout: Sequence[int] | None) -> Tensor:
-    """Keys or values with contiguous rows; those of a cache are returned as they are.
+def cache(
+    x: Tensor,
+    layout: Sequence[int] | None,
+    q: Tensor,
+    least: int = LEAST_ROWS,
+    loop: bool = False,
+) -> Cache:
+    """What a kernel reads of keys or values: (B, S, bytes) with a layout, or (B, L, S, R).
 
-    Raises ValueError if numbers of 16 bits are at odd addresses, which no GPU reads.
+    q: the queries; layout, least, loop: see `row`. A cache of latents that are not contiguous is
+    copied. Raises ValueError if numbers of 16 bits are at odd addresses, which no GPU reads.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
-    if layout is None or 16 not in layout[2::2]:
-        return x
-    if any(n % 2 for n in (x.data_ptr(), *x.stride()[:2])):
+    ptx = q.is_cuda and q.dtype == torch.bfloat16 and not torch.version.hip
+    if layout is None:
+        return Cache(x, x.size(1), row(None, x.size(3), x.stride(2), least, loop), x.stride()[:2])
+    if 16 in layout[2::2] and any(n % 2 for n in (x.data_ptr(), *x.stride()[:2])):
         raise ValueError(
             f"rows of {x.size(2)} bytes with strides {x.stride()} hold numbers of 16 bits at odd "
             "addresses: expected an even start and even strides; copy the rows"
         )
-    return x
+    packed = row(tuple(layout), 0, x.stride(1), least, loop)
+    packed = packed._replace(aligned=x.stride(0) % ALIGN == 0, ptx=ptx)
+    return Cache(x, layout[0], packed, (x.stride(0), 0))
 
 
-def row_of(
-    x: Tensor, layout: Sequence[int] | None, least: int = LEAST_ROWS, loop: bool = False
-) -> Row:
-    """The row of a cache x: (B, S, bytes) with a layout, or (B, L, S, R). See `row`."""
-    if layout is None:
-        return row(None, x.size(3), x.stride(2), least, loop)
-    return row(layout, 0, x.stride(1), least, loop, gcd(x.stride(0), ALIGN))
-
-
-def heads_of(x: Tensor, layout: Sequence[int] | None) -> int:
-    """The number of latents of a token."""
-    return x.size(1) if layout is None else layout[0]
-
-
-def strides(x: Tensor, layout: Sequence[int] | None) -> tuple[int, int]:
-    """Strides from one sequence to the next, and from one latent to the next unless packed."""
-    return (x.stride(0), x.stride(1) if layout is None else 0)
-
-
+@lru_cache
 def row(
-    layout: Sequence[int] | None,
+    layout: tuple[int, ...] | None,
     width: int,
     slot: int,
     least: int = LEAST_ROWS,
     loop: bool = False,
-    aligned: int = 1,
 ) -> Row:
     """The row of a layout: of heads, then widths and bits of segments; None if it is not packed.
 
@@ -125,8 +134,8 @@ def row(
         packed = segment.bits not in (AS_IS, 16)
         chunks += _chunks(segment, at, first, scales if packed else -1, least, loop)
         at, first, scales = at + segment.nbytes, first + segment.width, scales + packed
-    scales_at = heads * latent.code_bytes
-    return Row(tuple(chunks), first, slot, latent.code_bytes, scales_at, latent.scales, aligned)
+    codes = latent.code_bytes
+    return Row(tuple(chunks), first, slot, codes, heads * codes, latent.scales)
 
 
 def _chunks(
@@ -140,6 +149,20 @@ def _chunks(
         sizes = (max(32, gcd(padded, 64)) // parts,)
     ends = (0, *sizes)
     return [
-        Chunk(*(segment.bits, parts, ends[i], n, width, first, at, scale, i == 0, n == sizes[-1]))
+        Chunk(
+            *(
+                segment.bits,
+                parts,
+                ends[i],
+                n,
+                width,
+                first,
+                at,
+                scale,
+                i == 0,
+                n == sizes[-1],
+                width % n == 0 if loop else ends[i] + n <= width,
+            )
+        )
         for i, n in enumerate(sizes)
     ]

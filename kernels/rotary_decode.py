@@ -46,26 +46,25 @@ def kernel(
     qa = load(q_ptr, row, valid, 2 * HALF, HALF, D)
     qb = load(q_ptr + HALF, row, valid, 2 * HALF, HALF, D)
     kv = group // K_SHARE
-    z_ptr, z_scales = begin(z_ptr, b, z_batch, kv // LIFTED, z_head, K)
-    v_ptr, v_scales = begin(v_ptr, b, v_batch, group // V_SHARE, v_head, V)
     if mean_ptr is not None:
         mean_ptr += kv * 2 * HALF
     up_ptr += (kv // LIFTED) * K.width * LIFTED * 2 * HALF + kv % LIFTED * 2 * HALF
     first, end, low, high = extent(span_ptr + b * span_batch, TILE)
+    z_ptr, z_scales = begin(z_ptr, b, z_batch, kv // LIFTED, z_head, low, K)
+    v_ptr, v_scales = begin(v_ptr, b, v_batch, group // V_SHARE, v_head, low, V)
     last = end - TOKENS + rows % TOKENS  # the slot of a row's own token
 
+    angle = b * angle_batch + low.to(tl.int64) * HALF
     peak, total, read = nothing(ROWS, V)
     for start in range(low, high, TILE):
-        slot, past = start + column, tl.cast(start, tl.int64)
+        slot = start + column
         there = (slot >= first) & (slot < high)
-        z, scales = z_ptr + past * K.slot, z_scales + past * K.slot
         a, c = lifted(
-            z, scales, up_ptr, mean_ptr, column, there,
+            z_ptr, z_scales, up_ptr, mean_ptr, column, there,
             K, LIFTED * 2 * HALF, HALF, D, HELD, TILE, dtype, UPCAST,
         )
-        at = b * angle_batch + past * HALF
-        cos = load(cos_ptr + at, column, there, HALF, HALF, D)
-        sin = load(sin_ptr + at, column, there, HALF, HALF, D)
+        cos = load(cos_ptr + angle, column, there, HALF, HALF, D)
+        sin = load(sin_ptr + angle, column, there, HALF, HALF, D)
         s = tl.zeros([ROWS, TILE], tl.float32)
         s = product(qa, tl.trans((a * cos - c * sin).to(qa.dtype)), s, UPCAST)
         s = product(qb, tl.trans((c * cos + a * sin).to(qa.dtype)), s, UPCAST) * (scale * LOG2E)
@@ -73,10 +72,12 @@ def kernel(
             bias = tl.load(bias_ptr + b * bias_batch + slot, mask=there, other=0.0)
             s += bias[None, :] * LOG2E
         s = tl.where(there[None, :] & (slot[None, :] <= last[:, None]), s, -float("inf"))
-        v, scales = v_ptr + past * V.slot, v_scales + past * V.slot
         peak, total, read = attend(
-            peak, total, read, s, v, scales, column, there, V, dtype, UPCAST
+            peak, total, read, s, v_ptr, v_scales, column, there, V, dtype, UPCAST
         )
+        z_ptr, z_scales = z_ptr + TILE * K.slot, z_scales + TILE * K.slot
+        v_ptr, v_scales = v_ptr + TILE * V.slot, v_scales + TILE * V.slot
+        angle += TILE * HALF
     store(part_ptr, weight_ptr, row, valid, peak, total, read, V)
 
 
@@ -95,22 +96,36 @@ def lifted(
     a = tl.full([TILE, D], 0, tl.float32)
     c = tl.full([TILE, D], 0, tl.float32)
     for i in tl.static_range(len(K.chunks)):
-        if HELD:
-            for r in tl.static_range(0, K.chunks[i].width, K.chunks[i].size):
-                a, c = lifted_more(
-                    a, c, r, z, scales, up_ptr, rows, there,
-                    K, K.chunks[i], UP_ROW, HALF, D, TYPE, UPCAST,
-                )
-        else:
-            for r in range(0, K.chunks[i].width, K.chunks[i].size):
-                a, c = lifted_more(
-                    a, c, r, z, scales, up_ptr, rows, there,
-                    K, K.chunks[i], UP_ROW, HALF, D, TYPE, UPCAST,
-                )
+        a, c = lifted_segment(
+            a, c, z, scales, up_ptr, rows, there,
+            K, K.chunks[i], UP_ROW, HALF, D, HELD, TYPE, UPCAST,
+        )
     if mean_ptr is not None:
         d = tl.arange(0, D)
         a += tl.load(mean_ptr + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
         c += tl.load(mean_ptr + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+    return a, c
+
+
+@triton.jit
+def lifted_segment(
+    a, c, z, scales, up_ptr, rows, there, K: tl.constexpr, CHUNK: tl.constexpr,
+    UP_ROW: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, HELD: tl.constexpr,
+    TYPE: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """Halves a and c of the keys, plus the share of a segment of the latents."""
+    width: tl.constexpr = CHUNK.width
+    size: tl.constexpr = CHUNK.size
+    if HELD:
+        for r in tl.static_range(0, width, size):
+            a, c = lifted_more(
+                a, c, r, z, scales, up_ptr, rows, there, K, CHUNK, UP_ROW, HALF, D, TYPE, UPCAST
+            )
+    else:
+        for r in range(0, width, size):
+            a, c = lifted_more(
+                a, c, r, z, scales, up_ptr, rows, there, K, CHUNK, UP_ROW, HALF, D, TYPE, UPCAST
+            )
     return a, c
 
 
@@ -150,24 +165,23 @@ def launch(
     Layouts: see `latent_decode.launch`.
     """
     batch, heads, tokens, d = q.shape
-    z, v = layouts.rows(z, z_layout), layouts.rows(v, v_layout)
-    z_heads, v_heads = layouts.heads_of(z, z_layout), layouts.heads_of(v, v_layout)
+    keys = layouts.cache(z, z_layout, q, loop=True)
+    values = layouts.cache(v, v_layout, q, layouts.LEAST_VALUES)
     lifted = up.size(2) // d  # kv heads of a latent
-    shared = gcd(heads // (z_heads * lifted), heads // v_heads)  # query heads of one group
-    groups = heads // shared
-    rows = layouts.row_of(z, z_layout, loop=True), layouts.row_of(v, v_layout, layouts.LEAST_VALUES)
+    shared = gcd(heads // (keys.heads * lifted), heads // values.heads)  # query heads of one group
+    groups, rows = heads // shared, (keys.row, values.row)
     shape = constants(shared, tokens, *rows, d, q.element_size(), bool(torch.version.hip))
-    splits = split.splits_of(batch * groups, z.size(-2), shape["TILE"])
-    parts = split.Parts(q, splits, rows[1].width)
+    splits = split.splits_of(batch * groups, keys.x.size(-2), shape["TILE"])
+    parts = split.Parts(q, splits, values.row.width)
     mean = None if mean is None else mean.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     kernel[(groups, splits, batch)](
-        *(q.contiguous(), z, v, span.contiguous(), bias, cos, sin),
+        *(q.contiguous(), keys.x, values.x, span.contiguous(), bias, cos, sin),
         *(up.contiguous(), mean, parts.part, parts.weight, scale),
-        *(*layouts.strides(z, z_layout), *layouts.strides(v, v_layout)),
+        *(*keys.strides, *values.strides),
         *(split.per_sequence(span), split.per_sequence(bias), split.per_sequence(cos)),
-        K_SHARE=groups // (z_heads * lifted),
-        V_SHARE=groups // v_heads,
+        K_SHARE=groups // (keys.heads * lifted),
+        V_SHARE=groups // values.heads,
         LIFTED=lifted,
         UPCAST=not q.is_cuda,
         **shape,

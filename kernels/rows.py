@@ -4,20 +4,50 @@ import triton
 import triton.language as tl
 
 from ..zoo.models.bits import LEVELS
-from ..zoo.models.packing import LOWEST
+from ..zoo.models.packing import ALIGN, LOWEST
 
 SCALE = tl.constexpr(LOWEST)
+STEP = tl.constexpr(ALIGN)
 MIDDLES = tl.constexpr(tuple(LEVELS.get(bits, 0.0) for bits in range(5)))  # of codes, by bits
 
 
-# fmt: off
+def ptx(bits: int, part: int) -> str:
+    """Instructions of NVIDIA GPUs that unpack four bytes to four numbers in bf16.
+
+    64 + n in bf16 is 0x4280 + 2 n: the high byte is the same for all codes n, and the low one is
+    the code, shifted, and a bit. So two permutations of bytes make four numbers 64 + n.
+    """
+    low, plane = (15, 4) if bits == 4 else (3, 2)
+    lines = [_shift("t", "$2", 1 - plane * part)]
+    lines += [f"lop3.b32 t, t, {_each(low << 1)}, 0x80808080, 0xea;"]
+    if bits == 3:
+        lines += [_shift("h", "$3", 3 - 2 * part), f"lop3.b32 t, h, {_each(8)}, t, 0xea;"]
+    lines += ["prmt.b32 $0, t, 0x42424242, 0x5140;", "prmt.b32 $1, t, 0x42424242, 0x7362;"]
+    minus = {4: 0xC28F, 3: 0xC287, 2: 0xC283}[bits]  # -64 - middle
+    one, both = "0x3f803f80", hex(minus << 16 | minus)
+    lines += [f"mov.b32 one, {one};", f"mov.b32 less, {both};"]
+    lines += [f"fma.rn.bf16x2 ${i}, ${i}, one, less;" for i in (0, 1)]
+    return "{ .reg .b32 t, h, one, less; " + " ".join(lines) + " }"
+
+
+def _each(byte: int) -> str:
+    return hex(byte * 0x01010101)
+
+
+def _shift(to: str, of: str, left: int) -> str:
+    return f"shl.b32 {to}, {of}, {left};" if left >= 0 else f"shr.u32 {to}, {of}, {-left};"
+
+
+PTX = tl.constexpr(tuple(ptx(n, i) if n > 1 else "" for n in range(5) for i in range(4)))
+
+
 @triton.jit
-def begin(ptr, b, batch, latent, head, ROW: tl.constexpr):
-    # fmt: on
-    """Where a latent of a sequence begins, and its scales. batch, head: strides in elements."""
-    if ROW.aligned > 1:
-        batch = tl.multiple_of(batch, ROW.aligned)
-    ptr, latent = ptr + b * batch, latent.to(tl.int64)
+def begin(ptr, b, batch, latent, head, slot, ROW: tl.constexpr):
+    """Where a latent of a sequence and a slot begins, and its scales. batch, head: strides."""
+    if ROW.aligned:
+        batch = tl.multiple_of(batch, STEP)
+    ptr += b * batch + slot.to(tl.int64) * ROW.slot
+    latent = latent.to(tl.int64)
     return ptr + latent * head + latent * ROW.codes, ptr + ROW.scales_at + latent * ROW.scales
 
 
@@ -47,7 +77,9 @@ def numbers(ptr, rows, there, ROW: tl.constexpr, CHUNK: tl.constexpr, TYPE: tl.c
     TYPE must be fp32 under the interpreter, which converts integers to bf16 wrongly.
     """
     element = CHUNK.start + start + tl.arange(0, CHUNK.size)
-    mask = there[:, None] & (element < CHUNK.width)[None, :]
+    mask = there[:, None]
+    if not CHUNK.whole:
+        mask &= (element < CHUNK.width)[None, :]
     if CHUNK.bits == 16:
         to = (ptr + CHUNK.at).to(tl.pointer_type(tl.bfloat16), bitcast=True)
         to += (rows * (ROW.slot // 2))[:, None] + element[None, :]
@@ -61,7 +93,7 @@ def numbers(ptr, rows, there, ROW: tl.constexpr, CHUNK: tl.constexpr, TYPE: tl.c
                 shift = (element // (CHUNK.width // 2)).to(tl.uint8)
                 to = row + CHUNK.width + (element % (CHUNK.width // 2))[None, :]
                 high = tl.load(to, mask=mask, other=0) >> shift[None, :]
-            x = unpacked(kept, high, CHUNK.bits, CHUNK.parts, TYPE)
+            x = unpacked(kept, high, ROW, CHUNK, TYPE)
         elif CHUNK.bits == 8:
             x = kept.to(tl.int8, bitcast=True).to(TYPE)
         else:
@@ -70,21 +102,30 @@ def numbers(ptr, rows, there, ROW: tl.constexpr, CHUNK: tl.constexpr, TYPE: tl.c
 
 
 @triton.jit
-def unpacked(kept, high, BITS: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr):
-    """The numbers of bytes (rows, n): (rows, PARTS * n), all of the first part first."""
-    x = beside(part(kept, high, 0, BITS, TYPE), part(kept, high, 1, BITS, TYPE))
-    if PARTS == 4:
-        x = beside(x, beside(part(kept, high, 2, BITS, TYPE), part(kept, high, 3, BITS, TYPE)))
+def unpacked(kept, high, ROW: tl.constexpr, CHUNK: tl.constexpr, TYPE: tl.constexpr):
+    """The numbers of bytes (rows, n): (rows, parts * n), all of the first part first."""
+    x = beside(part(kept, high, 0, ROW, CHUNK, TYPE), part(kept, high, 1, ROW, CHUNK, TYPE))
+    if CHUNK.parts == 4:
+        y = beside(part(kept, high, 2, ROW, CHUNK, TYPE), part(kept, high, 3, ROW, CHUNK, TYPE))
+        x = beside(x, y)
     return x
 
 
 @triton.jit
-def part(kept, high, PART: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr):
+def part(
+    kept, high, PART: tl.constexpr, ROW: tl.constexpr, CHUNK: tl.constexpr, TYPE: tl.constexpr
+):
     """Numbers of one part of bytes."""
-    code = (kept >> (4 if BITS == 4 else 2) * PART) & (15 if BITS == 4 else 3)
-    if BITS == 3:
-        code |= ((high >> 2 * PART) & 1) << 2
-    return code.to(TYPE) - MIDDLES[BITS]
+    if ROW.ptx:
+        x = tl.inline_asm_elementwise(
+            PTX[4 * CHUNK.bits + PART], "=r,=r,r,r", [kept, high], tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        code = (kept >> (4 if CHUNK.bits == 4 else 2) * PART) & (15 if CHUNK.bits == 4 else 3)
+        if CHUNK.bits == 3:
+            code |= ((high >> 2 * PART) & 1) << 2
+        x = code.to(TYPE) - MIDDLES[CHUNK.bits]
+    return x
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import fresh
 import pytest
@@ -14,13 +16,18 @@ CASES = (
     "latent 64/96",
     "latent 512",
     "anchored 320/80 x4 16",
-    "padded anchored 320",
+    "padded anchored 320/80",
     "merge 128",
-    "8-bit latent 96/96 x4",
-    "4-bit latent 80/80 x1",
-    "4-bit anchored",
-    "4-bit padded",
-    "4-bit rotary 160/96",
+    "latent 96x8/",
+    "latent 80x4/",
+    "latent 96x3/",
+    "latent 96x2/",
+    "latent 16x16+48x8+128x4+128x2/",
+    "anchored 320x4/",
+    "anchored 48x8+96x4+64x2/",
+    "padded anchored 320x4",
+    "rotary 160x4/",
+    "rotary 96x4+64x2/",
 )
 WITHOUT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
@@ -34,20 +41,32 @@ def test_kernels_compile_to_what_a_gpu_runs_well(target):
     read = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(read) == len(CASES)
     for r in read:
-        packed, rotary = "-bit" in r["case"], "rotary" in r["case"]
-        assert r["spills"] <= (16 if packed and target == "sm_100" else 0)  # none in a loop:
-        assert not {"LDL", "STL"} & r["loop"].keys()
+        bits = [int(n) for n in re.findall(r"\d+x(\d+)", r["case"])]
+        rotary, mixed = "rotary" in r["case"], "+" in r["case"]
+        assert r["spills"] == 0
         assert r["shared"] <= MOST_SHARED[target]
         if target == "gfx942":
-            assert packed or r["loop"]["global_load_dwordx4"] > 0
+            assert bits or r["loop"]["global_load_dwordx4"] > 0
             continue
-        assert r["blocks"] >= (2 if rotary else 3)
+        assert r["blocks"] >= (2 if rotary or mixed else 3)
         loads = {k for k in r["loop"] if k.startswith(("LDG.", "LDGSTS."))}
+        most = 2 if target == "sm_100" else 1  # the latest GPU reads twice as fast
+        if bits:  # at least 4 bytes a thread, but for scales: 4 loads of a byte for each segment
+            assert rotary or "LDG.U16" not in loads  # its tiles are small
+            assert r["loop"]["LDG.U8"] <= 4 * len(bits)
+            # unpacking is the limit: this only tells when it gets slower
+            assert rotary or mixed or r["ratio"] < most * 8 / min(bits)
+            continue
         if "padded" in r["case"]:  # a position and a bias of 4 bytes for each slot
             loads -= {"LDG.32", "LDGSTS.32"}
-        if packed:  # 16 or 8 bytes a thread, and scales
-            assert loads <= {"LDGSTS.128", "LDGSTS.64", "LDG.U16"}
-            continue
         assert loads == {"LDG.128", "LDGSTS.128"} & loads != set()  # caches, 16 bytes a thread
         # rotary decoding lifts keys, which on the latest GPU takes longer than reading them
-        assert r["ratio"] < (0.7 if rotary else 0.35) * (2 if target == "sm_100" else 1)
+        assert r["ratio"] < (0.7 if rotary else 0.35) * most
+
+
+@pytest.mark.slow
+def test_launchers_pass_what_triton_compiles():
+    script = Path(__file__).with_name("launched.py")
+    done = fresh.python(str(script), env=WITHOUT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["latent", "anchored", "rotary"]

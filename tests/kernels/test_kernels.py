@@ -13,7 +13,7 @@ import tiny
 import torch
 from torch.library import opcheck
 
-from eigenzoo.kernels import ops, split
+from eigenzoo.kernels import layouts, ops, split
 from eigenzoo.kernels.install import FUSED, install, register
 from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.settings import Settings
@@ -258,7 +258,7 @@ def test_a_device_without_fused_ops_is_refused():
 
 def test_splits_fill_a_gpu_and_chunks_cover_every_width():
     for width in range(1, 1200):
-        parts = split.chunks(width)
+        parts = layouts.powers(width)
         assert width <= sum(parts) < max(2 * width, 17)
         assert all(p & (p - 1) == 0 and p >= 16 for p in parts)
         assert all(a > b for a, b in pairwise(parts))
