@@ -28,9 +28,9 @@ inline void add_products(const A* a, int64_t lda, const Numbers<T>& b, V* sum) {
   if (i < b.width) accumulate(i, b.width - i);
 }
 template <int M>
-inline void add_products(const float* a, int64_t lda, const Codes& b, V* sum) {
+C10_ALWAYS_INLINE void add_products(const float* a, int64_t lda, const Codes& b, V* sum) {
   b.fetch(b.ahead());
-  b.for_each_vector(0, 0, b.vectors(), [&](int64_t i, V y) {
+  b.for_each_vector(0, 0, b.vectors(), [&](int64_t i, V y) C10_ALWAYS_INLINE_ATTRIBUTE {
     for (int m = 0; m < M; ++m)
       sum[m] = at::vec::fmadd(V::loadu(a + m * lda + i * W), y, sum[m]);
   });

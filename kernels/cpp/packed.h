@@ -7,6 +7,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/macros/Macros.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -202,13 +203,14 @@ struct Codes {
     return {packing, codes + slots * step, scales + slots * step, step};
   }
 
-  // Calls use(i, numbers) for vectors `begin` to `end` of the latent in slot t
+  // Calls use(i, numbers) for vectors `begin` to `end` of the latent in slot t. Inlined, so that sums
+  // stay in registers.
   template <class Use>
-  void for_each_vector(int64_t t, int64_t begin, int64_t end, const Use& use) const {
+  C10_ALWAYS_INLINE void for_each_vector(int64_t t, int64_t begin, int64_t end, const Use& use) const {
     const uint8_t *p = codes + t * step, *scale = scales + t * step;
     for (const Segment& s : packing->segments) {
       const V factor(s.bits == 16 ? 1.f : scale_of(*scale++));
-      auto unpack = [&](auto bits) {
+      auto unpack = [&](auto bits) C10_ALWAYS_INLINE_ATTRIBUTE {
         constexpr int BITS = decltype(bits)::value;
         const uint8_t* q = p + s.offset;
         const int64_t whole = std::min(end, s.first + s.width / W);

@@ -82,7 +82,7 @@ struct CodeColumns {
   void read(int64_t from, int64_t to, V* y) const {
     for (int64_t t = from; t < to; ++t) {
       v.fetch(t + v.ahead());
-      v.for_each_vector(t, begin, end, [&](int64_t, V x) { *y++ = x; });
+      v.for_each_vector(t, begin, end, [&](int64_t, V x) C10_ALWAYS_INLINE_ATTRIBUTE { *y++ = x; });
     }
   }
 };

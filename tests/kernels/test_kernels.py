@@ -19,7 +19,7 @@ from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.models import attention
-from eigenzoo.zoo.models.packing import Latent, pack
+from eigenzoo.zoo.models.packing import Latent, Packed, pack
 
 pytestmark = pytest.mark.slow  # the first test builds the ops, in half a minute
 torch.manual_seed(0)
@@ -77,37 +77,51 @@ def test_ops_are_registered_as_torch_expects(op, arguments):
 
 
 PACKED = [pack(K, Latent.of_layout("2:4x8+4x2")), pack(V[..., :4], Latent.of_layout("1:4x4"))]
-CALLS |= {  # their arguments with rows instead of numbers
-    f"{name}, packed": (op, (arguments[0], *PACKED, *arguments[3:]))
-    for name, (op, arguments) in CALLS.items()
-    if name in ("latent", "padded", "rotary")
-}
+LAYOUTS = [2, 4, 8, 4, 2], [1, 4, 4]
+packed_call = pytest.mark.parametrize("name", ["latent", "padded", "rotary"])
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if "packed" in n])
+@packed_call
 def test_ops_of_packed_caches_are_registered_as_torch_expects(name):
-    op, arguments = CALLS[name]
-    q, k, v, *rest = arguments
+    op, (q, _, v, *rest) = CALLS[name]
     registered = getattr(torch.ops.eigenzoo, op.__name__).default
-    missing = len(registered._schema.arguments) - len(arguments) - 2  # before the layouts
-    k_layout, v_layout = [2, 4, 8, 4, 2], [1, 4, 4]
-    rest = (*rest, *[None] * missing)
-    opcheck(registered, (q, k.rows, v.rows, *rest, k_layout, v_layout))
-    opcheck(registered, (q, k.rows, torch.randn(2, 1, 20, 5), *rest, k_layout))
+    rest += [None] * (len(registered._schema.arguments) - 5 - len(rest))  # before the layouts
+    k_rows, v_rows = (x.rows for x in PACKED)
+    opcheck(registered, (q, k_rows, v_rows, *rest, *LAYOUTS))
+    opcheck(registered, (q, k_rows, v, *rest, LAYOUTS[0]))
 
 
-@pytest.mark.parametrize(("op", "arguments"), CALLS.values(), ids=CALLS)
+@packed_call
+def test_ops_of_packed_caches_compile_in_one_graph_and_export(name):
+    op, (q, _, _, *rest) = CALLS[name]
+    compile_and_export(op, (q, *PACKED, *rest))
+
+
+@call
 def test_ops_compile_in_one_graph_and_export(op, arguments):
+    compile_and_export(op, arguments)
+
+
+def compile_and_export(op, arguments) -> None:
+    """Both give what a call gives."""
+    torch._dynamo.reset()
+    layouts = [x.layout if isinstance(x, Packed) else None for x in arguments]
+    tensors = [x.rows if isinstance(x, Packed) else x for x in arguments]
+
     class Twice(torch.nn.Module):
         def forward(self, q, *rest):
-            return op(2 * q, *rest) + 1
+            given = (
+                x if layout is None else Packed(x, layout)
+                for x, layout in zip(rest, layouts[1:], strict=True)
+            )
+            return op(2 * q, *given) + 1
 
-    want = Twice()(*arguments)
+    want = Twice()(*tensors)
     compiled = torch.compile(Twice(), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), want)
-    exported = torch.export.export(Twice(), arguments)
+    torch.testing.assert_close(compiled(*tensors), want)
+    exported = torch.export.export(Twice(), tuple(tensors))
     assert f"eigenzoo.{op.__name__}.default" in {str(n.target) for n in exported.graph.nodes}
-    torch.testing.assert_close(exported.module()(*arguments), want)
+    torch.testing.assert_close(exported.module()(*tensors), want)
 
 
 def test_ops_without_triton_need_torch_only():
