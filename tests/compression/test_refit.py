@@ -15,11 +15,11 @@ from eigenzoo.zoo.inference.checkpoint import inspect, load, native_config
 
 
 def outputs(model, x, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and outputs of a layer's output projection for tokens x, in fp64."""
+    """Inputs and outputs of a layer's output projection for tokens x in a cache, in fp64."""
     seen = []
     o_proj = model.layers[layer].attn.o_proj
     hook = o_proj.register_forward_hook(lambda module, args, out: seen.extend((*args, out)))
-    model(x)
+    model(x, None, model.new_cache(*x.shape))
     hook.remove()
     given, out = (s.flatten(0, 1).double() for s in seen)
     return given, out
@@ -73,6 +73,24 @@ def test_the_output_projection_is_the_ridge_regression_with_intercept():
     torch.testing.assert_close((new.weight - old.weight).double(), change, atol=1e-5, rtol=1e-4)
     shift = mean - change @ x_mean
     torch.testing.assert_close((new.bias - old.bias).double(), shift, atol=1e-5, rtol=1e-4)
+
+
+def test_refits_are_fitted_to_latents_as_a_cache_holds_them():
+    dense, x = tiny.native(), tiny.tokens(6, 48)
+    settings = Settings(keep=0.15, refit=("output",), rank_multiple=2, kv_bits=(3, 2))
+    low = compress(dense, x, settings).model
+    out = low.layers[0].attn.o_proj
+    cache = low.new_cache(6, 48)
+    seen = []
+    hook = out.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    low(x, None, cache)
+    low(x)
+    hook.remove()
+    want = outputs(dense, x, 0)[1]
+    rounded, exact = (out(y).flatten(0, 1).double() for y in seen)
+    # with an intercept, a fit has the mean of what it was fitted to
+    torch.testing.assert_close(rounded.mean(0), want.mean(0), atol=1e-5, rtol=0)
+    assert (exact.mean(0) - want.mean(0)).abs().max() > 1e-4
 
 
 def test_fisher_is_refitted_unless_told():

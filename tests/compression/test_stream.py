@@ -81,17 +81,21 @@ def test_a_model_that_was_streamed_is_the_one_that_was_compressed_in_memory(
     parts = compressed(tmp_path / "model", tmp_path / "b", text, "--stream", *words)
     assert parts.model.config == whole.model.config
     x = tiny.tokens(2, 40)
-    # streaming runs shorter passes, so gradients and hidden states differ by rounding
-    torch.testing.assert_close(parts.model(x), whole.model(x), atol=2e-4, rtol=1e-4)
+    # streaming runs shorter passes, so gradients and hidden states differ in their last bits; with
+    # these, columns of nearly the same importance turn, and their numbers are rounded elsewhere
+    few = whole.model.config.least_bits < 16
+    close = {"atol": 2e-3 if few else 2e-4, "rtol": 1e-4}
+    torch.testing.assert_close(parts.model(x), whole.model(x), **close)
     a, b = (c.config["compression"] for c in (whole, parts))
-    assert b["evaluation"]["compressed"] == pytest.approx(a["evaluation"]["compressed"], rel=1e-4)
+    near = 1e-2 if few else 1e-4
+    assert b["evaluation"]["compressed"] == pytest.approx(a["evaluation"]["compressed"], rel=near)
     assert b["evaluation"]["dense"] == pytest.approx(a["evaluation"]["dense"], rel=1e-6)
     assert b["calibration"] == a["calibration"]
     of_whole, of_parts = (x["evaluation"]["domains"]["texts"] for x in (a, b))
     assert [x["text"] for x in of_parts] == ["Python's own help", "Python's own source"]
     for old, new in zip(of_whole, of_parts, strict=True):
         assert new["dense_perplexity"] == pytest.approx(old["dense_perplexity"], rel=1e-6)
-        assert new["perplexity"] == pytest.approx(old["perplexity"], rel=1e-4)
+        assert new["perplexity"] == pytest.approx(old["perplexity"], rel=near)
     for old, new in zip(a["layers"], b["layers"], strict=True):
         assert new == pytest.approx(old, abs=1e-5)
 
@@ -100,7 +104,8 @@ def test_transformers_loads_what_was_streamed(tmp_path, text):
     from transformers import AutoModelForCausalLM
 
     tiny.save(tmp_path / "model")
-    native = compressed(tmp_path / "model", tmp_path / "out", text, "--stream").model
+    words = "--stream", "--kv-bits", "16"
+    native = compressed(tmp_path / "model", tmp_path / "out", text, *words).model
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     x = tiny.tokens(2, 20)
     torch.testing.assert_close(theirs(x).logits, native(x))
@@ -206,7 +211,7 @@ def test_unfinished_work_is_neither_lost_nor_taken_for_another(tmp_path, text, m
     again = run(*command, *options(text, "--stream"))
     assert "pass --resume to go on, or --force to begin anew" in again.output
     other = run(*command, *options(text, "--resume", "--keep", "0.5"))
-    assert "was left by other work (keep 0.6, given 0.5): repeat its command" in str(other.output)
+    assert "was left by other work (keep 0.25, given 0.5): repeat its command" in str(other.output)
     progress = out.with_name("out.partial") / "progress.json"
     whole = progress.read_text()
     progress.write_text(whole[:9])
@@ -243,13 +248,14 @@ def test_a_model_on_disk_is_calibrated_on_what_mixed_has_beside_own_text(tmp_pat
     result = run("compress", tmp_path / "model", tmp_path / "out", "--stream", *words)
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)["calibration"]["source"]
-    assert told == "mixed: help 2, source 1 sequences"
+    assert told == "mixed: help 2, source 2 sequences"
 
 
 def test_work_on_other_sources_does_not_go_on(tmp_path, text, monkeypatch, ctrl_c):
     tiny.save(tmp_path / "model")
     out = tmp_path / "out"
-    common = ["--samples", "4", "--seq-len", "48", "--text", text]
+    (other_text := tmp_path / "other.txt").write_text("".join(WORDS[::-1]))
+    common = ["--samples", "4", "--seq-len", "48", "--text", other_text]
     given = partial(run, "compress", tmp_path / "model", out, "--stream", *common)
     monkeypatch.setattr(stream.Stream, "_fold", ctrl_c)
     assert given("--calibration", f"{text},help").exit_code != 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..models.cache import Rounding
 from ..models.model import Model
 from .allocate import Ranks
 from .basis import LayerBasis
@@ -29,9 +30,9 @@ def refit(
 ) -> Model:
     """As `fold`, and then the output projection and its bias are fitted to tokens (N, T).
 
-    One layer after the other, each behind compressed ones: the output of attention approaches that
-    of the dense model. Each model runs once, attention once more. Memory: the hidden states of all
-    tokens, up to four times.
+    One layer after the other, each behind compressed ones, with latents rounded as in a cache: the
+    output of attention approaches that of the dense model. Each model runs once, attention once
+    more. Memory: the hidden states of all tokens, up to four times.
     """
     low = fold(model, bases, ranks, anchor)
     rows = [model.begin(row[None]) for row in tokens]
@@ -40,8 +41,13 @@ def refit(
     layers = list(zip(model.layers, low.layers, strict=True))
     for block, low_block in tqdm(layers, desc="refitting", disable=None, leave=False):
         want = refit_layer(block, low_block, want, have, dense_at, low_at)
-        have = [low_block(x, *low_at, None) for x in have]
+        have = [low_block(x, *low_at, rounding(low_block)) for x in have]
     return low
+
+
+def rounding(block: Any) -> Rounding:
+    """Stands for the cache of a layer."""
+    return Rounding(block.attn.k, block.attn.v)
 
 
 def refit_layer(
@@ -61,7 +67,7 @@ def refit_layer(
     sums, outputs = _Sums(low_out.in_features, out.in_features, out.weight.device), []
     for x, dense_x in zip(have, want, strict=True):
         target, y = _read(block, dense_x, dense_at)
-        sums.add(_read(low_block, x, low_at, whole=False)[0], target)
+        sums.add(_read(low_block, x, low_at, rounding(low_block), whole=False)[0], target)
         outputs.append(y)
     sums.correct(low_out, out)
     return outputs
@@ -71,7 +77,9 @@ class _Enough(Exception):  # noqa: N818
     """The output projection is reached, and nothing behind it is run."""
 
 
-def _read(block: Any, x: Tensor, at: tuple, whole: bool = True) -> tuple[Tensor, Any]:
+def _read(
+    block: Any, x: Tensor, at: tuple, cache: Rounding | None = None, whole: bool = True
+) -> tuple[Tensor, Any]:
     """What the output projection reads, (T, ...), and what the block gives of x (1, T, width).
 
     whole: otherwise nothing behind attention is run, and the second is None.
@@ -86,7 +94,7 @@ def _read(block: Any, x: Tensor, at: tuple, whole: bool = True) -> tuple[Tensor,
     hook = block.attn.o_proj.register_forward_pre_hook(keep)
     try:
         with suppress(_Enough):
-            y = block(x, *at, None)
+            y = block(x, *at, cache)
     finally:  # an interruption must leave no hook on the dense model
         hook.remove()
     return inputs[0], y

@@ -51,10 +51,14 @@ def solve(covariance: Tensor, metric: Tensor, mean: Tensor, damping: float) -> B
     Minimizes tr(F (I - P) C (I - P)ᵀ) over maps P = D Eᵀ of rank r, for C = covariance and
     F = metric, both (L, n, n): with F = L Lᵀ and eigh(Lᵀ C L) = W Λ Wᵀ, E = L W and D = L⁻ᵀ W.
     `damping` times the mean of its diagonal is added to F, for directions no gradient has seen.
+    Columns are signed so that their sum is positive: otherwise the last bits of C and F would
+    decide how latents are rounded.
     """
     root = torch.linalg.cholesky(damped(metric, damping))
     values, vectors = torch.linalg.eigh(root.mH @ covariance @ root)
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    sign = (root @ vectors).sum(1, keepdim=True).sgn().conj()
+    vectors = vectors * torch.where(sign == 0, 1, sign)
     decoder = torch.linalg.solve_triangular(root.mH, vectors, upper=True)
     return Basis(root @ vectors, decoder, values, mean)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..inference.perplexity import row_losses
 from ..inference.weights import LayerFiles
-from ..models.cache import LayerCache, StaticCache
+from ..models.cache import Rounding
 from ..models.families import model_of
 from ..models.model import Model
 from ..utils.records import LayerRecord
@@ -31,7 +31,7 @@ from .compress import choose_ranks, mixed, report
 from .fold import compressed_config, fold_attention
 from .methods import METHODS, methods_that
 from .moments import Statistics
-from .refit import refit_layer
+from .refit import refit_layer, rounding
 from .rounding import facts
 from .settings import Settings, needs
 from .solve import Basis
@@ -200,14 +200,9 @@ class Stream:
                 outputs = refit_layer(block, low_block, want, have, dense_at, low_at)
                 rows["want"] = torch.cat(outputs)
         self.write(i, low_block.state_dict())
+        cache = rounding(low_block)
         if refit:
-            rows["have"] = self._through(low, low_block, rows["have"])
-        kept = low.config.latents(i)  # perplexity is measured with rounding, the refit without
-        if any(latent.segments for latent in kept):
-            slots = rows["test"].size(1)
-            cache = StaticCache([kept], 1, slots, low.dtype, low.device).layer(0)
-        else:
-            cache = None
+            rows["have"] = self._through(low, low_block, rows["have"], cache)
         rows["test"] = self._through(low, low_block, rows["test"], cache)
         self._put(f"low-{i + 1}", **rows)
         low_block.to("meta")
@@ -262,7 +257,7 @@ class Stream:
         return model.begin(self.tokens.new_zeros(1, length))[1:]
 
     def _through(
-        self, model: Model, block: Any, rows: Tensor, cache: LayerCache | None = None
+        self, model: Model, block: Any, rows: Tensor, cache: Rounding | None = None
     ) -> Tensor:
         at = self._at(model, rows.size(1))
         return torch.cat([block(x[None], *at, cache) for x in rows])
