@@ -69,7 +69,8 @@ def test_version_is_that_of_the_package(run):
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.merged])
 def test_compress_prints_one_json_object(run, dense_folder, tmp_path, method):
     out = tmp_path / "low"
-    code, text, _ = run("compress", dense_folder, out, "--method", method, "--json", *QUICK)
+    words = ["--method", method, "--keep", "0.6", "--json", *QUICK]
+    code, text, _ = run("compress", dense_folder, out, *words)
     printed = json.loads(text)
     assert code == 0
     assert printed["share"] <= 0.6
@@ -322,7 +323,7 @@ def test_generate_gives_the_same_text_with_fused_ops(run, low):
 
 
 def test_decoding_uses_the_fastest_dtype_of_the_processor(run, low, monkeypatch):
-    words = ["-p", "the cat", "--no-compile", "--max-new-tokens", "3", "--json"]
+    words = ["-p", "the cat", "--no-compile", "--max-new-tokens", "3", "--kv-bits", "16", "--json"]
     size = {}
     for has_it in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
@@ -444,7 +445,10 @@ def test_bad_input_prints_one_line_and_exits_with_2(run, dense_folder, low, tmp_
         ("compress", dense_folder, new, "--latent", "joint-kv", *QUICK): "rotates",
         ("compress", dense_folder, new, "--method", "eigen", "--latent", "joint-kv"): "no joint",
         ("compress", dense_folder, new, "--keys", "turned"): "expected one of rebuild, anchored",
-        ("compress", dense_folder, new, "--keys", "full", "--keep", "0.5"): "beside whole keys",
+        (
+            *("compress", dense_folder, new, "--keys", "full", "--keep", "0.5"),
+            *("--kv-bits", "16"),
+        ): "beside whole keys",
         ("bench", "--shape", "opt-125m", "--keys", "pairs"): "nothing rotates",
         ("bench",): "given 0 checkpoints",
         ("bench", dense_folder, "--context", "8"): "expected at least 1",
