@@ -82,19 +82,22 @@ def figures(losses: Domains, dense: Domains) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plot the mean increase over the share of bytes, a line a cache."""
-    figure = Figure(figsize=(7, 5), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    for name in dict.fromkeys(row["cache"] for row in rows if row["cache"] != "dense"):
-        points = sorted((r["share"], r["mean"]) for r in rows if r["cache"] == name)
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("symlog", linthresh=0.1)
-    axes.xaxis.set_major_formatter("{x:.2g}")
-    axes.set(xlabel="share of the KV bytes that is kept", ylabel="increase of perplexity, %")
-    axes.set_title(f"mean of {', '.join(rows[0]['increase'])}")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    """Plot the increase over the share of bytes: a panel for every text, a line a cache."""
+    figure = Figure(figsize=(10, 8), layout="constrained", dpi=120)
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for text, axes in zip(rows[0]["increase"], panels.flat, strict=True):
+        for name in dict.fromkeys(row["cache"] for row in rows if row["cache"] != "dense"):
+            points = sorted((r["share"], r["increase"][text]) for r in rows if r["cache"] == name)
+            wide = 2.5 if name == "ours" else 1
+            axes.plot(*zip(*points, strict=True), marker="o", linewidth=wide, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter("{x:.2g}")
+        axes.set_title(text)
+        axes.grid(alpha=0.3)
+    figure.supxlabel("share of the KV bytes that is kept")
+    figure.supylabel("increase of perplexity, %")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path)
 
 

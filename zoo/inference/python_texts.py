@@ -4,6 +4,7 @@ Each has a part to calibrate on and a part held out, to measure on: the two neve
 """
 
 import pydoc_data.topics
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,7 @@ MODULES = ("inspect", "tarfile", "pathlib", "subprocess", "difflib", "optparse",
 HELD_OUT_MODULES = ("argparse", "heapq", "shutil", "zipfile", "textwrap")
 
 
+@cache
 def python_help(held_out: bool) -> str:
     """The topics of its help: those to measure on if `held_out`, else those to calibrate on.
 

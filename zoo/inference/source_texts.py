@@ -7,6 +7,8 @@ from .python_texts import python_help, python_source
 from .sources import HUB, NAMES, OWN, PYTHON, parse
 from .texts import Text, read_text
 
+PIECES = 16  # of a long text, of which little is needed
+
 
 def check_source(calibration: str, samples: int | None = None) -> None:
     """Raise ValueError for calibration text that cannot be had from any model.
@@ -40,13 +42,15 @@ def known_texts(calibration: str) -> list[Text]:
 def source_text(name: str, characters: int, seed: int = 0) -> Text:
     """The text of a source that the model does not write itself.
 
-    characters: how much to read of a dataset, whose rows are shuffled by the seed. Raises
-    ValueError if the text cannot be read.
+    characters: how much to read of a dataset, whose rows are shuffled by the seed, and of what
+    Python brings along; 0: all of the latter. Raises ValueError if the text cannot be read.
     """
     if name == "help":
-        return Text("Python's own help, the part to calibrate on", [python_help(held_out=False)])
+        text = excerpts(python_help(held_out=False), characters)
+        return Text("Python's own help, the part to calibrate on", [text])
     if name == "source":
-        return Text("the source of Python's modules", [python_source(held_out=False)])
+        text = excerpts(python_source(held_out=False), characters)
+        return Text("the source of Python's modules", [text])
     if name.startswith(HUB):
         return hub_text(name.removeprefix(HUB), characters, seed)
     if not os.path.lexists(os.path.expanduser(name)) and "/" not in name and "." not in name:
@@ -55,3 +59,12 @@ def source_text(name: str, characters: int, seed: int = 0) -> Text:
             f"{name} does not exist: expected a text file, {HUB}DATASET[:CONFIG], or one of {names}"
         )
     return read_text(name)
+
+
+def excerpts(text: str, characters: int) -> str:
+    """About so many characters of a text, in pieces spread over it; 0, or more than it has: all."""
+    if not characters or characters >= len(text):
+        return text
+    size, step = characters // PIECES, len(text) // PIECES
+    starts = (text.find("\n", i * step) + 1 for i in range(PIECES))
+    return "".join(text[start : start + size] for start in starts)
