@@ -25,7 +25,7 @@ def hostile(dense, tmp_path_factory):
     """A checkpoint whose record is from a stranger."""
     folder = tmp_path_factory.mktemp("hostile") / "low"
     compress_checkpoint(
-        dense, folder, Settings(rank_multiple=2, kv_bits=(16,)), samples=4, seq_len=32
+        dense, folder, Settings(keep=0.6, rank_multiple=2, kv_bits=(16,)), samples=4, seq_len=32
     )
     path = folder / "config.json"
     raw = json.loads(path.read_text())

@@ -14,8 +14,8 @@ def test_up_to_four_heads_share_a_latent_unless_told(heads, shared):
         tiny.ROTARY | {"head_dim": 8} | {"num_attention_heads": heads, "num_key_value_heads": heads}
     )
     config = LlamaConfig(**sizes)
-    assert Settings(kv_bits=(16,)).fit(config).heads_per_latent == (shared, shared)
-    assert Settings("eigen", kv_bits=(16,)).fit(config).heads_per_latent == (1, 1)
+    assert Settings(keep=0.6, kv_bits=(16,)).fit(config).heads_per_latent == (shared, shared)
+    assert Settings("eigen", keep=0.6, kv_bits=(16,)).fit(config).heads_per_latent == (1, 1)
 
 
 def test_heads_that_share_a_latent_are_as_published_unless_told():
@@ -23,14 +23,14 @@ def test_heads_that_share_a_latent_are_as_published_unless_told():
         **tiny.ROTARY | {"head_dim": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
     )
     defaults = {
-        m: Settings(m, kv_bits=(16,)).fit(config).heads_per_latent
+        m: Settings(m, keep=0.6, kv_bits=(16,)).fit(config).heads_per_latent
         for m in METHODS
         if m != "kv-heads"
     }
     assert defaults.pop("lorc") == (8, 8)
     assert {defaults.pop(name) for name in ("eigen", "kq-svd", "clover")} == {(1, 1)}
     assert set(defaults.values()) == {(4, 4)}
-    assert Settings("lorc", heads_per_latent=(2, 1), kv_bits=(16,)).fit(
+    assert Settings("lorc", keep=0.6, heads_per_latent=(2, 1), kv_bits=(16,)).fit(
         config
     ).heads_per_latent == (2, 1)
 
@@ -56,7 +56,7 @@ def test_every_method_with_one_budget_takes_few_pairs_of_ranks(method):
 
 def test_eigen_refuses_few_pairs_of_ranks():
     with pytest.raises(ValueError, match="eigen finds the ranks of every layer by itself"):
-        Settings("eigen", rank_pairs=2, kv_bits=(16,)).check()
+        Settings("eigen", keep=0.6, rank_pairs=2, kv_bits=(16,)).check()
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "mpt"])
@@ -93,13 +93,13 @@ def test_kv_heads_may_be_anchored():
 @pytest.mark.parametrize("method", ["eigen", "palu", "lorc", "clover"])
 def test_methods_that_rebuild_their_keys_are_not_anchored(method):
     with pytest.raises(ValueError, match=f"{method} rebuilds its keys: .* kv-heads or kq-svd"):
-        Settings(method, keys="anchored", kv_bits=(16,)).check()
+        Settings(method, keep=0.6, keys="anchored", kv_bits=(16,)).check()
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].joint])
 def test_methods_without_joint_latents_say_so(method):
     with pytest.raises(ValueError, match=r"no joint latents: choose fisher"):
-        Settings(method, latent="joint-kv", kv_bits=(16,)).check()
+        Settings(method, keep=0.6, latent="joint-kv", kv_bits=(16,)).check()
 
 
 @pytest.mark.parametrize("method", ["lorc", "clover"])
@@ -153,7 +153,7 @@ def test_damping_changes_the_basis_of_fisher_and_is_refused_elsewhere():
     )
     assert not torch.allclose(a.encoder, b.encoder)
     with pytest.raises(ValueError, match=r"damping is 0\.1: expected more than 0, and fisher"):
-        Settings("pca", damping=0.1, kv_bits=(16,)).check()
+        Settings("pca", keep=0.6, damping=0.1, kv_bits=(16,)).check()
 
 
 @pytest.mark.parametrize("method", ["eigen", "kv-heads", "palu", "lorc", "clover"])

@@ -42,12 +42,12 @@ MODELS = {
     ),
 }
 SCHEMES = {
-    "rebuild": Settings(keys="rebuild", kv_bits=(16,)),
-    "anchored 3": Settings(keys="anchored", anchor_block=3, kv_bits=(16,)),
-    "anchored 16": Settings(keys="anchored", anchor_block=16, kv_bits=(16,)),
-    "rotated": Settings(keys="rotated", kv_bits=(16,)),
-    "pairs": Settings(keys="pairs", kv_bits=(16,)),
-    "full": Settings(keys="full", kv_bits=(16,)),
+    "rebuild": Settings(keep=0.6, keys="rebuild", kv_bits=(16,)),
+    "anchored 3": Settings(keep=0.6, keys="anchored", anchor_block=3, kv_bits=(16,)),
+    "anchored 16": Settings(keep=0.6, keys="anchored", anchor_block=16, kv_bits=(16,)),
+    "rotated": Settings(keep=0.6, keys="rotated", kv_bits=(16,)),
+    "pairs": Settings(keep=0.6, keys="pairs", kv_bits=(16,)),
+    "full": Settings(keep=0.6, keys="full", kv_bits=(16,)),
 }
 
 
@@ -199,7 +199,7 @@ def test_pairs_lose_nothing_where_heads_are_turned_and_scaled_copies(name, metho
             heads = p.unflatten(0, (4, d))
             turned = rotate(heads[::2].transpose(1, -1), angle.cos(), angle.sin()).transpose(1, -1)
             heads[1::2] = 1.7 * turned
-    settings = Settings(method, keys="pairs", heads_per_latent=(4, 4), kv_bits=(16,)).fit(
+    settings = Settings(method, keep=0.6, keys="pairs", heads_per_latent=(4, 4), kv_bits=(16,)).fit(
         model.config
     )
     low = fold(model, solved(model, settings), Ranks((2 * d,) * 3, (4 * d,) * 3))
@@ -273,9 +273,13 @@ def test_pairs_are_cached_as_turned_as_keys_are():
 
 def test_rotated_is_anchored_in_one_block():
     model, x = MODELS["llama"](), tiny.tokens(8, 64)
-    one = compress(model, x, Settings(keys="rotated", rank_multiple=2, kv_bits=(16,))).model
+    one = compress(
+        model, x, Settings(keep=0.6, keys="rotated", rank_multiple=2, kv_bits=(16,))
+    ).model
     two = compress(
-        model, x, Settings(keys="anchored", anchor_block=CONTEXT, rank_multiple=2, kv_bits=(16,))
+        model,
+        x,
+        Settings(keep=0.6, keys="anchored", anchor_block=CONTEXT, rank_multiple=2, kv_bits=(16,)),
     ).model
     assert one.config == two.config
     weights = two.state_dict()
@@ -344,7 +348,8 @@ def test_full_keys_and_auto_need_no_rotation(family):
     steps = [low(y[:, p], p, cache) for p in torch.arange(30).split([11, *[1] * 19])]
     close(torch.cat(steps, 1), low(y))
     auto, rebuild = (
-        compress(dense, x, Settings(keys=k, kv_bits=(16,))).model for k in ("auto", "rebuild")
+        compress(dense, x, Settings(keep=0.6, keys=k, kv_bits=(16,))).model
+        for k in ("auto", "rebuild")
     )
     assert torch.equal(auto(y), rebuild(y))
 
@@ -420,27 +425,32 @@ def test_one_graph_serves_every_length(scheme, backend):
 
 
 def test_auto_says_what_it_chose_and_why():
-    fitted = Settings(keys="auto", kv_bits=(16,)).fit(tiny.native().config)
+    fitted = Settings(keep=0.6, keys="auto", kv_bits=(16,)).fit(tiny.native().config)
     assert (fitted.keys, fitted.anchor_block) == ("anchored", 16)
     assert "lifting every key" in fitted.keys_reason
     assert fitted.fit(tiny.native().config) == fitted
     assert (
-        Settings(keys="auto", anchor_block=64, kv_bits=(16,)).fit(tiny.native().config).anchor_block
+        Settings(keep=0.6, keys="auto", anchor_block=64, kv_bits=(16,))
+        .fit(tiny.native().config)
+        .anchor_block
         == 64
     )
     for settings, model, named in (
-        (Settings(keys="auto", kv_bits=(16,)), tiny.native("opt"), "nothing rotates"),
+        (Settings(keep=0.6, keys="auto", kv_bits=(16,)), tiny.native("opt"), "nothing rotates"),
         (
-            Settings("eigen", keys="auto", kv_bits=(16,)),
+            Settings("eigen", keep=0.6, keys="auto", kv_bits=(16,)),
             tiny.native(),
             "defined with keys that are rebuilt",
         ),
-        (Settings(keys="auto", kv_bits=(16,)), longrope(), "longrope"),
+        (Settings(keep=0.6, keys="auto", kv_bits=(16,)), longrope(), "longrope"),
     ):
         fitted = settings.fit(model.config)
         assert fitted.keys == "rebuild"
         assert named in fitted.keys_reason
-    assert Settings(keys="pairs", kv_bits=(16,)).fit(tiny.native().config).keys_reason is None
+    assert (
+        Settings(keep=0.6, keys="pairs", kv_bits=(16,)).fit(tiny.native().config).keys_reason
+        is None
+    )
     assert choose_keys(tiny.native().config).keys in KEYS
 
 
@@ -451,12 +461,15 @@ def longrope() -> Model:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (Settings(keys="turned", kv_bits=(16,)), "keys 'turned' is unknown"),
-        (Settings(keys="anchored", anchor_block=1, kv_bits=(16,)), "anchor block is 1"),
-        (Settings("eigen", keys="anchored", kv_bits=(16,)), "eigen rebuilds"),
-        (Settings("eigen", keys="full", kv_bits=(16,)), "eigen rebuilds"),
+        (Settings(keep=0.6, keys="turned", kv_bits=(16,)), "keys 'turned' is unknown"),
+        (Settings(keep=0.6, keys="anchored", anchor_block=1, kv_bits=(16,)), "anchor block is 1"),
+        (Settings("eigen", keep=0.6, keys="anchored", kv_bits=(16,)), "eigen rebuilds"),
+        (Settings("eigen", keep=0.6, keys="full", kv_bits=(16,)), "eigen rebuilds"),
         (Settings("kv-heads", 0.5, keys="pairs", kv_bits=(16,)), "kv-heads cannot make pairs"),
-        (Settings(keys="full", latent="joint-kv", kv_bits=(16,)), "keys cannot stay full"),
+        (
+            Settings(keep=0.6, keys="full", latent="joint-kv", kv_bits=(16,)),
+            "keys cannot stay full",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, named):
@@ -467,9 +480,9 @@ def test_settings_that_make_no_sense_are_refused(settings, named):
 @pytest.mark.parametrize("keys", ["anchored", "pairs", "rotated"])
 def test_what_cannot_be_cached_turned_is_refused_before_the_work(keys):
     with pytest.raises(ValueError, match=f"nothing rotates .* none can be {keys}"):
-        Settings(keys=keys, kv_bits=(16,)).fit(tiny.native("opt").config)
+        Settings(keep=0.6, keys=keys, kv_bits=(16,)).fit(tiny.native("opt").config)
     with pytest.raises(ValueError, match="longrope"):
-        Settings(keys=keys, kv_bits=(16,)).fit(longrope().config)
+        Settings(keep=0.6, keys=keys, kv_bits=(16,)).fit(longrope().config)
 
 
 def test_full_keys_leave_too_little_for_values():

@@ -52,7 +52,7 @@ def test_a_method_is_added_by_a_function_and_a_line(added):
     full = compress(dense, x, Settings("first-numbers", 1.0, kv_bits=(16,))).model
     torch.testing.assert_close(full(x), dense(x), atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match=r"eigen rebuilds its keys: .* or first-numbers"):
-        Settings("eigen", keys="anchored", kv_bits=(16,)).check()
+        Settings("eigen", keep=0.6, keys="anchored", kv_bits=(16,)).check()
 
 
 def test_an_added_method_runs_from_the_command_line(tmp_path):
@@ -131,7 +131,9 @@ def test_messages_list_methods_as_a_sentence_does():
 
 def test_all_heads_share_a_latent_where_the_settings_say_0():
     config = tiny.native().config
-    assert Settings(heads_per_latent=(0, 2), kv_bits=(16,)).fit(config).heads_per_latent == (4, 2)
-    assert Settings("lorc", kv_bits=(16,)).fit(config).heads_per_latent == (4, 4)
+    assert Settings(keep=0.6, heads_per_latent=(0, 2), kv_bits=(16,)).fit(
+        config
+    ).heads_per_latent == (4, 2)
+    assert Settings("lorc", keep=0.6, kv_bits=(16,)).fit(config).heads_per_latent == (4, 4)
     with pytest.raises(ValueError, match="expected divisors of 4"):
-        Settings(heads_per_latent=(-1, 1), kv_bits=(16,)).fit(config)
+        Settings(keep=0.6, heads_per_latent=(-1, 1), kv_bits=(16,)).fit(config)

@@ -116,7 +116,7 @@ def test_only_what_compression_made_changes_and_the_rest_is_shared(work):
 
 def test_whole_keys_values_and_layers_stay_as_they_are():
     dense = tiny.native()
-    settings = Settings(heads_per_latent=(1, 1), kv_bits=(16,))
+    settings = Settings(keep=0.6, heads_per_latent=(1, 1), kv_bits=(16,))
     statistics = gather(dense, tiny.tokens(8, 64), settings)
     bases = METHODS["fisher"].bases(dense, statistics)
     low = fold(dense, bases, Ranks((8, 4, 8), (8, 8, 4)))

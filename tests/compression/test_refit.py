@@ -95,22 +95,22 @@ def test_refits_are_fitted_to_latents_as_a_cache_holds_them():
 
 def test_fisher_is_refitted_unless_told():
     config = tiny.native().config
-    assert Settings(kv_bits=(16,)).fit(config).refit == ("output",)
-    assert Settings(refit=(), kv_bits=(16,)).fit(config).refit == ()
-    assert Settings("eigen", kv_bits=(16,)).fit(config).refit == ()
+    assert Settings(keep=0.6, kv_bits=(16,)).fit(config).refit == ("output",)
+    assert Settings(keep=0.6, refit=(), kv_bits=(16,)).fit(config).refit == ()
+    assert Settings("eigen", keep=0.6, kv_bits=(16,)).fit(config).refit == ()
 
 
 def test_unknown_refits_are_refused():
     with pytest.raises(ValueError, match="refit 'everything' is unknown: expected one of output"):
-        Settings(refit=("everything",), kv_bits=(16,)).check()
+        Settings(keep=0.6, refit=("everything",), kv_bits=(16,)).check()
     with pytest.raises(ValueError, match="lorc reads no text"):
-        Settings("lorc", refit=("output",), kv_bits=(16,)).check()
+        Settings("lorc", keep=0.6, refit=("output",), kv_bits=(16,)).check()
 
 
 def test_checkpoints_with_refits_of_earlier_versions_load_and_show_them(dense, tmp_path):
     folder, x = tmp_path / "low", tiny.tokens(2, 20)
     compress_checkpoint(
-        dense, folder, Settings(refit=("output",), kv_bits=(16,)), samples=4, seq_len=32
+        dense, folder, Settings(keep=0.6, refit=("output",), kv_bits=(16,)), samples=4, seq_len=32
     )
     want = load(str(folder)).model(x)
     raw = json.loads((folder / "config.json").read_text())

@@ -29,7 +29,7 @@ def test_output_error_is_that_of_the_folded_layer(search):
     low = compress(
         search.model,
         tiny.tokens(4, 64),
-        Settings("eigen", error_budget=budget, rank_multiple=1, kv_bits=(16,)),
+        Settings("eigen", keep=0.6, error_budget=budget, rank_multiple=1, kv_bits=(16,)),
     )
     assert [x["k_rank"] for x in low.layers] == [s.k_rank for s in chosen]
     x, want = search.inputs[:2]

@@ -161,7 +161,7 @@ cpu = torch.device("cpu")
 torch.set_num_threads(1)
 reset_peak(cpu)
 before = peak(cpu)
-stream_checkpoint(*open_layers(model), Path(out), Settings(kv_bits=(16,)), text, 5, 48)
+stream_checkpoint(*open_layers(model), Path(out), Settings(keep=0.6, kv_bits=(16,)), text, 5, 48)
 print(peak(cpu) - before)
 """
 
@@ -276,7 +276,7 @@ def test_a_finished_folder_is_not_replaced_unless_forced(tmp_path, text):
         stream_checkpoint(
             *open_layers(str(tmp_path / "model")),
             tmp_path / "out",
-            Settings(kv_bits=(16,)),
+            Settings(keep=0.6, kv_bits=(16,)),
             str(text),
             5,
             48,
@@ -292,7 +292,7 @@ def test_a_disk_that_is_too_small_is_noticed_first(tmp_path, text, monkeypatch):
         stream_checkpoint(
             *open_layers(str(tmp_path / "model")),
             tmp_path / "out",
-            Settings(kv_bits=(16,)),
+            Settings(keep=0.6, kv_bits=(16,)),
             str(text),
             5,
             48,

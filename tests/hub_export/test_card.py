@@ -37,7 +37,11 @@ def low(dense, tmp_path):
     """The compressed checkpoint of `dense`."""
     out = tmp_path / "low"
     compress_checkpoint(
-        load(str(dense)), out, Settings(rank_multiple=2, kv_bits=(16,)), samples=4, seq_len=32
+        load(str(dense)),
+        out,
+        Settings(keep=0.6, rank_multiple=2, kv_bits=(16,)),
+        samples=4,
+        seq_len=32,
     )
     return out
 

@@ -26,7 +26,12 @@ def low_folder(tmp_path_factory, dense_folder):
 
     out = tmp_path_factory.mktemp("low") / "small"
     compress_checkpoint(
-        load(str(dense_folder)), out, Settings(rank_multiple=2, kv_bits=(16,)), "self", 4, 32
+        load(str(dense_folder)),
+        out,
+        Settings(keep=0.6, rank_multiple=2, kv_bits=(16,)),
+        "self",
+        4,
+        32,
     )
     return out
 

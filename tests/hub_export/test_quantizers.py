@@ -27,7 +27,10 @@ MODELS = {  # sizes of which bitsandbytes can make blocks
 def folder(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
     tiny.save(place / "dense", request.param, **MODELS[request.param])
-    dense, settings = load(str(place / "dense")), Settings(rank_multiple=16, kv_bits=(16,))
+    dense, settings = (
+        load(str(place / "dense")),
+        Settings(keep=0.6, rank_multiple=16, kv_bits=(16,)),
+    )
     compress_checkpoint(dense, place / "low", settings, samples=4, seq_len=32)
     return place / "low"
 

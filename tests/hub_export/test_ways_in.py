@@ -35,7 +35,7 @@ def folder(request, tmp_path_factory):
     """A small compressed checkpoint in several shards."""
     place = tmp_path_factory.mktemp(request.param)
     tiny.save(place / "dense", **KINDS[request.param])
-    dense, settings = load(str(place / "dense")), Settings(rank_multiple=2, kv_bits=(16,))
+    dense, settings = load(str(place / "dense")), Settings(keep=0.6, rank_multiple=2, kv_bits=(16,))
     compress_checkpoint(dense, place / "low", settings, samples=4, seq_len=32, shard_size="60KB")
     return place / "low"
 
@@ -191,7 +191,7 @@ def test_checkpoints_decode_by_fused_ops_if_eigenzoo_is_there_and_write_the_same
 
 def test_norms_of_queries_and_keys_are_read_under_their_older_names_too(tmp_path):
     tiny.FoundryMPT({"qk_ln": True}, no_bias=False).save(_made(tmp_path / "dense"))
-    settings = Settings("fisher", heads_per_latent=(8, 2), kv_bits=(16,))
+    settings = Settings("fisher", keep=0.6, heads_per_latent=(8, 2), kv_bits=(16,))
     dense, low = load(str(tmp_path / "dense")), tmp_path / "low"
     compress_checkpoint(dense, low, settings, samples=4, seq_len=32)
     want, file = load(str(low)).model(IDS), low / "model.safetensors"

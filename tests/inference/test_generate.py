@@ -49,7 +49,11 @@ def model(request):
     family, changes, settings = LOW[name]
     layers = "n_layers" if family == "mpt" else "num_hidden_layers"
     dense = tiny.native(family, **changes, **{layers: 1 if alone else 2})
-    return compress(dense, tiny.tokens(8, 64), Settings(**settings, rank_multiple=2)).model
+    return compress(
+        dense,
+        tiny.tokens(8, 64),
+        Settings(**{"keep": 0.6, "kv_bits": (16,), **settings, "rank_multiple": 2}),
+    ).model
 
 
 def recomputed(model, prompt: list[int], count: int) -> list[int]:

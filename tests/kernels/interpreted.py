@@ -345,16 +345,22 @@ def test_halves_are_added_up_in_fp32(made, dtype):
     [
         (
             "llama",
-            Settings(keys="rebuild", heads_per_latent=(2, 1), rank_multiple=2, kv_bits=(16,)),
+            Settings(
+                keep=0.6, keys="rebuild", heads_per_latent=(2, 1), rank_multiple=2, kv_bits=(16,)
+            ),
         ),
         (
             "llama",
-            Settings(keys="anchored", anchor_block=3, heads_per_latent=(4, 2), kv_bits=(16,)),
+            Settings(
+                keep=0.6, keys="anchored", anchor_block=3, heads_per_latent=(4, 2), kv_bits=(16,)
+            ),
         ),
-        ("mpt", Settings(heads_per_latent=(2, 4), rank_multiple=2, kv_bits=(16,))),
+        ("mpt", Settings(keep=0.6, heads_per_latent=(2, 4), rank_multiple=2, kv_bits=(16,))),
         (
             "opt",
-            Settings(heads_per_latent=(4, 4), latent="joint-kv", rank_multiple=2, kv_bits=(16,)),
+            Settings(
+                keep=0.6, heads_per_latent=(4, 4), latent="joint-kv", rank_multiple=2, kv_bits=(16,)
+            ),
         ),
     ],
 )

@@ -151,7 +151,11 @@ def low(name: str):
     family, changes, settings = LOW[name]
     layers = {"n_layers" if family == "mpt" else "num_hidden_layers": 2}
     dense = tiny.native(family, **changes, **layers)
-    return compress(dense, tiny.tokens(8, 64), Settings(**settings, rank_multiple=2)).model
+    return compress(
+        dense,
+        tiny.tokens(8, 64),
+        Settings(**{"keep": 0.6, "kv_bits": (16,), **settings, "rank_multiple": 2}),
+    ).model
 
 
 @pytest.fixture

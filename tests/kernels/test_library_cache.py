@@ -238,7 +238,11 @@ def folder(tmp_path_factory):
     tiny.save(place / "dense", num_hidden_layers=1)
     dense = load(str(place / "dense"))
     compress_checkpoint(
-        dense, place / "low", Settings(rank_multiple=2, kv_bits=(16,)), samples=4, seq_len=32
+        dense,
+        place / "low",
+        Settings(keep=0.6, rank_multiple=2, kv_bits=(16,)),
+        samples=4,
+        seq_len=32,
     )
     return place / "low"
 

@@ -57,7 +57,9 @@ def test_shapes_have_the_published_number_of_parameters(name):
 @pytest.mark.parametrize("shared", [1, 4])
 def test_uniform_ranks_keep_what_was_asked(name, shared):
     config = native(name, 4, 8192)
-    low = uniform(config, Settings(heads_per_latent=(shared, shared), kv_bits=(16,)).fit(config))
+    low = uniform(
+        config, Settings(keep=0.6, heads_per_latent=(shared, shared), kv_bits=(16,)).fit(config)
+    )
     assert 0.49 < low.kv_width / low.dense_kv_width <= 0.6
     assert low.max_position_embeddings >= 8192
 
@@ -193,7 +195,7 @@ def test_a_contestant_ends_without_a_word_if_nobody_listens():
 
 
 def test_contestants_of_a_shape_are_dense_and_compressed_with_variants_of_both():
-    settings = Settings(heads_per_latent=(1, 1), kv_bits=(16,))
+    settings = Settings(keep=0.6, heads_per_latent=(1, 1), kv_bits=(16,))
     made = from_shape("opt-125m", 2, 64, [0.5, 0.25], settings, same)
     assert made.title == "opt-125m, 2 layers"
     assert [s.keep for s in made.settings] == [0.5, 0.25]

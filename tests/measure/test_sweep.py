@@ -112,7 +112,8 @@ def test_weighted_statistics_are_of_one_sharing():
 def test_one_pass_serves_fisher_with_and_without_weights():
     config = tiny.native().config
     wants = [
-        needs(Settings(m, kv_bits=(16,)).fit(config), config) for m in ("fisher", "fisher-plain")
+        needs(Settings(m, keep=0.6, kv_bits=(16,)).fit(config), config)
+        for m in ("fisher", "fisher-plain")
     ]
     assert [(n.unweighted, n.weighted) for n in wants] == [(False, True), (True, False)]
     assert kind(wants[0]) == kind(wants[1])
@@ -424,7 +425,12 @@ def test_a_grid_has_one_cell_for_every_combination_that_differs(sweep):
 
 def test_needs_describe_what_gather_takes():
     settings = Settings(
-        "attention", heads_per_latent=(2, 1), keys="anchored", anchor_block=8, kv_bits=(16,)
+        "attention",
+        keep=0.6,
+        heads_per_latent=(2, 1),
+        keys="anchored",
+        anchor_block=8,
+        kv_bits=(16,),
     )
     want = Needs((2, 1), gradients=False, queries=True, joint=False, anchor=8)
     assert needs(settings, tiny.native().config) == want
