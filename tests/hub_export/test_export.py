@@ -220,7 +220,7 @@ def test_config_says_what_was_done_and_what_was_kept(folder):
     assert record["share"] <= record["keep"]
     assert raw["family"] == model.config.family
     assert [x["k_rank"] for x in record["layers"]] == list(model.config.k_ranks)
-    assert record["calibration"]["tokens"] == 7 * 64
+    assert record["calibration"]["tokens"] == 8 * 64
     assert set(record["versions"]) == {"eigenzoo", "torch", "transformers"}
     card = (folder / "README.md").read_text()
     assert f"{record['evaluation']['compressed']:.3f}" in card

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from ..compression.settings import Settings
 from ..utils.records import RUN, CompressedRow, DenseRow, RefusedRow, SettingsRecord, SweepRow
 
-DEFAULTS = json.loads(json.dumps(Settings._field_defaults))  # as rows have them
+# as rows have them; a sweep compares ranks alone unless it is asked for bits
+DEFAULTS = json.loads(json.dumps(Settings._field_defaults)) | {"kv_bits": [16]}
 Cells = dict[float, CompressedRow]  # by the share to keep
 
 
