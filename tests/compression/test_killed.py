@@ -30,6 +30,7 @@ def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
     tiny.save(folder / "model", num_hidden_layers=2)
     (folder / "text.txt").write_text("".join(WORDS))
+    (folder / "other.txt").write_text("".join(reversed(WORDS)))
     words = ["--calibration", folder / "text.txt", "--samples", "4", "--seq-len", "32"]
     assert run("compress", folder / "model", folder / "low", "--keep", "0.3", *words).exit_code == 0
     return folder
@@ -42,7 +43,7 @@ def run(*words: object):
 def command(name: str, given: Path, out: Path) -> list[object]:
     source = given / ("low" if name == "refine" else "model")
     words = ["--calibration", given / "text.txt", "--samples", "4", "--seq-len", "32"]
-    words += ["--text", given / "text.txt"] if name == "sweep" else []
+    words += ["--text", given / "other.txt"] if name == "sweep" else []
     words += ["--original", given / "model"] if name == "refine" else []
     return [name, source, out, *words, *COMMANDS[name][0]]
 
@@ -194,7 +195,7 @@ def test_weights_that_are_replaced_while_they_are_read_are_noticed(work, monkeyp
     [
         (["--keep", "0.5"], "keep 0.4, given 0.5"),
         (["--method", "pca"], "method 'fisher', given 'pca'"),
-        (["--samples", "5"], "sequences 3, given 4"),
+        (["--samples", "5"], "sequences 4, given 5"),
         (["--seq-len", "48"], "seq_len 32, given 48"),
         (["--dtype", "bfloat16"], "dtype 'float32', given 'bfloat16'"),
         (["--seed", "1"], "seed 0, given 1"),

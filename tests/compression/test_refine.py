@@ -310,13 +310,14 @@ def options(dense_folder) -> list:
 def test_the_refined_folder_loads_in_transformers_with_equal_logits(
     dense_folder, low_folder, tmp_path
 ):
-    settings = RefineSettings(steps=12, batch=4, every=4)
+    settings = RefineSettings(steps=12, batch=4, every=4, lr=2e-4)
     low, dense = load(str(low_folder)), load(str(dense_folder)).model
     record = refine_checkpoint(low, dense, tmp_path / "out", settings, seq_len=32, samples=32)
     assert [x.name for x in tmp_path.iterdir()] == ["out"]
     native, x = load(str(tmp_path / "out")), tiny.tokens(2, 40)
     theirs = EigenForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(theirs(x).logits, native.model(x), atol=1e-4, rtol=0)
+    want = native.model(x, cache=native.model.new_cache(*x.shape))  # rounded, as in a new cache
+    torch.testing.assert_close(theirs(x).logits, want, atol=1e-4, rtol=0)
     assert native.config["compression"] == json.loads(json.dumps(record))
     (entry,) = record["refined"]
     assert entry["best_step"] > 0

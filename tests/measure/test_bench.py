@@ -209,8 +209,8 @@ def test_contestants_of_a_shape_are_dense_and_compressed_with_variants_of_both()
     made.check_length(64)
     with pytest.raises(ValueError, match="4096"):
         made.check_length(4096)
-    with pytest.raises(ValueError, match="bits is 3"):
-        made.with_bits([3])
+    with pytest.raises(ValueError, match="bits is 5"):
+        made.with_bits([5])
 
 
 def test_contestants_of_one_name_are_told_apart_by_their_paths(dense_folder, tmp_path):
