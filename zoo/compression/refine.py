@@ -104,7 +104,7 @@ def learned(low: Model) -> list[str]:
 
 def check_pair(dense: Model, low: Model) -> None:
     """Raise ValueError unless `low` was folded from `dense`: weights outside attention agree."""
-    if dense.config.kv_width != dense.config.dense_kv_width:
+    if not dense.config.uncompressed:
         raise ValueError("the original is compressed itself: expected the model it was made from")
     ours = low.state_dict()
     for name, x in dense.state_dict().items():

@@ -132,7 +132,7 @@ class Settings(NamedTuple):
 
         Raises ValueError for settings that do not fit the model, and for a compressed model.
         """
-        if config.kv_width != config.dense_kv_width:
+        if not config.uncompressed:
             raise ValueError("the model is compressed already: take the model it was made from")
         if self.keys == "auto":
             choice = choose_keys(config, METHODS[self.method].rebuilds)

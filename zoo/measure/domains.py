@@ -70,7 +70,7 @@ def check_original(low: Model, dense: Model, name: str) -> None:
     sizes = [
         (kv_bytes(m.config)["kv_bytes_per_token_dense"], m.config.vocab_size) for m in (dense, low)
     ]
-    if dense.config.kv_width != dense.config.dense_kv_width:
+    if not dense.config.uncompressed:
         raise ValueError(f"{name} is compressed itself: expected the model it was made from")
     if sizes[0] != sizes[1]:
         raise ValueError(

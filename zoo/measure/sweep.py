@@ -86,7 +86,7 @@ class Sweep:
         """
         self.original, self.model = original, original.model
         self.decode, self.ready, self.ops = decode, ready, ops
-        if self.model.config.kv_width != self.model.config.dense_kv_width:
+        if not self.model.config.uncompressed:
             raise ValueError("the model is compressed already: take the model it was made from")
         longest = self.model.config.max_position_embeddings
         if decode is not None and not DECODE_STEPS <= decode <= longest:

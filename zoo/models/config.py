@@ -252,6 +252,13 @@ class Config:
         return sum(k.heads * k.width + v.heads * v.width for k, v in pairs)
 
     @property
+    def uncompressed(self) -> bool:
+        """Whether the cache is what the model began with: whole heads, in the model's dtype."""
+        return self.least_bits == 16 and not any(
+            low for layer in range(self.num_hidden_layers) for low in self.compressed(layer)
+        )
+
+    @property
     def dense_kv_width(self) -> int:
         """As `kv_width`, for the uncompressed model."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
