@@ -72,7 +72,7 @@ USAGE = {
     "resume without stream": f"compress dense out --no-stream --resume {QUICK}",
     "unfinished work": f"compress dense low2 --stream {QUICK}",
     "stream and plain": f"compress dense out --stream --plain {QUICK}",
-    "stream of itself": "compress dense out --stream --samples 4 --seq-len 16",
+    "stream of itself": "compress dense out --stream --calibration self --samples 4 --seq-len 16",
     "plain latents": f"compress dense out --plain {QUICK}",
     "refine dense": COMMANDS["refine"].replace("low", "dense"),
     "refine by low": COMMANDS["refine"].replace("--original dense", "--original low"),
