@@ -49,7 +49,7 @@ def no_work(monkeypatch):
     def begin(*_, **__):
         raise AssertionError("the long work has begun")
 
-    for name in ("compress.texts", "stream.texts", "refine.calibration_tokens"):
+    for name in ("compress.texts", "stream.texts", "refine.calibration_text"):
         monkeypatch.setattr(f"eigenzoo.hub_export.{name}", begin)
 
 
@@ -186,14 +186,15 @@ def test_a_disk_that_fills_up_leaves_nothing_of_work_in_memory(run, home, full_d
 
 
 def test_a_disk_that_fills_up_leaves_what_was_streamed(run, home, full_disk):
-    before = sorted(os.listdir(home))
-    error = refused(run, *command(home, "--stream"))
+    (home / "other.txt").write_text(tiny.WORDS)  # short, so that its states fit the disk
+    before, short = sorted(os.listdir(home)), ["--text", home / "other.txt"]
+    error = refused(run, *command(home, "--stream", *short))
     assert "out.partial cannot be written: " in error
     assert "and --resume goes on from it" in error
     assert sorted(os.listdir(home)) == sorted([*before, "out.partial"])
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit[1], limit[1]))
-    code, _, error = run(*command(home, "--resume"))
+    code, _, error = run(*command(home, "--resume", *short))
     assert code == 0, error
     assert load(str(home / "out")).model
     assert sorted(os.listdir(home)) == sorted([*before, "out"])

@@ -30,7 +30,7 @@ def swept(model, path, axes, decode=None):
     command = "eigenzoo sweep MODEL OUT"
     evaluation = Evaluation(measured, 64, 2)
     work = Sweep(model, path, evaluation, calibrations, command, decode=decode)
-    assert list(work.rows(grid(axes)))
+    assert list(work.rows(grid({"kv_bits": [(16,)], **axes})))
     return path
 
 

@@ -45,7 +45,7 @@ def sweep(dense, texts, tmp_path):
             [Calibration(str(texts / words), 6, seq_len)],
             **options,
         )
-        return list(work.rows(distinct(grid(axes), model.model.config)))
+        return list(work.rows(distinct(grid({"kv_bits": [(16,)], **axes}), model.model.config)))
 
     return call
 

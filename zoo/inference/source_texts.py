@@ -66,5 +66,5 @@ def excerpts(text: str, characters: int) -> str:
     if not characters or characters >= len(text):
         return text
     size, step = characters // PIECES, len(text) // PIECES
-    starts = (text.find("\n", i * step) + 1 for i in range(PIECES))
+    starts = (text.rfind("\n", 0, i * step) + 1 for i in range(PIECES))
     return "".join(text[start : start + size] for start in starts)

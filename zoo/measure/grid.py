@@ -22,7 +22,8 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[Settings]:
             of_value = [reason for s, reason in reasons.items() if getattr(s, name) == value]
             if of_value and all(of_value):
                 raise ValueError(of_value[0])
-    return list(reasons)
+    # rows say what None stood for
+    return [s if reason else s._replace(kv_bits=s.bits) for s, reason in reasons.items()]
 
 
 def distinct(cells: Sequence[Settings], config: Config) -> list[Settings]:
