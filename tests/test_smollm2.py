@@ -17,6 +17,7 @@ from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import calibration_tokens, encode
 from eigenzoo.zoo.inference.perplexity import perplexity
 from eigenzoo.zoo.inference.python_texts import python_help
+from eigenzoo.zoo.models.bits import BITS
 from eigenzoo.zoo.models.config import kv_bytes
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2-valid.txt"
@@ -66,8 +67,9 @@ def test_quality_targets_hold_with_a_twentieth_of_the_default_calibration(smol, 
     low = compress(smol.model, tokens, settings, seen).model
     assert low.config.kv_width <= 0.6 * smol.model.config.kv_width
     assert perplexity(low, rest, 2048, 1).perplexity < 1.14 * before
-    for keep, bits, most in ((0.55, 8, 1.002), (0.407, 8, 1.015), (0.155, 4, 1.12)):
-        few = settings._replace(keep=keep, kv_bits=(bits,), refit=())
+    cases = ((0.55, (8,), 1.002), (0.4, BITS, 1.003), (0.25, BITS, 1.006), (0.16, BITS, 1.035))
+    for keep, bits, most in cases:
+        few = settings._replace(keep=keep, kv_bits=bits, refit=())
         low = compress(smol.model, tokens, few, seen).model
         assert kv_bytes(low.config)["kv_share"] <= keep
         assert perplexity(low, rest, 2048, 1).perplexity < most * before, bits
