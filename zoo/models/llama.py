@@ -177,7 +177,8 @@ class Attention(LatentAttention):
         y = self._attend_rotary(q, keys, values, attn_metadata)
         if self.v_up is not None and not prompt:
             y = lift_heads(y, self.v_up, self.head_dim)
-        return self.linear(self.o_proj, y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2).contiguous()  # DTensor takes no other
+        return self.linear(self.o_proj, y)
 
     def _keys_to_cache(self, k: Tensor, metadata: AttentionMetadata) -> Tensor:
         """From projected keys (B, T, width) to what the cache keeps of them, (B, L, T, R)."""

@@ -235,7 +235,8 @@ class Attention(LatentAttention):
         y = self.attend(q, keys, values if self.v.width else keys, mask)
         if self.v_up is not None:
             y = lift_heads(y, self.v_up, self.head_dim)
-        return self.linear(self.o_proj, y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2).contiguous()  # DTensor takes no other
+        return self.linear(self.o_proj, y)
 
 
 def _encode(x: Tensor, heads: int, down: Tensor | None) -> Tensor:
