@@ -1,7 +1,7 @@
-"""Which calibration carries over: perplexity on several domains after each, at one setting.
+"""Which calibration carries over: perplexity on several domains after each.
 
     python benchmarks/mixtures.py MODEL --calibration self --calibration mixed \\
-        --calibration self:2,help,source [--keep 0.25] [--kv-bits auto] [--domain FILE]
+        --calibration self:2,help,source [--keep 0.25 --keep 0.16] [--kv-bits auto] [--domain FILE]
 
 Domains are Python's own help and the source of its modules, those parts of both that are never
 calibrated on, and the files that are given. The first row is of the uncompressed model; increases
@@ -10,14 +10,15 @@ are in % over it.
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from eigenzoo.zoo.cli.values import parse_bits
-from eigenzoo.zoo.compression.compress import compress
+from eigenzoo.zoo.compression.compress import compress, gather
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import Checkpoint, load
 from eigenzoo.zoo.inference.data import calibration_text, encode
@@ -46,22 +47,29 @@ def quality(model: Model, texts: Mapping[str, Tensor], windows: int, window: int
 
 
 def compared(
-    original: Checkpoint, texts: Mapping[str, Tensor], settings: Settings, args: argparse.Namespace
+    original: Checkpoint,
+    texts: Mapping[str, Tensor],
+    settings: Sequence[Settings],
+    args: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
-    """A row of the uncompressed model, and one for every calibration."""
+    """A row of the uncompressed model, and one for every calibration and share.
+
+    settings: they differ in `keep` only.
+    """
     model, tokenizer = original.model, original.tokenizer
     size = args.windows, args.window
     dense = quality(model, texts, *size)
     yield {"calibration": None, **dense}
     for asked in args.calibration:
         rows = calibration_text(asked, model, tokenizer, args.samples, args.seq_len, args.seed)
-        low = compress(model, rows.tokens, settings).model
-        row = quality(low, texts, *size)
-        over = dense["perplexity"]
-        increase = {x: 100 * (p / over[x] - 1) for x, p in row["perplexity"].items()}
         told = {"calibration": asked, "sources": rows.told(len(rows.tokens))}
-        mean, worst = sum(increase.values()) / len(increase), max(increase.values())
-        yield {**told, **row, "increase": increase, "mean": mean, "worst": worst}
+        statistics = gather(model, rows.tokens, settings[0].fit(model.config))
+        for choice in settings:
+            row = quality(compress(model, rows.tokens, choice, statistics).model, texts, *size)
+            over = dense["perplexity"]
+            increase = {x: 100 * (p / over[x] - 1) for x, p in row["perplexity"].items()}
+            mean, worst = sum(increase.values()) / len(increase), max(increase.values())
+            yield {**told, **row, "increase": increase, "mean": mean, "worst": worst}
 
 
 def main() -> None:
@@ -70,7 +78,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--calibration", action="append", required=True, help="repeat for more")
     parser.add_argument("--domain", type=Path, action="append", default=[], help="repeat for more")
-    parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument("--keep", type=float, action="append", help="repeat for more; else 0.25")
     parser.add_argument("--kv-bits", type=parse_bits, default="auto")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=1024)
@@ -81,8 +89,8 @@ def main() -> None:
     for calibration in args.calibration:
         check_source(calibration, args.samples)
     words = domains(args.domain)
-    original = load(args.model)
-    settings = Settings(keep=args.keep, kv_bits=args.kv_bits)
+    original = load(args.model, torch.float32)
+    settings = [Settings(keep=keep, kv_bits=args.kv_bits) for keep in args.keep or [0.25]]
     known = original.model.config.vocab_size
     texts = {x: encode(original.tokenizer, text, known) for x, text in words.items()}
     for row in compared(original, texts, settings, args):
