@@ -75,11 +75,15 @@ class Bench:
     @cached_property
     def mixture(self) -> Tensor:
         """The tokens to calibrate on, (samples, length)."""
-        return self.kept("mixture", lambda: {"tokens": self.mix()})["tokens"]
+        return self.mixed(SAMPLES)
 
-    def mix(self) -> Tensor:
-        """A quarter each of both first halves, of Python's source and of own text."""
-        count, rows = SAMPLES // 4, []
+    def mixed(self, samples: int) -> Tensor:
+        """As many of the same sources: (samples, length)."""
+        return self.kept(f"mixture-{samples}", lambda: {"tokens": self.mix(samples // 4)})["tokens"]
+
+    def mix(self, count: int) -> Tensor:
+        """So many each of both first halves, of Python's source and of own text."""
+        rows = []
         for text in (*self.first, python_source(held_out=False)):
             windows = self.windows(text, LENGTH)
             rows.append(windows[torch.linspace(0, len(windows) - 1, count).round().long()])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 
 from eigenzoo.zoo.inference.perplexity import token_losses
 
@@ -134,19 +135,48 @@ def test_heads_that_no_hadamard_matrix_fits_are_refused(caches):
         caches.rotated(4, 2, 80)
 
 
-def test_rivals_are_set_beside_our_caches_on_four_texts(
-    rivals, dense_folder, tmp_path, monkeypatch, capsys
-):
-    command, _, bench = rivals
+@pytest.fixture
+def texts(rivals, dense_folder, tmp_path, monkeypatch) -> list:
+    """Arguments for a small model, and small texts."""
+    bench = rivals[2]
     for name, value in {"WINDOW": 64, "SAMPLES": 8, "LENGTH": 32}.items():
         monkeypatch.setattr(bench, name, value)
     for name in ("python_source", "python_help"):
         monkeypatch.setattr(bench, name, lambda held_out: tiny.WORDS * (9 if held_out else 8))
-    ours = {x: (command.OURS[x][0], (0.6, 1 / 2)) for x in ("ours", "eigen", "kv-heads")}
-    monkeypatch.setattr(command, "OURS", ours)
     (tmp_path / "text.txt").write_text(tiny.WORDS * 20)
     words = [dense_folder, "--wiki", tmp_path / "text.txt", "--speech", tmp_path / "text.txt"]
-    words += ["--cache", tmp_path / "kept", "--plot", tmp_path / "plot.png"]
+    return [*words, "--cache", tmp_path / "kept"]
+
+
+def test_variants_of_the_method_are_measured_on_the_same_texts(rivals, texts, monkeypatch, capsys):
+    variants = import_module("variants")
+    names = ["no refit", "refit", "drawn labels", "more tokens"]
+    only = [word for name in names for word in ("--only", name)]
+    words = ["variants.py", *texts, "--keep", "0.3", "--keep", "0.2", *only]
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    variants.main()
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["variant"], r["keep"]) for r in rows] == [(n, k) for n in names for k in (0.3, 0.2)]
+    assert all(row["share"] <= row["keep"] for row in rows)
+    losses = {row["variant"]: row["perplexity"]["wiki"] for row in rows if row["keep"] == 0.2}
+    assert len(set(losses.values())) == 4
+
+
+def test_drawn_labels_are_those_that_the_model_expects(rivals):
+    variants = import_module("variants")
+    logits = 50 * torch.eye(5)  # sure of token i in row i
+    with variants.drawn_labels():
+        loss = F.cross_entropy(logits, torch.zeros(5, dtype=torch.long), reduction="sum")
+    assert loss < 1e-6
+
+
+def test_rivals_are_set_beside_our_caches_on_four_texts(
+    rivals, texts, tmp_path, monkeypatch, capsys
+):
+    command, _, bench = rivals
+    ours = {x: (command.OURS[x][0], (0.6, 1 / 2)) for x in ("ours", "eigen", "kv-heads")}
+    monkeypatch.setattr(command, "OURS", ours)
+    words = [*texts, "--plot", tmp_path / "plot.png"]
 
     def run(*more) -> list[dict]:
         monkeypatch.setattr(sys, "argv", ["rivals.py", *map(str, (*words, *more))])

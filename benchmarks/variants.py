@@ -1,0 +1,111 @@
+"""What each choice of the method is worth in few bits, on the texts of `rivals.py`.
+
+    python benchmarks/variants.py MODEL --wiki FILE --speech FILE --cache FOLDER
+        [--keep 0.16 --keep 0.12] [--only NAME]
+
+Prints a line for every variant and share: the increase of perplexity in % over the uncompressed
+model, on four texts, their mean and worst. A variant is the default in all but one choice.
+Calibration is that of `rivals.py`, kept in FOLDER; `more tokens` takes twice as many of the same
+sources. `drawn labels` is the true Fisher information: gradients of the loss at tokens drawn from
+the model, where the default takes those of the text (arXiv 1905.12558).
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from rival_bench import Bench, flat, unflat
+from rivals import figures
+from torch import Tensor
+
+from eigenzoo.zoo.compression.compress import compress, gather
+from eigenzoo.zoo.compression.moments import Statistics
+from eigenzoo.zoo.compression.settings import Settings
+from eigenzoo.zoo.models.config import kv_bytes
+
+BITS = (16, 8, 4, 3, 2)
+PLAIN = Settings(kv_bits=BITS, refit=())
+
+
+class Variant(NamedTuple):
+    """Settings, and what they are calibrated on."""
+
+    settings: Settings = PLAIN
+    drawn: bool = False
+    samples: int = 16
+
+
+VARIANTS = {
+    "no refit": Variant(),
+    "refit": Variant(Settings(kv_bits=BITS)),
+    "damping 0.03": Variant(PLAIN._replace(damping=0.03)),
+    "damping 0.1": Variant(PLAIN._replace(damping=0.1)),
+    "damping 1": Variant(PLAIN._replace(damping=1.0)),
+    "damping 3": Variant(PLAIN._replace(damping=3.0)),
+    "drawn labels": Variant(drawn=True),
+    "more tokens": Variant(samples=32),
+    "no 3 bits": Variant(PLAIN._replace(kv_bits=(16, 8, 4, 2))),
+    "8 and 4 bits": Variant(PLAIN._replace(kv_bits=(16, 8, 4))),
+}
+
+
+@contextmanager
+def drawn_labels() -> Iterator[None]:
+    """The loss is that at tokens drawn from the model."""
+    known, random = F.cross_entropy, torch.Generator().manual_seed(0)
+
+    def drawn(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
+        shares = logits.detach().softmax(-1)
+        return known(logits, shares.multinomial(1, generator=random)[:, 0], reduction=reduction)
+
+    with patch.object(F, "cross_entropy", drawn):
+        yield
+
+
+def statistics(bench: Bench, variant: Variant, rows: Tensor) -> list[Statistics]:
+    """The statistics of a variant, kept in the folder of the bench."""
+    settings = variant.settings.fit(bench.model.config)
+    if not variant.drawn and variant.samples == Variant().samples:
+        return bench.statistics(settings)
+
+    def make() -> dict[str, Tensor]:
+        if not variant.drawn:
+            return flat(gather(bench.model, rows, settings))
+        with drawn_labels():
+            return flat(gather(bench.model, rows, settings))
+
+    return unflat(bench.kept(f"statistics-{variant.drawn}-{variant.samples}", make))
+
+
+def main() -> None:
+    """Measure and print, a JSON object a line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--wiki", type=Path, required=True)
+    parser.add_argument("--speech", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True, help="folder for what is calibrated")
+    parser.add_argument("--windows", type=int, default=2, help="of every text")
+    parser.add_argument("--keep", type=float, action="append", help="again for more; else 0.16")
+    parser.add_argument("--only", action="append", choices=VARIANTS, help="again for more")
+    args = parser.parse_args()
+
+    bench = Bench(args)
+    for name in args.only or VARIANTS:
+        variant = VARIANTS[name]
+        rows = bench.mixed(variant.samples)
+        seen = statistics(bench, variant, rows)
+        for keep in args.keep or [0.16]:
+            low = compress(bench.model, rows, variant.settings._replace(keep=keep), seen).model
+            losses = bench.losses(low)
+            row = {"variant": name, "keep": keep, "share": kv_bytes(low.config)["kv_share"]}
+            print(json.dumps(row | figures(losses, bench.dense)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
