@@ -54,6 +54,8 @@ VARIANTS = {
     "damping 1": Variant(PLAIN._replace(damping=1.0)),
     "damping 3": Variant(PLAIN._replace(damping=3.0)),
     "drawn labels": Variant(drawn=True),
+    "drawn labels, damping 0.1": Variant(PLAIN._replace(damping=0.1), drawn=True),
+    "drawn labels, refit": Variant(Settings(kv_bits=BITS), drawn=True),
     "more tokens": Variant(samples=32),
     "no 3 bits": Variant(PLAIN._replace(kv_bits=(16, 8, 4, 2))),
     "8 and 4 bits": Variant(PLAIN._replace(kv_bits=(16, 8, 4))),
@@ -98,12 +100,11 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2, help="of every text")
     parser.add_argument("--keep", type=float, action="append", help="again for more; else 0.16")
     parser.add_argument("--minutes", type=float, default=30.0, help="of refinement")
-    parser.add_argument("--lr", type=float, default=1e-4, help="of refinement")
     parser.add_argument("--only", action="append", choices=VARIANTS, help="again for more")
     args = parser.parse_args()
 
     bench = Bench(args)
-    training = RefineSettings(10_000, lr=args.lr, minutes=args.minutes)
+    training = RefineSettings(10_000, every=10, minutes=args.minutes, precision="bfloat16")
     for name in args.only or VARIANTS:
         variant = VARIANTS[name]
         rows = bench.mixed(variant.samples)
@@ -111,7 +112,8 @@ def main() -> None:
         for keep in args.keep or [0.16]:
             low = compress(bench.model, rows, variant.settings._replace(keep=keep), seen).model
             if variant.refined:
-                low = refine(bench.model, low, bench.mixed(64).view(-1, 512), training).model
+                mixed = bench.mixed(64).unflatten(0, (4, -1)).transpose(0, 1)  # source by source
+                low = refine(bench.model, low, mixed.reshape(-1, 512), training).model
             losses = bench.losses(low)
             row = {"variant": name, "keep": keep, "share": kv_bytes(low.config)["kv_share"]}
             print(json.dumps(row | figures(losses, bench.dense)), flush=True)

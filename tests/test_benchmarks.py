@@ -135,23 +135,3 @@ def test_a_large_shape_is_compressed_layer_by_layer_and_timed(tmp_path):
     assert list(printed["seconds_per_layer"]) == ["forward", "backward", "folding"]
     assert printed["generated"]["new_tokens"] == [8]
     assert 0 < printed["layer_bytes"] < printed["outside_bytes"]
-
-
-def test_caches_of_fewer_bits_are_set_beside_fewer_ranks(
-    dense_folder, tmp_path, monkeypatch, capsys
-):
-    bits = loaded("bits")
-    caches = {"rank": ((16,), (0.6,)), "8 bits": ((8,), (0.5,)), "auto": ((16, 8, 4), (0.3,))}
-    monkeypatch.setattr(bits, "CACHES", caches)
-    monkeypatch.setattr(bits, "WINDOW", 64)
-    (tmp_path / "text.txt").write_text(tiny.WORDS * 20)
-    words = ["--calibration", "self", "--samples", "4", "--seq-len", "32", "--windows", "2"]
-    words += ["--text", tmp_path / "text.txt", "--plot", tmp_path / "plot.png"]
-    monkeypatch.setattr(sys, "argv", ["bits.py", str(dense_folder), *map(str, words)])
-    bits.main()
-    dense, *rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [x["cache"] for x in rows if not x["cache"].startswith("transformers")] == [*caches]
-    for row in rows:
-        assert row["increase"] == 100 * (row["perplexity"] / dense["perplexity"] - 1)
-        assert row["share"] <= row.get("keep", 1.0)
-    assert (tmp_path / "plot.png").stat().st_size > 10_000

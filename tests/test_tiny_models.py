@@ -88,7 +88,7 @@ def test_every_method_compresses_and_fisher_is_the_best_at_few_bytes(model, low,
 def test_refining_wins_back_quality(model, low, text):
     rows, test = text[: 24 * 256].view(24, 256), text[-10 * 256 :]
     small = low(Settings("eigen", 0.05, rank_multiple=2, kv_bits=(16,)))
-    refined = refine(model, small, rows, RefineSettings(steps=16, batch=4, lr=1e-4, every=16))
+    refined = refine(model, small, rows, RefineSettings(steps=16, batch=4, lr=2e-3, every=16))
     assert refined.best["held_out"] < 0.95 * refined.history[0]["held_out"]
     dense, before, after = (
         perplexity(m, test, 256).perplexity for m in (model, small, refined.model)

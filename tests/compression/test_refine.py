@@ -55,7 +55,7 @@ WAYS = {
         Settings(keep=0.4, kv_bits=(16,)),
     ),
 }
-QUICK = RefineSettings(steps=20, batch=8, lr=3e-5, every=10)
+QUICK = RefineSettings(steps=20, batch=8, lr=1e-3, every=10)
 
 
 def dense_of(way: str):
@@ -127,6 +127,18 @@ def test_whole_keys_values_and_layers_stay_as_they_are():
         learned(fold(dense, bases, Ranks((8, 8, 8), (8, 8, 8))))
 
 
+def test_steps_are_in_proportion_to_the_weights():
+    dense, low = pair()
+    refined = refine(dense, low, tiny.tokens(32, 64), QUICK._replace(steps=1, every=1, warmup=0))
+    assert refined.best["step"] == 1
+    before, after = low.state_dict(), refined.model.state_dict()
+    for name in learned(low):  # the first step of Adam has one size, up to what damps it
+        size = before[name].square().mean().sqrt() or 1.0
+        step = (after[name] - before[name]).abs().max() / size
+        assert 0 <= step < 1.01e-3
+        assert step > 0.2e-3 or not before[name].any()
+
+
 @pytest.mark.parametrize(("lr", "why"), [(0.3, "no new best"), (1e30, "no longer finite")])
 def test_refining_never_ends_worse_than_it_began(lr, why):
     dense, low = pair()
@@ -154,7 +166,7 @@ def interrupted(monkeypatch, after: int):
 @pytest.mark.parametrize("after", [2, 7])
 def test_resumed_equals_uninterrupted(monkeypatch, tmp_path, dtype, after):
     (dense, low), text, state = pair(dtype=dtype), tiny.tokens(64, 48), tmp_path / "state"
-    settings = RefineSettings(steps=11, batch=8, lr=3e-5, every=3, weight_decay=0.01)
+    settings = RefineSettings(steps=11, batch=8, lr=1e-3, every=3, weight_decay=0.01)
     want = refine(dense, low, text, settings)
     assert want.best["step"] > 0
     with monkeypatch.context() as patch:
@@ -175,7 +187,7 @@ def test_a_state_of_another_run_is_refused(monkeypatch, tmp_path):
     (dense, low), text, state = pair(), tiny.tokens(16, 48), tmp_path / "state"
     settings = RefineSettings(steps=4, every=2)
     refine(dense, low, text, settings, state=state)
-    with pytest.raises(ValueError, match=r"left by other work .lr 2e-05, given 0.1"):
+    with pytest.raises(ValueError, match=r"left by other work .lr 0.001, given 0.1"):
         refine(dense, low, text, settings._replace(lr=0.1), state=state)
     with pytest.raises(ValueError, match=r"left by other work .texts "):
         refine(dense, low, text + 1, settings, state=state)
@@ -304,7 +316,7 @@ def run(*words) -> int:
 
 
 def options(dense_folder) -> list:
-    words = ["--original", dense_folder, "--steps", "12", "--every", "4", "--lr", "2e-5"]
+    words = ["--original", dense_folder, "--steps", "12", "--every", "4", "--lr", "1e-3"]
     return [*words, "--seq-len", "32", "--samples", "32", "--batch", "4"]
 
 
@@ -341,7 +353,7 @@ def test_the_same_command_resumes_after_ctrl_c(
         assert run("refine", low_folder, out, *words) == 130
     assert {x.name for x in tmp_path.iterdir()} == {"whole", state_file(out).name}
     assert run("refine", low_folder, out, *words, "--lr", "1") == 2
-    assert "lr 2e-05, given 1.0" in capsys.readouterr().err
+    assert "lr 0.001, given 1.0" in capsys.readouterr().err
     assert run("refine", low_folder, out, *words, "--json") == 0
     printed, said = capsys.readouterr()
     assert "going on from" in said

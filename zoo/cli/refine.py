@@ -37,7 +37,9 @@ def refine(
     steps: Annotated[int, typer.Option(help="Largest number of steps.")] = 200,
     minutes: Annotated[float | None, typer.Option(help="Stop training after this time.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences in a step.")] = 2,
-    lr: Annotated[float, typer.Option(help="Largest learning rate.")] = 2e-5,
+    lr: Annotated[
+        float, typer.Option(help="Largest learning rate, as a share of each weight's size.")
+    ] = 1e-3,
     warmup: Annotated[
         float, typer.Option(help="Share of the run in which the learning rate rises.")
     ] = 0.1,

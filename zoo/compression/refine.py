@@ -116,6 +116,11 @@ def check_pair(dense: Model, low: Model) -> None:
             )
 
 
+def rms(weight: Tensor) -> float:
+    """Root of the mean square, 1 where all is zero."""
+    return float(weight.detach().float().square().mean().sqrt()) or 1.0
+
+
 class _Run:
     """A refinement in progress: its weights, its text, and its state."""
 
@@ -134,8 +139,12 @@ class _Run:
         self.learned = {n: p for n, p in self.student.named_parameters() if n in self.best}
         for p in self.learned.values():
             p.requires_grad_()
-        decay = settings.weight_decay
-        self.optimizer = torch.optim.AdamW(self.learned.values(), weight_decay=decay)
+        # encoders, decoders and means differ in size by a factor of a hundred, and steps with them
+        sizes, decay = map(rms, self.learned.values()), settings.weight_decay
+        self.optimizer = torch.optim.AdamW(
+            {"params": p, "size": size, "weight_decay": decay / size}
+            for p, size in zip(self.learned.values(), sizes, strict=True)
+        )
         self.order = settings.order(len(tokens))
         teacher = model_of(dense.config, shared)
         self.target, self.held_out_target = (
@@ -189,7 +198,9 @@ class _Run:
         progress = (self.step + 0.5) / s.steps
         if s.minutes is not None:
             progress = min(1, max(progress, self.seconds / (60 * s.minutes)))
-        self.optimizer.param_groups[0]["lr"] = s.rate(progress)
+        rate = s.rate(progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["size"]
         target = torch.cat([self.target(row) for row in rows.tolist()])
         hidden = self.distiller.hidden(self.student, self.tokens[rows])
         loss = self.distiller.divergence(hidden, target, self.student.head).item()

@@ -12,18 +12,18 @@ from .choices import PRECISIONS, check_choice
 class RefineSettings(NamedTuple):
     """How to refine.
 
-    steps: at most this many, of `batch` sequences each. lr: the peak of the learning rate, after a
-    linear rise over the share `warmup` of the run; then it falls as a cosine. clip: the largest
-    norm of the gradient. every: steps between measurements on held-out text. patience: stop after
-    this many measurements without a new best. minutes: stop after this time; the learning rate
-    reaches its end by then. precision: of the arithmetic, a name in `PRECISIONS`; weights learn in
-    float32. recompute: a layer's activations are computed again in the backward pass, which saves
-    memory.
+    steps: at most this many, of `batch` sequences each. lr: the peak of the learning rate, as a
+    share of the root mean square of each weight, after a linear rise over the share `warmup` of the
+    run; then it falls as a cosine. clip: the largest norm of the gradient. every: steps between
+    measurements on held-out text. patience: stop after this many measurements without a new best.
+    minutes: stop after this time; the learning rate reaches its end by then. precision: of the
+    arithmetic, a name in `PRECISIONS`; weights learn in float32. recompute: a layer's activations
+    are computed again in the backward pass, which saves memory.
     """
 
     steps: int = 200
     batch: int = 2
-    lr: float = 2e-5
+    lr: float = 1e-3
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
