@@ -201,15 +201,16 @@ class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
     def _get_static_cache_init_shape(self) -> None:
         """Return None: widths differ, so a static cache takes them from the first tokens."""
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
-    ) -> None:
+    ) -> Any:
         """As in transformers, whose prompt lookup drafts past the end of its own static cache."""
         if drafted := generation_config.prompt_lookup_num_tokens:
             length = generation_config.max_length + drafted
             given = getattr(generation_config, "max_cache_len", None) or 0
             generation_config.max_cache_len = max(length, given)
-        super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
+        return prepare(generation_config, *args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         """The language modeling head."""
