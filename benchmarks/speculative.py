@@ -3,7 +3,8 @@
     python benchmarks/speculative.py MODEL [--draft MODEL] [--lookup 3] [--lookup 7] [--threads 1]
 
 MODEL is asked to repeat a text, and to write one. Each way of drafting answers in every round;
-decoding is compiled, with the fused ops, in the dtype of `eigenzoo generate`. Prints a line of JSON
+decoding is compiled unless --no-compile is given, with the fused ops, in the dtype of `eigenzoo
+generate`. Prints a line of JSON
 for each prompt and way: median tokens per second over the rounds, their ratio to decoding without
 drafts, the share of drafted tokens that was accepted, and whether the tokens were the same (in
 bfloat16 they may differ where two are almost equally likely).
@@ -66,7 +67,7 @@ def main() -> None:
         ways["draft model"] = DraftModel(Generator(small, 1, slots, args.compile, False), 3)
     generator = Generator(install(model), 1, slots, args.compile, False)
     for draft in ways.values():  # compile
-        list(generator.stream([[1] * 8], slots - 8, draft=draft))
+        list(generator.stream([[1] * 8], 2 + (draft.tokens if draft else 1), draft=draft))
     for name, prompt in prompts.items():
         speeds: dict[str, list[float]] = {way: [] for way in ways}
         texts = {}

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 
+from eigenzoo.kernels.install import install
 from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.generate import Generator, answer
@@ -67,6 +68,16 @@ def test_greedy_tokens_are_those_without_drafts_and_rejected_ones_are_never_read
         assert tokens_of(generator, 60, draft=draft) == want
         assert 0 < draft.accepted <= draft.proposed
     assert tokens_of(generator, 60) == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_fused_ops_greedy_tokens_are_those_without_drafts(kind):
+    low, dense = map(install, low_and_dense(kind))
+    want = tokens_of(Generator(low, 1, 72, compile=False), 60)
+    for draft in (Lookup(7), drafts("model", dense, 72)):
+        assert tokens_of(poisoned(Generator(low, 1, 72, compile=False)), 60, draft=draft) == want
+        assert draft.accepted
 
 
 def test_a_last_slot_may_be_filled_and_what_comes_after_the_end_is_dropped(models):
