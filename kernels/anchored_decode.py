@@ -1,4 +1,4 @@
-"""Attention of one new token over keys that are cached rotated within their blocks.
+"""Attention of one or a few new tokens over keys that are cached rotated within their blocks.
 
 Every block of positions has its own queries, which one batched matrix product makes before the
 kernel runs. A tile may overlap several blocks. A matrix product of few queries has unused rows;
@@ -30,14 +30,14 @@ MOST_ROWS = 64  # of queries per tile; tiles shrink before they have more
 def kernel(
     u_ptr, z_ptr, v_ptr, span_ptr, bias_ptr, position_ptr, added_ptr, part_ptr, weight_ptr,
     z_batch, z_head, v_batch, v_head, span_batch, bias_batch, position_batch, blocks,
-    K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, QUERIES: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    UPCAST: tl.constexpr,
+    K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr,
+    SHARED: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
 ):
     # fmt: on
-    """One split of one group of QUERIES heads; see `launch`.
+    """One split of one group of QUERIES queries, TOKENS of every head; see `launch`.
 
-    Row j * SHARED + h holds the query of head h for block j of a tile. SHARED: QUERIES, padded. The
+    Row j * SHARED + h holds query h for block j of a tile. SHARED: QUERIES, padded. The
     other arguments are those of `latent_decode.kernel`.
     """
     group, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -45,7 +45,8 @@ def kernel(
     within, head = rows // SHARED, rows % SHARED
     first_head = (b * tl.num_programs(0) + group) * QUERIES
     dtype: tl.constexpr = tl.float32 if UPCAST else u_ptr.dtype.element_ty
-    first, _, low, high = extent(span_ptr + b * span_batch, TILE)
+    first, end, low, high = extent(span_ptr + b * span_batch, TILE)
+    last = end - TOKENS + head % TOKENS  # the slot of a row's own token
     z_ptr, z_scales = begin(z_ptr, b, z_batch, group // K_SHARE, z_head, low, K)
     v_ptr, v_scales = begin(v_ptr, b, v_batch, group // V_SHARE, v_head, low, V)
 
@@ -67,7 +68,8 @@ def kernel(
             s += tl.load(added_ptr + query, mask=known, other=0.0).to(tl.float32)[:, None]
         if bias_ptr is not None:
             s += tl.load(bias_ptr + b * bias_batch + slot, mask=there, other=0.0)[None, :]
-        s = tl.where(there[None, :] & (own[None, :] == block[:, None]), s * LOG2E, -float("inf"))
+        seen = there[None, :] & (own[None, :] == block[:, None]) & (slot[None, :] <= last[:, None])
+        s = tl.where(seen, s * LOG2E, -float("inf"))
         peak, total, read = attend(
             peak, total, read, s, v_ptr, v_scales, column, there, V, dtype, UPCAST
         )
@@ -111,10 +113,11 @@ def launch(
 
     Layouts: see `latent_decode.launch`.
     """
-    (batch, heads), blocks = q.shape[:2], cos.size(2)
+    (batch, heads, tokens), blocks = q.shape[:3], cos.size(2)
     position = position if blocks > 1 else None  # all slots are in the only block
-    turned = rotate(q.expand(-1, -1, blocks, -1), cos, sin) * scale  # (B, H, N, D)
-    u = absorb(turned, up, q.size(3))  # (B, H, N, R)
+    each = q[:, :, :, None].expand(-1, -1, -1, blocks, -1)
+    turned = (rotate(each, cos[:, None], sin[:, None]) * scale).flatten(1, 2)  # (B, H * T, N, D)
+    u = absorb(turned, up, q.size(3))  # (B, H * T, N, R)
     added = None
     if mean is not None:  # the mean of the keys adds one number per block and query
         added = (turned.unflatten(1, (len(mean), -1)) * mean[:, None]).sum(-1).contiguous()
@@ -123,7 +126,9 @@ def launch(
     shared = gcd(heads // keys.heads, heads // values.heads)  # heads of one group
     groups, rows = heads // shared, (keys.row, values.row)
     shape = constants(
-        shared, block if blocks > 1 else 0, *rows, q.element_size(), aligned=position is None
+        *(shared * tokens, block if blocks > 1 else 0, *rows, q.element_size()),
+        aligned=position is None,
+        tokens=tokens,
     )
     splits = split.splits_of(batch * groups, keys.x.size(-2), shape["TILE"])
     parts = split.Parts(q, splits, values.row.width)
@@ -141,9 +146,18 @@ def launch(
 
 
 def constants(
-    shared: int, block: int, k: Row, v: Row, itemsize: int, aligned: bool = True
+    shared: int,
+    block: int,
+    k: Row,
+    v: Row,
+    itemsize: int,
+    aligned: bool = True,
+    tokens: int = 1,
 ) -> dict:
-    """Constants of the kernel that depend on shapes only. block: 0 if one block holds all slots."""
+    """Constants of the kernel that depend on shapes only.
+
+    shared: queries of a group, `tokens` of every head. block: 0 if one block holds all slots.
+    """
     block = block or 1 << 30  # not the number of slots: a longer cache would compile again
     heads = triton.next_power_of_2(shared)
     tile = split.tile_of(k.width + v.width, itemsize)
@@ -152,6 +166,7 @@ def constants(
     rows = triton.next_power_of_2(touched(block, tile, aligned)) * heads
     return {
         "QUERIES": shared,
+        "TOKENS": tokens,
         "SHARED": heads,
         "BLOCK": block,
         "K": k,

@@ -55,6 +55,21 @@ def test_calibrations_are_compared_on_every_domain(dense_folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_every_way_of_drafting_takes_turns_at_decoding(dense_folder):
+    words = [FILES / "speculative.py", dense_folder, "--draft", dense_folder, "--lookup", "3"]
+    done = fresh.python(*words, "--no-compile", "--tokens", "12", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    ways = ("none", "lookup 3", "draft model")
+    prompts = ("repeat", "write")
+    assert [(x["prompt"], x["drafts"]) for x in printed] == [(p, w) for p in prompts for w in ways]
+    for row in printed:
+        assert row["tokens_per_second"] > 0 < row["speedup"]
+        if row["drafts"] == "draft model":  # it drafts for itself
+            assert row["accepted"] > 0.5
+
+
+@pytest.mark.slow
 def test_the_rows_of_a_sweep_take_turns_at_decoding(run, dense_folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     words = ["--keep", "0.5", "--samples", "4", *(w for k in KEYS for w in ("--keys", k))]

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from .inference.checkpoint import load as load
     from .inference.data import calibration_tokens as calibration_tokens
     from .inference.generate import Generator as Generator
-    from .inference.generate import Sampling as Sampling
     from .inference.perplexity import perplexity as perplexity
+    from .inference.sampling import Sampling as Sampling
+    from .inference.speculative import DraftModel as DraftModel
+    from .inference.speculative import Lookup as Lookup
 
 PUBLIC = {
     "load": ".inference.checkpoint",
@@ -22,7 +24,9 @@ PUBLIC = {
     "Settings": ".compression.settings",
     "calibration_tokens": ".inference.data",
     "Generator": ".inference.generate",
-    "Sampling": ".inference.generate",
+    "Sampling": ".inference.sampling",
+    "Lookup": ".inference.speculative",
+    "DraftModel": ".inference.speculative",
     "perplexity": ".inference.perplexity",
 }
 

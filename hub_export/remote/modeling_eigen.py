@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
@@ -200,6 +200,17 @@ class EigenForCausalLM(EigenPreTrainedModel, GenerationMixin):
 
     def _get_static_cache_init_shape(self) -> None:
         """Return None: widths differ, so a static cache takes them from the first tokens."""
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers, whose prompt lookup drafts past the end of its own static cache."""
+        if drafted := generation_config.prompt_lookup_num_tokens:
+            length = generation_config.max_length + drafted
+            given = getattr(generation_config, "max_cache_len", None) or 0
+            generation_config.max_cache_len = max(length, given)
+        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
+        return prepare(generation_config, *args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         """The language modeling head."""

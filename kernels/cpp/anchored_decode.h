@@ -22,17 +22,17 @@
 
 namespace {
 
-// Queries x (H, D), rotated by the angles of N blocks, cos and sin (N, D / 2): (H, N, D)
+// Queries x (H, T, D), rotated by the angles of N blocks, cos and sin (T, N, D / 2): (H, T, N, D)
 inline Tensor rotate_queries(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-  const int64_t H = x.size(0), half = x.size(1) / 2, N = cos.size(0);
-  Tensor out = at::empty({H, N, 2 * half}, x.options());
+  const int64_t H = x.size(0), T = x.size(1), half = x.size(2) / 2, N = cos.size(1);
+  Tensor out = at::empty({H, T, N, 2 * half}, x.options());
   const float *q = x.const_data_ptr<float>(), *c = cos.const_data_ptr<float>(),
               *s = sin.const_data_ptr<float>();
   float* y = out.data_ptr<float>();
-  at::parallel_for(0, H * N, 64, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, H * T * N, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const float *a = q + i / N * 2 * half, *b = a + half, *ci = c + i % N * half,
-                  *si = s + i % N * half;
+      const float *a = q + i / N * 2 * half, *b = a + half, *ci = c + i % (T * N) * half,
+                  *si = s + i % (T * N) * half;
       for (int64_t j = 0; j < half; ++j) {
         y[i * 2 * half + j] = a[j] * ci[j] - b[j] * si[j];
         y[i * 2 * half + half + j] = b[j] * ci[j] + a[j] * si[j];
@@ -76,8 +76,8 @@ struct Blocks {
 };
 
 struct BlockQueries {               // one tensor per sequence; G kv heads, N blocks
-  std::vector<Tensor> absorbed;     // (G, H / G N, R)
-  std::vector<Tensor> mean_scores;  // (G, H / G N, 1): what the mean of the keys adds, if any
+  std::vector<Tensor> absorbed;     // (G, H / G T N, R)
+  std::vector<Tensor> mean_scores;  // (G, H / G T N, 1): what the mean of the keys adds, if any
 };
 
 inline BlockQueries make_block_queries(const Tensor& q, int64_t blocks, const Tensor& cos,
@@ -97,8 +97,8 @@ inline BlockQueries make_block_queries(const Tensor& q, int64_t blocks, const Te
   for (int64_t b = 0; b < q.size(0); ++b) {
     const int64_t own = cos.size(0) == 1 ? 0 : b;
     const Tensor rotated =
-        rotate_queries(x[b].squeeze(1), cos[own][0].narrow(0, 0, blocks).contiguous(),
-                       sin[own][0].narrow(0, 0, blocks).contiguous())
+        rotate_queries(x[b], cos[own].narrow(1, 0, blocks).contiguous(),
+                       sin[own].narrow(1, 0, blocks).contiguous())
             .view({up.size(0) * lifted, -1, D});
     out.absorbed.push_back(at::bmm(rotated.to(dtype), maps));
     if (mean)
@@ -115,9 +115,12 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
                        const Layouts& v_layout) {
   const Cache keys(z, z_layout), values(v, v_layout);
   check_attention(q, keys, values, span, bias, std::nullopt);
-  check_rotation(q, keys, up, mean, cos, sin);
-  if (position) check_positions(*position, keys);
-  const int64_t K = keys.latents(), rows = q.size(1) / K;
+  check_rotation(q, keys, up, mean, cos, sin, q.size(2));
+  if (position) {
+    expect(q.size(2) == 1, "one new token, if there are positions", q);
+    check_positions(*position, keys);
+  }
+  const int64_t K = keys.latents(), rows = q.size(1) / K * q.size(2);
   const int64_t latents = K / std::gcd(K, values.latents());  // of a unit
   int64_t N = 0;  // blocks of the longest sequence
   for (int64_t b = 0; b < q.size(0); ++b) {

@@ -84,9 +84,11 @@ inline void check_positions(const Tensor& position, const Cache& latents) {
          "positions (B or 1, S) in int32, contiguous", position);
 }
 
-// Maps from latents of keys to heads, and cosines and sines for queries q (B, H, T, D)
+// Maps from latents of keys to heads, and cosines and sines for queries q (B, H, T, D), which differ
+// among `angles` tokens
 inline void check_rotation(const Tensor& q, const Cache& latents, const Tensor& up,
-                           const OptionalTensor& mean, const Tensor& cos, const Tensor& sin) {
+                           const OptionalTensor& mean, const Tensor& cos, const Tensor& sin,
+                           int64_t angles) {
   const int64_t D = q.size(3), K = latents.latents();
   check_dense("maps (L, R, G / L * D)", up, 3);
   const int64_t G = up.size(2) / D * K;
@@ -100,10 +102,10 @@ inline void check_rotation(const Tensor& q, const Cache& latents, const Tensor& 
            "a mean (G, 1, D)", *mean);
   }
   for (const Tensor& x : {cos, sin}) {
-    check_dense("cosines and sines (B or 1, 1, n, D / 2)", x, 4);
-    expect(one_or(x.size(0), q.size(0)) && x.size(1) == 1 && x.sizes() == cos.sizes() &&
+    check_dense("cosines and sines (B or 1, 1 or T, n, D / 2)", x, 4);
+    expect(one_or(x.size(0), q.size(0)) && x.size(1) == angles && x.sizes() == cos.sizes() &&
                x.size(3) == D / 2 && x.scalar_type() == at::kFloat,
-           "cosines and sines (B or 1, 1, n, D / 2) in float32", x);
+           "cosines and sines (B or 1, 1 or T, n, D / 2) in float32", x);
   }
 }
 

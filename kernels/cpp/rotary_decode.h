@@ -91,7 +91,7 @@ Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Te
                      const Layouts& z_layout, const Layouts& v_layout) {
   const Cache latent(z, z_layout), values(v, v_layout);
   check_attention(q, latent, values, span, bias, std::nullopt);
-  check_rotation(q, latent, up, mean, cos, sin);
+  check_rotation(q, latent, up, mean, cos, sin, 1);
   expect(cos.size(2) == latent.slots(), "angles of all slots", cos);
   const int64_t D = q.size(3), half = D / 2, padded = round_up(D);
   const int64_t K = latent.latents();

@@ -357,6 +357,47 @@ def test_weights_become_int8_if_asked_for(run, dense_folder):
     assert (native["weights"], light["weights"]) == ("native", "int8")
 
 
+def test_generate_gives_the_same_text_with_drafts_and_tells_what_was_accepted(
+    run, low, dense_folder
+):
+    words = ["generate", low, "-p", "the cat the cat", "--no-compile", "--max-new-tokens", "40"]
+    words += ["--dtype", "float32"]
+    plain = json.loads(run(*words, "--json")[1])
+    assert (plain["drafted_tokens"], plain["accepted_share"]) == (0, None)
+    for drafts in (["--lookup", "3"], ["--draft", dense_folder], ["--draft", low]):
+        printed = json.loads(run(*words, *drafts, "--json")[1])
+        assert printed["outputs"] == plain["outputs"]
+        assert printed["drafted_tokens"] > 0 <= printed["accepted_share"] <= 1
+        assert printed["decode_tokens_per_second"] > 0
+    assert printed["accepted_share"] > 0.5  # it drafts for itself
+    assert "drafted ones accepted" in run(*words, "--draft", low)[2]
+
+
+def test_drafts_that_cannot_be_are_refused_before_weights_are_read(
+    run, low, dense_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("eigenzoo.zoo.cli.generate.load", None)
+    tiny.save(tmp_path / "fewer", vocab_size=319)
+    tiny.save(tmp_path / "other")
+    tokens = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    a, b = [*vocabulary][50:52]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokens))
+    for words, named in (
+        (["--lookup", 0], "'--lookup': Input should be greater than or equal to 1"),
+        (["--lookup", 128], "fewer than the new ones"),
+        (["--lookup", 3, "-p", "y"], "given 2 sequences and a draft"),
+        (["--lookup", 3, "--draft", dense_folder], "expected one of them"),
+        (["--draft", dense_folder, "--draft-tokens", 200], "fewer than the new ones"),
+        (["--draft", tmp_path / "none"], "none does not exist"),
+        (["--draft", tmp_path / "fewer"], "knows 319 tokens, and"),
+        (["--draft", tmp_path / "other"], "which are not the same"),
+    ):
+        code, _, said = run("generate", low, "-p", "x", *words)
+        assert (code, named in " ".join(said.split())) == (2, True), said
+
+
 def test_generate_streams_one_answer_and_reads_standard_input(low):
     words = ["generate", str(low), "--no-compile", "--max-new-tokens", "6", "--temperature", "1"]
     runs = [

@@ -269,3 +269,20 @@ def test_rows_of_a_cache_may_be_selected_unless_their_positions_were_given():
     cache.batch_select_indices(torch.tensor([1]))
     with pytest.raises(ValueError, match="position_ids of 2 sequences"):
         model(ROWS[:1, :1], past_key_values=cache)
+
+
+REPEATING = torch.tensor([[5, 9, 33, 7, 120, 8, 41, 5, 9, 33, 7]])
+
+
+@pytest.mark.parametrize("static", [None, "static"])
+@pytest.mark.parametrize(
+    "more", [{}, {"attention_mask": (torch.arange(11) > 2).long()[None]}], ids=["", "padded"]
+)
+def test_assisted_generation_gives_the_same_tokens(model, static, more):
+    greedy = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None} | more
+    want = model.generate(REPEATING, **greedy)[0].tolist()
+    assistant = exported.exported(tiny.stir(type(model.model)(model.model.config), seed=1))
+    assistant.model.layers[0].load_state_dict(model.model.layers[0].state_dict())
+    for how in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": assistant}):
+        got = model.generate(REPEATING, **greedy, **how, cache_implementation=static)
+        assert got[0].tolist() == want

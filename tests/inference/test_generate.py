@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference import generate, steps
-from eigenzoo.zoo.inference.generate import Generator, Sampling, answer, choose, sample_text
+from eigenzoo.zoo.inference.generate import Generator, answer, sample_text
+from eigenzoo.zoo.inference.sampling import Sampling, choose
 from eigenzoo.zoo.measure.shapes import random_model
 from eigenzoo.zoo.models.llama import LlamaConfig
 

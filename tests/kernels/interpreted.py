@@ -174,13 +174,14 @@ def anchored(slots, given, block, rank=16, dtype=torch.float32, heads=4, kv=2, k
     v_heads = 2
     if "uneven" in given:
         k_heads, v_heads = 1, 2
-    angle = torch.rand(2 if "angles" in given else 1, 1, -(-slots // block), 8)
+    tokens = 3 if "tokens" in given else 1
+    angle = torch.rand(2 if "angles" in given else 1, tokens, -(-slots // block), 8)
     mean = torch.randn(kv, 1, 16).to(dtype) if "mean" in given else None
     up = (rank**-0.5 * torch.randn(k_heads, rank, kv // k_heads * 16)).to(dtype)
-    q, z, v = torch.randn(2, heads, 1, 16), cache(k_heads, slots, rank, dtype), cache(2, slots, 32)
+    q, z = torch.randn(2, heads, tokens, 16), cache(k_heads, slots, rank, dtype)
     v = cache(v_heads, slots, 32, dtype)
     bias = torch.randn(2, slots) if "bias" in given else None
-    span = span_of(slots, given)
+    span = span_of(slots, given, tokens)
     options = bias, positions(slots, span) if "padding" in given else None
     return q.to(dtype), z, v, span, 0.25, angle.cos(), angle.sin(), up, mean, block, *options
 
@@ -196,6 +197,12 @@ def positions(slots: int, span: torch.Tensor) -> torch.Tensor:
 @pairs("bias", "mean", "angles", "spans", "uneven", "padding")
 def test_anchored_decode_takes_every_option(given):
     check(attention.anchored_decode, *anchored(90, given, 32))
+
+
+@pairs("bias", "mean", "angles", "spans", "uneven")
+@pytest.mark.parametrize("block", [16, 32, 128])
+def test_anchored_decode_takes_a_few_tokens(given, block):
+    check(attention.anchored_decode, *anchored(130, {"tokens", *given}, block))
 
 
 @pytest.mark.parametrize("slots", LENGTHS)

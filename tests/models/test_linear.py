@@ -92,14 +92,15 @@ def test_compiled_few_rows_go_row_by_row_in_one_graph(layer):
     assert ["stack" in code for code in graphs] == [True, False]
 
 
-def test_only_one_token_of_few_sequences_goes_row_by_row(monkeypatch):
+def test_only_a_few_tokens_go_row_by_row(monkeypatch):
     module = linear.Projector()
     assert not module.few(torch.zeros(1, 1, WIDE))  # not compiled
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert module.few(torch.zeros(linear.ROWS, 1, WIDE))
     assert not module.few(torch.zeros(linear.ROWS + 1, 1, WIDE))
     assert not module.few(torch.zeros(0, 1, WIDE))
-    assert not module.few(torch.zeros(1, 2, WIDE))
+    assert module.few(torch.zeros(1, linear.ROWS, WIDE))
+    assert not module.few(torch.zeros(2, linear.ROWS, WIDE))
     assert not module.few(torch.zeros(1, 1, WIDE, device="meta"))
 
 
@@ -167,7 +168,7 @@ def test_copies_of_a_model_with_fused_ops_decode_as_it_does():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.SIZES)
 @pytest.mark.parametrize("int8", [False, True])
-def test_with_fused_ops_every_linear_layer_of_one_token_is_fused(monkeypatch, family, int8):
+def test_with_fused_ops_every_linear_layer_of_a_few_tokens_is_fused(monkeypatch, family, int8):
     model, counted = tiny.native(family), []
     layers = sum(type(m) is nn.Linear for m in model.modules())
     model = install(quantize(model) if int8 else model)
@@ -177,10 +178,11 @@ def test_with_fused_ops_every_linear_layer_of_one_token_is_fused(monkeypatch, fa
                 module, "linear_decode", lambda *args: counted.append(1) or ops.linear_decode(*args)
             )
     cache = model.new_cache(2, 8)
-    model(tiny.tokens(2, 4), torch.arange(4), cache)
+    model(tiny.tokens(2, 5), torch.arange(5), cache)
     assert not counted
-    model(tiny.tokens(2, 1), torch.arange(4, 5), cache)
-    assert len(counted) == layers
+    for count in (1, 4):
+        model(tiny.tokens(2, count), torch.arange(count), cache)
+    assert len(counted) == 2 * layers
 
 
 def test_an_int8_weight_is_off_by_half_a_scale_at_most(layer):

@@ -24,6 +24,8 @@ from .options import (
 )
 from .values import decoding_dtype, load, preparation, say, show
 
+DRAFTS = "Speculative decoding"
+
 
 def generate(
     source: Source,
@@ -54,6 +56,32 @@ def generate(
             show_default="if it has one",
         ),
     ] = None,
+    lookup: Annotated[
+        int | None,
+        option(
+            "--lookup",
+            metavar="<tokens>",
+            help="Where the text repeats itself, draft this many tokens from there, and verify "
+            "them in one step. The answer stays the same.",
+            default="no drafts",
+            panel=DRAFTS,
+            min=1,
+        ),
+    ] = None,
+    draft: Annotated[
+        str | None,
+        option(
+            "--draft",
+            metavar="<source>",
+            help="Let a smaller model with the same tokenizer draft tokens; a checkpoint.",
+            default="no drafts",
+            panel=DRAFTS,
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int,
+        option("--draft-tokens", help="With --draft: tokens to draft.", panel=DRAFTS, min=1),
+    ] = 4,
     compile: Compile = True,
     compile_prefill: Annotated[
         bool,
@@ -79,20 +107,35 @@ def generate(
     """
     from ..inference.checkpoint import stop_tokens
     from ..inference.data import encode_prompt
-    from ..inference.generate import Generator, Sampling, answer
+    from ..inference.generate import Generator, answer
+    from ..inference.sampling import Sampling
+    from ..inference.speculative import DraftModel, Lookup, check_drafts
+    from ..inference.vocabulary import check_same_vocabulary
     from ..models.config import kv_bytes
     from ..utils.memory import peak, reset_peak
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
     prepare = preparation(weights, ops, compile)
+    if lookup and draft:
+        raise ValueError("given --lookup and --draft: expected one of them")
     prompts = prompt or [_stdin()]
-    checkpoint = load(source, decoding_dtype(dtype, device), device, revision, trust_remote_code)
+    if drafted := lookup or (draft_tokens if draft else 0):
+        check_drafts(drafted, len(prompts), max_new_tokens)
+    if draft:
+        check_same_vocabulary(source, draft, revision, trust_remote_code)
+    dtype = decoding_dtype(dtype, device)
+    checkpoint = load(source, dtype, device, revision, trust_remote_code)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     ids = [encode_prompt(tokenizer, p, chat, model.config.vocab_size) for p in prompts]
     slots = max(len(i) for i in ids) + max_new_tokens
     prepare(model)
     generator = Generator(model, len(ids), slots, compile, compile_prefill, kv_bits)
+    drafts: Lookup | DraftModel | None = Lookup(lookup) if lookup else None
+    if draft:
+        smaller = load(draft, dtype, device, trust_remote_code=trust_remote_code).model
+        prepare(smaller)
+        drafts = DraftModel(Generator(smaller, 1, slots, compile, compile_prefill), draft_tokens)
     if compile or compile_prefill:
         say("compiling at the first tokens: a minute or two, the first time")
     live = len(ids) == 1 and not as_json
@@ -100,7 +143,7 @@ def generate(
     put = (lambda tokens: streamer.put(tokens.cpu())) if streamer else None
     reset_peak(model.device)  # loading may have held more
     rows, speed, first, compiled = answer(
-        generator, ids, max_new_tokens, sampling, stop_tokens(checkpoint), put
+        generator, ids, max_new_tokens, sampling, stop_tokens(checkpoint), put, drafts
     )
     if streamer:
         streamer.end()
@@ -108,6 +151,8 @@ def generate(
         "outputs": [tokenizer.decode(row, skip_special_tokens=True) for row in rows],
         "new_tokens": [len(row) for row in rows],
         "decode_tokens_per_second": speed,
+        "drafted_tokens": drafts.proposed if drafts else 0,
+        "accepted_share": drafts.accepted / drafts.proposed if drafts and drafts.proposed else None,
         "first_token_seconds": first,
         "compile_seconds": compiled,
         "peak_memory": peak(model.device),
@@ -137,9 +182,11 @@ def _streamer(tokenizer: Any) -> Any:
 def _summary(x: Mapping[str, Any]) -> str:
     """How much was generated, how fast, and with how much memory, as a line."""
     speed, compiled = x["decode_tokens_per_second"], x["compile_seconds"]
+    drafted, accepted = x["drafted_tokens"], x["accepted_share"]
     return (
         f"{sum(x['new_tokens'])} tokens"
         + (f", {speed:.1f} tokens/s" if speed else "")
+        + (f", {accepted:.0%} of {x['drafted_tokens']} drafted ones accepted" if drafted else "")
         + f", the first after {x['first_token_seconds']:.1f} s"
         + (f", {compiled:.1f} s of all in the compiler" if compiled else "")
         + f"; {x['peak_memory'] / 2**20:.0f} MiB at most, {x['cache_slots']} cache slots, "

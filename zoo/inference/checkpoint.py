@@ -122,18 +122,36 @@ def _checkpoint(
     source: str, path: Path, raw: dict[str, Any], model: Model, trust_remote_code: bool
 ) -> Checkpoint:
     gguf = path.suffix == ".gguf"
-    if gguf:
-        tokenizer, generation = read_gguf_tokenizer(path), _generation(None, raw)
-    else:
-        # transformers chooses the tokenizer's class by the config, and may not accept this config
-        foreign = model.config.foreign or raw["model_type"] == MODEL_TYPE
-        like: dict[str, Any] = {"config": CONFIG_MAPPING[model.config.family]()} if foreign else {}
-        tokenizer = read_tokenizer(path, trust_remote_code, **like)
-        generation = _generation(path, raw)
+    tokenizer = _tokenizer(path, raw, model.config, trust_remote_code)
+    generation = _generation(None if gguf else path, raw)
     local = model_name(path) if gguf else path.name  # cards show it, so not the user's whole path
     name = local if Path(source).expanduser().exists() else parse_hub_id(source)[0]
     license = card_license(path.parent if gguf else path)
     return Checkpoint(model, tokenizer, unquantized(raw), generation, name, license)
+
+
+def _tokenizer(
+    path: Path, raw: dict[str, Any], config: Config, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    if path.suffix == ".gguf":
+        return read_gguf_tokenizer(path)
+    # transformers chooses the tokenizer's class by the config, and may not accept this config
+    foreign = config.foreign or raw["model_type"] == MODEL_TYPE
+    like: dict[str, Any] = {"config": CONFIG_MAPPING[config.family]()} if foreign else {}
+    return read_tokenizer(path, trust_remote_code, **like)
+
+
+def vocabulary(
+    source: str, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[int, dict[str, int]]:
+    """How many tokens a model knows, and the ids of its tokenizer's. No weights are read.
+
+    Arguments and errors as of `load`.
+    """
+    path = locate(source, revision)
+    raw = read_config(path)
+    config = native_config(raw)
+    return config.vocab_size, _tokenizer(path, raw, config, trust_remote_code).get_vocab()
 
 
 def stop_tokens(checkpoint: Checkpoint) -> list[int]:

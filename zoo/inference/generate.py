@@ -1,56 +1,27 @@
 """Generation with a static cache: one compiled graph for prefill, one for decoding."""
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..models.model import Model
-from .steps import check_compiler, compile_seconds, decode_by_layer, decode_step, prefill
+from .sampling import Sampling, choose
+from .speculative import Draft, speculate
+from .steps import (
+    check_compiler,
+    compile_seconds,
+    decode_by_layer,
+    decode_step,
+    prefill,
+    verify_by_layer,
+)
 
 PART = 2048  # tokens per prefill step: more would take more memory and would not be faster
-
-
-class Sampling(NamedTuple):
-    """How the next token is chosen: by temperature, then top-k, then top-p."""
-
-    temperature: float = 0.0
-    """Divides the logits; 0 takes the most likely token."""
-    top_k: int = 0
-    """Sample from the k most likely tokens; 0 stands for all."""
-    top_p: float = 1.0
-    """Sample from the most likely tokens of this total probability, in (0, 1]."""
-    seed: int = 0
-    """Of the random numbers."""
-
-    def check(self) -> None:
-        """Raise ValueError for settings out of range."""
-        warm = 0 <= self.temperature < math.inf  # nan is neither
-        if not warm or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"given {self}: expected a finite temperature >= 0, top_k >= 0 and top_p above 0 "
-                "up to 1"
-            )
-
-
-def choose(logits: Tensor, sampling: Sampling, random: torch.Generator | None = None) -> Tensor:
-    """Next tokens (B,) from logits (B, vocabulary): temperature, then top-k, then top-p."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
-    if sampling.top_k:
-        least = logits.topk(min(sampling.top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if sampling.top_p < 1:
-        p, order = logits.softmax(-1).sort(descending=True)
-        rest = p.cumsum(-1) - p >= sampling.top_p  # the most likely token always stays
-        logits = logits.masked_fill(rest.gather(1, order.argsort()), -torch.inf)
-    return logits.softmax(-1).multinomial(1, generator=random)[:, 0]
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype | None:
@@ -70,8 +41,8 @@ class Generator:
     """A model with a static cache, which it uses for one batch of prompts after the other.
 
     Memory is allocated and graphs are compiled once: the prefill graph takes prompts of any length,
-    the decoding graph one token per sequence. Prompts of different lengths are padded on the left;
-    positions are counted after the padding.
+    the decoding graph one token per sequence, and a graph for each length of drafts verifies them.
+    Prompts of different lengths are padded on the left; positions are counted after the padding.
     """
 
     def __init__(
@@ -104,10 +75,11 @@ class Generator:
             check_compiler()
         # Regions that layers share cannot hold symbolic sizes. So sizes must stay static, and each
         # model and each cache size is compiled separately, without a limit on their number.
-        self.decode = decode_step
+        self.decode, self._verify, self._cold = decode_step, verify_by_layer, compile
         if compile:
-            static = {"fullgraph": True, "dynamic": False, "recompile_limit": sys.maxsize}
-            self.decode = torch.compile(decode_by_layer, **static)  # type: ignore[call-overload]
+            static: Any = {"fullgraph": True, "dynamic": False, "recompile_limit": sys.maxsize}
+            self.decode = torch.compile(decode_by_layer, **static)
+            self._verify = torch.compile(verify_by_layer, **static)
         self.prefill = torch.compile(prefill, fullgraph=True) if compile_prefill else prefill
 
     @torch.inference_mode()
@@ -140,12 +112,34 @@ class Generator:
                 torch._dynamo.mark_dynamic(past, 0)
         return self.prefill(self.model, tokens, past, self.cache, valid)
 
+    @torch.inference_mode()
+    def verify(self, tokens: Tensor, start: int) -> Tensor:
+        """Process tokens (1, T) as decoding does, from slot `start` on; logits (T, vocabulary).
+
+        For a few tokens of a single sequence, which must fit the cache.
+        """
+        pos = torch.arange(start, start + tokens.size(1), device=tokens.device)
+        return self._verify(self.model, tokens, pos, self.cache)
+
+    def warm(self, start: int, count: int) -> None:
+        """At the first call compile decoding, and verifying `count` tokens if that is above 1.
+
+        This runs steps at the slots from `start` on, the first empty one; later steps overwrite it.
+        """
+        tokens = torch.zeros(1, count, dtype=torch.long, device=self.valid.device)
+        if self._cold and start + count <= self.slots:
+            self.advance(tokens.new_zeros(1, 1), start)
+            if count > 1:
+                self.verify(tokens, start)
+            self._cold = False
+
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop: Sequence[int] = (),
+        draft: Draft | None = None,
     ) -> Iterator[Tensor]:
         """Yield the next token of every sequence, (B,), up to `max_new_tokens` times.
 
@@ -153,9 +147,12 @@ class Generator:
         - sampling: None takes the most likely token.
         - stop: tokens that end a sequence, which then repeats its last token until all sequences
           have ended.
+        - draft: `Lookup` or `DraftModel`, for speculative decoding of a single prompt. The tokens
+          are those of decoding without it, except that with sampling a `DraftModel` draws others,
+          of the same distribution.
 
-        Raises ValueError if the prompts and the new tokens do not fit the cache, or `sampling` is
-        out of range.
+        Raises ValueError if the prompts and the new tokens do not fit the cache, `sampling` is out
+        of range, or `draft` cannot draft for this model, batch or number of tokens.
         """
         sampling = sampling or Sampling()
         sampling.check()
@@ -173,17 +170,23 @@ class Generator:
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit a cache of "
                 f"{self.slots} slots: ask for fewer (at least 1) or make a larger cache"
             )
+        if draft:
+            draft.check(self, max_new_tokens)
         device = self.valid.device
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
         self.valid.fill_(True)
         for i, prompt in enumerate(prompts):
             tokens[i, longest - len(prompt) :] = torch.tensor(prompt, device=device)
             self.valid[i, : longest - len(prompt)] = False
+        logits = self.advance(tokens, 0)
+        if draft:
+            for token in speculate(self, draft, prompts[0], logits, max_new_tokens, sampling, stop):
+                yield torch.tensor([token], device=device)
+            return
         random = torch.Generator(device).manual_seed(sampling.seed)
         ends = torch.tensor(list(stop), dtype=torch.long, device=device)
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         last = tokens[:, -1]
-        logits = self.advance(tokens, 0)
         for slot in range(longest, longest + max_new_tokens):
             last = torch.where(done, last, choose(logits, sampling, random))
             done |= torch.isin(last, ends)
@@ -210,23 +213,26 @@ def answer(
     sampling: Sampling | None = None,
     stop: Sequence[int] = (),
     show: Callable[[Tensor], None] | None = None,
+    draft: Draft | None = None,
 ) -> Answer:
     """Run `Generator.stream` to its end; arguments and errors as there.
 
     show: called with the tokens (B,) of every step. The speed excludes prefill and the first
-    decoding step, which may wait for the compiler.
+    decoding step, which may wait for the compiler; with a draft, it excludes only prefill, in which
+    all is compiled.
     """
     rows: list[list[int]] = [[] for _ in prompts]
     times, start, compiled = [], time.perf_counter(), compile_seconds()
-    for tokens in generator.stream(prompts, max_new_tokens, sampling, stop):
+    for tokens in generator.stream(prompts, max_new_tokens, sampling, stop, draft):
         times.append(time.perf_counter())
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if not row or row[-1] not in stop:
                 row.append(token)
         if show:
             show(tokens)
-    steps = len(times) - 2
-    speed = steps * len(rows) / (times[-1] - times[1]) if steps > 0 else None
+    first = 0 if draft else 1
+    steps = len(times) - 1 - first
+    speed = steps * len(rows) / (times[-1] - times[first]) if steps > 0 else None
     return Answer(rows, speed, times[0] - start, compile_seconds() - compiled)
 
 

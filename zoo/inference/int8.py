@@ -25,7 +25,7 @@ class Int8Linear(Projector):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
         if self.few(x):
-            return self.linear_decode(x, self.weight, self.scale, self.bias)
+            return self.by_row(x, self.weight, self.scale, self.bias)
         y = (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 

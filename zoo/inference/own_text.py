@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.model import Model
 from .chat import frame
-from .generate import Generator, Sampling, choose, sample_text
+from .generate import Generator, sample_text
+from .sampling import Sampling, choose
 from .vocabulary import check_ids
 
 NAME = "text sampled from the model"

@@ -10,6 +10,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from ..models.cache import LayerCache, StaticCache
+from ..models.mask import decode_mask
 from ..models.model import Model
 
 
@@ -38,10 +39,18 @@ def decode_by_layer(
     model: Model, tokens: Tensor, pos: Tensor, cache: StaticCache, valid: Tensor | None
 ) -> Tensor:
     """As `decode_step`, in a form that torch.compile compiles once per kind of layer."""
-    x, pos, attn_metadata = model.begin(tokens, pos, cache, valid)
+    return _by_layer(model, cache, *model.begin(tokens, pos, cache, valid))[:, -1]
+
+
+def verify_by_layer(model: Model, tokens: Tensor, pos: Tensor, cache: StaticCache) -> Tensor:
+    """Process a few tokens (1, T) at slots pos (T,), as decoding does; logits (T, vocabulary)."""
+    return _by_layer(model, cache, *model.begin(tokens, pos, cache, mask=decode_mask(pos)))[0]
+
+
+def _by_layer(model: Model, cache: StaticCache, x: Tensor, pos: Tensor, metadata: Any) -> Tensor:
     for i, layer in enumerate(model.layers):
-        x = _layer(layer, x, pos, attn_metadata, cache.layer(i))
-    return model.linear(model.head, model.finish(x))[:, -1]
+        x = _layer(layer, x, pos, metadata, cache.layer(i))
+    return model.linear(model.head, model.finish(x))
 
 
 # all layers of equal shapes share one compiled region; the number of kinds is not limited

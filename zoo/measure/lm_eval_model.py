@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..inference.chat import Chat, render
 from ..inference.data import check_ids
-from ..inference.generate import Generator, Sampling
+from ..inference.generate import Generator
 from ..inference.perplexity import rounding_cache
+from ..inference.sampling import Sampling
 from ..models.model import Model
 
 log = logging.getLogger(__name__)

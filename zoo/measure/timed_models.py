@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from ..inference.checkpoint import load, locate
-from ..inference.generate import Generator, Sampling, choose
+from ..inference.generate import Generator
+from ..inference.sampling import Sampling, choose
 from ..models.config import Config
 from ..models.model import Model
 from .shapes import random_model

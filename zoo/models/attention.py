@@ -127,17 +127,17 @@ def anchored_decode(
     bias: Tensor | None = None,
     position: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one new token over keys that were rotated relative to their block's center.
+    """Attention of one or a few new tokens over keys rotated relative to their block's center.
 
-    Let c be the center of a block and i the position of the new token. For a key k_j in the block,
+    Let c be the center of a block and i the position of a new token. For a key k_j in the block,
     R_i q · R_j k_j = R_(i - c) q · φ_j with φ_j = R_(j - c) k_j = lift(z_j) + mean. So one rotated
     and absorbed query per block reads all latents of the block.
-    q: (B, H, 1, D), not rotated; z: (B, L, S, R) latents of φ; v, span, bias: as in
-    `latent_decode`; cos, sin: of the angles of i - c, (B or 1, 1, N, D / 2) for N = ceil(S / block)
+    q: (B, H, T, D), not rotated; z: (B, L, S, R) latents of φ; v, span, bias: as in
+    `latent_decode`; cos, sin: of the angles of i - c, (B or 1, T, N, D / 2) for N = ceil(S / block)
     blocks; up: (L, R, G / L * D); mean: (G, 1, D); position: (B or 1, S) in int32, below N * block,
-    the positions of the slots, where padding makes them differ from 0, 1, 2...: slot j is in block
-    position[j] // block. Fused ops expect that, inside the span, positions never fall, and rise by
-    at most 1 from slot to slot. Returns (B, H, 1, W).
+    only for T = 1: the positions of the slots, where padding makes them differ from 0, 1, 2...:
+    slot j is in block position[j] // block. Fused ops expect that, inside the span, positions never
+    fall, and rise by at most 1 from slot to slot. Returns (B, H, T, W).
     """
     if position is not None:  # a block's slots may be anywhere: R_(i - c) q · φ = q · R_(c - i) φ
         own = (position // block).long()[:, None, :, None]
@@ -146,16 +146,17 @@ def anchored_decode(
     z, v = unpacked(z, q.dtype), unpacked(v, q.dtype)
     blocks, slots = cos.size(2), z.size(2)
     block = min(block, slots)
-    turned = rotate(q.expand(-1, -1, blocks, -1), cos, sin) * scale  # (B, H, N, D)
+    each = q[:, :, :, None].expand(-1, -1, -1, blocks, -1)
+    turned = (rotate(each, cos[:, None], sin[:, None]) * scale).flatten(1, 2)  # (B, H * T, N, D)
     u = absorb(turned, up, q.size(3)).unflatten(1, (z.size(1), -1)).transpose(2, 3)
     if slots % block:
         z = F.pad(z, (0, 0, 0, blocks * block - slots))
-    scores = u @ z.unflatten(2, (blocks, block)).mT  # (B, L, N, H / L, block)
+    scores = u @ z.unflatten(2, (blocks, block)).mT  # (B, L, N, H / L * T, block)
     if mean is not None:  # it adds one number per block and query
         added = (turned.unflatten(1, (len(mean), -1)) * mean[:, None]).sum(-1).flatten(1, 2)
         scores = scores + added.unflatten(1, (z.size(1), -1)).transpose(2, 3)[..., None]
-    scores = scores.transpose(2, 3).flatten(3).flatten(1, 2)[:, :, None, :slots]
-    return _weighted_values(scores, v, span, bias)
+    scores = scores.transpose(2, 3).flatten(3).flatten(1, 2).unflatten(1, q.shape[1:3])
+    return _weighted_values(scores[..., :slots], v, span, bias)
 
 
 def rotary_decode(

@@ -1,4 +1,4 @@
-"""Products with linear layers, which are faster for one token of a few sequences on a CPU.
+"""Products with linear layers, which are faster for a few tokens on a CPU.
 
 Such a product is bound by memory bandwidth, of which a library's matrix product uses only a part.
 The loop that torch.compile generates from a product and a sum uses more, and the fused op most.
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 ROWS = 2  # for more rows, the library's product is as fast as the compiled loop
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,14 +38,23 @@ class Projector(nn.Module):
         if type(layer) is nn.Linear and self.few(x) and _untouched(layer):
             weight, bias = layer.weight, layer.bias
             if _plain(x, weight, bias):
-                return self.linear_decode(x, weight, None, bias)
+                return self.by_row(x, weight, None, bias)
         return layer(x)
 
+    def by_row(
+        self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """`linear_decode` of the tokens of x (B, T, in): (B, T, out)."""
+        rows = x.flatten(0, 1)[:, None]
+        return self.linear_decode(rows, weight, scale, bias).view(*x.shape[:2], -1)
+
     def few(self, x: Tensor) -> bool:
-        """Whether `linear_decode` is used: x (B, T, in) is one token of few sequences on a CPU."""
-        one = x.dim() == 3 and x.size(1) == 1 and 0 < x.size(0) <= self.rows
+        """Whether `linear_decode` is used: x (B, T, in) is few tokens on a CPU."""
+        if x.dim() != 3 or x.device.type != "cpu":
+            return False
+        count = x.size(0) * x.size(1)  # where it is symbolic, a condition would be a guard
         ready = self.linear_decode is not linear_decode or torch.compiler.is_compiling()
-        return one and x.device.type == "cpu" and ready
+        return ready and statically_known_true(count <= self.rows) and count > 0
 
 
 def _untouched(layer: nn.Linear) -> bool:

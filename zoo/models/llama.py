@@ -112,9 +112,10 @@ class AttentionMetadata(NamedTuple):
 
     slot_angles: of every slot; for a prompt with anchored keys, of the center of the slot's block.
     new_angles: of the T new tokens. mask: which slots each new token sees. block_angles: of the
-    new tokens, measured from the centers of their blocks. center_angles: of the one new token,
-    measured from the center of every block. slot_position: (B or 1, S) in int32, the position of
-    every slot; None if it is the slot. The last three are for anchored keys, else None.
+    new tokens, measured from the centers of their blocks. center_angles: of the new tokens,
+    measured from the center of every block, (B or 1, T, blocks, D / 2). slot_position: (B or 1, S)
+    in int32, the position of every slot; None if it is the slot. The last three are for anchored
+    keys, else None.
     """
 
     slot_angles: Angles
@@ -171,7 +172,8 @@ class Attention(LatentAttention):
         k = self._keys_to_cache(self.linear(self.k_proj, x), attn_metadata)  # (B, L, T, R)
         v = self.project(self.v_proj, x, self.v.heads)  # (B, L, T, R)
         keys, values = self.remember(k, v, pos, cache)
-        prompt = x.size(1) > 1  # for one token, lifting the output costs less than lifting values
+        # for few tokens, lifting the output costs less than lifting values
+        prompt = x.size(1) > 1 and not isinstance(attn_metadata.mask, DecodeMask)
         if self.v_up is not None and prompt:
             values = lift(values, self.v_up, self.head_dim)
         y = self._attend_rotary(q, keys, values, attn_metadata)
@@ -327,7 +329,8 @@ class Llama(Model):
             return metadata._replace(slot_angles=self.rope(center(position, anchor), new))
         last = position.size(1) - 1  # fused ops read the angles of the block of each position
         first = torch.arange(0, position.size(1), anchor, device=pos.device)  # of every block
-        cos, sin = self.rope(new - center(first, anchor), new)
+        ahead = (new[:, :, None] - center(first, anchor)).flatten(1)  # (B or 1, T * blocks)
+        cos, sin = (x[:, 0].unflatten(1, (-1, len(first))) for x in self.rope(ahead, new))
         return metadata._replace(
             center_angles=(cos * self.rope_scale, sin * self.rope_scale),
             # without a bias there is no padding, so that slots are positions

@@ -26,12 +26,13 @@ class CausalMask(NamedTuple):
 
 
 class DecodeMask(NamedTuple):
-    """The mask of one new token per sequence, made once per step for all layers.
+    """The mask of one or a few new tokens per sequence, made once per step for all layers.
 
-    span: (B or 1, 2), the first slot that is read and the slot after the last one; the last is the
-    token's own. bias: (B or 1, S) in fp32, added to the scores of every head, -inf where a slot
-    inside the span holds padding; None adds nothing. slopes: (H,), with ALiBi; each head multiplies
-    the bias by its slope. If bias is None, it is minus the distance in slots to the token.
+    span: (B or 1, 2), the first slot that is read and the slot after the last one. The T tokens are
+    in the last T slots of the span, and none attends to a later one. bias: (B or 1, S) in fp32,
+    added to the scores of every head, -inf where a slot inside the span holds padding; None adds
+    nothing. slopes: (H,), with ALiBi; each head multiplies the bias by its slope. If bias is None,
+    it is minus the distance in slots to the last token.
     """
 
     span: Tensor
@@ -84,14 +85,15 @@ def hide(mask: Tensor, hidden: Tensor) -> Tensor:
 
 
 def decode_mask(pos: Tensor, visible: Tensor | None = None) -> DecodeMask:
-    """The mask of one token in slot pos (1,) that attends to the slots up to its own.
+    """The mask of tokens in successive slots pos (T,), which attend to the slots up to their own.
 
-    visible: (B or 1, S), false at slots that are hidden from it; None hides none.
+    visible: (B or 1, S), false at slots that are hidden from all; None hides none.
     """
+    end = pos[-1:] + 1
     if visible is None:
-        return DecodeMask(torch.stack((torch.zeros_like(pos), pos + 1), dim=1))
+        return DecodeMask(torch.stack((torch.zeros_like(end), end), dim=1))
     first = visible.int().argmax(1)
-    span = torch.stack((first, (pos + 1).expand_as(first)), dim=1)
+    span = torch.stack((first, end.expand_as(first)), dim=1)
     bias = torch.zeros(visible.shape, device=pos.device).masked_fill(~visible, -torch.inf)
     return DecodeMask(span, bias)
 

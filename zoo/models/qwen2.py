@@ -60,6 +60,9 @@ class Qwen2(Llama):
         self, position: Tensor, pos: Tensor, mask: Mask
     ) -> dict[int, AttentionMetadata]:
         """Llama's metadata by window: one for each window of the model, and for none (0)."""
+        if isinstance(mask, DecodeMask) and len(pos) > 1 and any(self.config.windows):
+            valid = None if mask.bias is None else mask.bias == 0
+            mask = causal_matrix(pos, position.size(1), valid)  # each token has a window of its own
         full = super().attention_metadata(position, pos, mask)
         by_window = {0: full}
         for window in set(self.config.windows) - {0}:
