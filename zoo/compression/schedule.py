@@ -23,7 +23,7 @@ class RefineSettings(NamedTuple):
 
     steps: int = 200
     batch: int = 2
-    lr: float = 1e-3
+    lr: float = 2e-4
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
