@@ -17,7 +17,7 @@
 #include "attend.h"
 #include "cache.h"
 #include "checks.h"
-#include "multiply.h"
+#include "keys.h"
 #include "tensors.h"
 
 namespace {
@@ -113,7 +113,8 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
                        const OptionalTensor& mean, int64_t block, const OptionalTensor& bias,
                        const OptionalTensor& position, const Layouts& z_layout,
                        const Layouts& v_layout) {
-  const Cache keys(z, z_layout), values(v, v_layout);
+  const Keys keys(z, z_layout);
+  const Cache values(v, v_layout);
   check_attention(q, keys, values, span, bias, std::nullopt);
   check_rotation(q, keys, up, mean, cos, sin);
   if (position) check_positions(*position, keys);

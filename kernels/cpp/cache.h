@@ -39,14 +39,17 @@ struct Cache {
   int64_t width() const { return packed ? packing.width : x.size(3); }
   int64_t padded() const { return packed ? packing.vectors * W : round_up(x.size(3)); }
 
-  // Calls use(rows) with the rows of latent l from slot t on, in a model of T
+  // The rows of latent l from slot t on, if they are packed
+  Codes codes(int64_t b, int64_t l, int64_t t) const {
+    const uint8_t* row = x.const_data_ptr<uint8_t>() + b * x.stride(0) + t * x.stride(1);
+    const uint8_t* scales = row + packing.heads * packing.code_bytes + l * packing.scales;
+    return {&packing, row + l * packing.code_bytes, scales, x.stride(1)};
+  }
+
+  // Calls use(rows) with them, or with numbers, in a model of T
   template <class T, class Use>
   void with_rows(int64_t b, int64_t l, int64_t t, const Use& use) const {
-    if (packed) {
-      const uint8_t* row = x.const_data_ptr<uint8_t>() + b * x.stride(0) + t * x.stride(1);
-      const uint8_t* scales = row + packing.heads * packing.code_bytes + l * packing.scales;
-      return use(Codes{&packing, row + l * packing.code_bytes, scales, x.stride(1)});
-    }
+    if (packed) return use(codes(b, l, t));
     const T* p = x.const_data_ptr<T>();  // raises an error where the dtype differs
     p += b * x.stride(0) + l * x.stride(1) + t * x.stride(2);
     use(Numbers<T>{p, x.stride(2), x.size(3)});

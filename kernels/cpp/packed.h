@@ -40,7 +40,7 @@ struct Packing {
 
   // layout: heads, then width and bits of every segment
   explicit Packing(at::IntArrayRef layout) {
-    constexpr int64_t MOST = 1 << 24;  // so that no product overflows
+    constexpr int64_t MOST = 1 << 16;  // so that no product or sum of codes overflows
     TORCH_CHECK(layout.size() >= 3 && layout.size() % 2 == 1 && 0 < layout[0] && layout[0] < MOST,
                 "expected a layout of heads, and of width and bits of every segment, got ", layout);
     heads = layout[0];
