@@ -112,20 +112,20 @@ struct alignas(64) EachLane {
   }
 };
 
+// Codes, in the lowest bits of every lane. Those above may be anything.
 template <int BITS>
-V levels(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
-  __m512i code;  // in the lowest bits of every lane
+__m512i low_codes(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
   if constexpr (BITS == 4) {
     static constexpr EachLane<int> shift([](int lane) { return lane % 8 * 4; });
     p += n / 2;
     const int low = count == W ? word<4>(p) : word(p, std::min<int64_t>(4, count / 2));
     const int high = count == W ? word<4>(p + 4) : count > 8 ? word(p + 4, count / 2 - 4) : 0;
     const __m512i both = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
-    code = _mm512_srlv_epi32(both, _mm512_load_si512(shift.x));
+    return _mm512_srlv_epi32(both, _mm512_load_si512(shift.x));
   } else if constexpr (BITS == 2) {
     static constexpr EachLane<int> shift([](int lane) { return lane * 2; });
     const int x = count == W ? word<4>(p + n / 4) : word(p + n / 4, count / 4);
-    code = _mm512_srlv_epi32(_mm512_set1_epi32(x), _mm512_load_si512(shift.x));
+    return _mm512_srlv_epi32(_mm512_set1_epi32(x), _mm512_load_si512(shift.x));
   } else {
     static constexpr EachLane<int> of_low(
         [](int lane) { return lane % 2 * 16 + lane / 8 * 8 + lane % 8 / 2 * 2; });
@@ -134,14 +134,18 @@ V levels(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
     p += n / 8;
     const __m512i low = _mm512_set1_epi32(two(p) | two(p + width / 8) << 16);
     const __m512i high = _mm512_set1_epi32(two(p + width / 4) << 2);
-    code = _mm512_ternarylogic_epi32(  // two bits of the one, and the third of the other
+    return _mm512_ternarylogic_epi32(  // two bits of the one, and the third of the other
         _mm512_srlv_epi32(low, _mm512_load_si512(of_low.x)),
         _mm512_srlv_epi32(high, _mm512_load_si512(of_high.x)), _mm512_set1_epi32(3), 0xe4);
   }
+}
+
+template <int BITS>
+V levels(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
   // The table is read at the lowest four bits of a lane: those above the code do not matter
   static constexpr EachLane<float> table(
       [](int lane) { return lane % (1 << BITS) - ((1 << BITS) - 1) / 2.f; });
-  return _mm512_permutexvar_ps(code, _mm512_load_ps(table.x));
+  return _mm512_permutexvar_ps(low_codes<BITS>(p, n, width, count), _mm512_load_ps(table.x));
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 template <int BITS>
@@ -190,6 +194,18 @@ V numbers(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
     return levels<BITS>(p, n, width, count);
 }
 
+// Calls use(bits) with a constant
+template <class Use>
+C10_ALWAYS_INLINE void with_bits(int64_t bits, const Use& use) {
+  switch (bits) {
+    case 16: return use(std::integral_constant<int, 16>());
+    case 8: return use(std::integral_constant<int, 8>());
+    case 4: return use(std::integral_constant<int, 4>());
+    case 3: return use(std::integral_constant<int, 3>());
+    default: use(std::integral_constant<int, 2>());
+  }
+}
+
 // Rows of one latent, from a slot on
 struct Codes {
   using Factor = float;  // what they are multiplied with
@@ -221,13 +237,7 @@ struct Codes {
         if (i < std::min(end, s.end))
           use(i, numbers<BITS>(q, (i - s.first) * W, s.width, s.width % W) * factor);
       };
-      switch (s.bits) {
-        case 16: unpack(std::integral_constant<int, 16>()); break;
-        case 8: unpack(std::integral_constant<int, 8>()); break;
-        case 4: unpack(std::integral_constant<int, 4>()); break;
-        case 3: unpack(std::integral_constant<int, 3>()); break;
-        default: unpack(std::integral_constant<int, 2>());
-      }
+      with_bits(s.bits, unpack);
     }
   }
 
