@@ -114,7 +114,7 @@ struct alignas(64) EachLane {
 
 // Codes, in the lowest bits of every lane. Those above may be anything.
 template <int BITS>
-__m512i low_codes(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
+C10_ALWAYS_INLINE __m512i low_codes(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
   if constexpr (BITS == 4) {
     static constexpr EachLane<int> shift([](int lane) { return lane % 8 * 4; });
     p += n / 2;

@@ -31,10 +31,11 @@ inline __m512i pair(__m512i first, __m512i second) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second);
 }
 
-// Vector i of the numbers of two slots, without their scales. p, q: the bytes of their segments
+// W numbers of two slots from number n on, of which `count` exist, without their scales. p, q: the
+// bytes of their segments
 template <int BITS>
-__m512i paired_numbers(const uint8_t* p, const uint8_t* q, int64_t i, int64_t width) {
-  const int64_t n = i * W, count = std::min(W, width - n);
+C10_ALWAYS_INLINE __m512i paired_numbers(const uint8_t* p, const uint8_t* q, int64_t n, int64_t width,
+                       int64_t count) {
   if constexpr (BITS >= 8) {
     const V a = numbers<BITS>(p, n, width, count), b = numbers<BITS>(q, n, width, count);
     return pair(_mm512_castps_si512(a), _mm512_castps_si512(b));
@@ -65,8 +66,15 @@ struct PairedColumns {
       for (int64_t t = from; t < to; t += 2) {
         const uint8_t *p = v.rows->codes + t * v.rows->step + s.offset, *q = p + v.rows->step;
         if (t + 1 == to) q = p;  // its weight is zero
-        for (int64_t i = begin; i < end; ++i)
-          *y++ = paired_numbers<decltype(bits)::value>(p, q, i, s.width);
+        for (int64_t k = 0; k < s.width * s.bits / 8; k += 64) {
+          prefetch(p, v.rows->ahead() * v.rows->step + k);
+          prefetch(q, v.rows->ahead() * v.rows->step + k);
+        }
+        const int64_t whole = std::min(end, s.width / W);
+        for (int64_t i = begin; i < whole; ++i)
+          *y++ = paired_numbers<decltype(bits)::value>(p, q, i * W, s.width, W);
+        if (whole < end)
+          *y++ = paired_numbers<decltype(bits)::value>(p, q, whole * W, s.width, s.width % W);
       }
     };
     with_bits(s.bits, unpack);
