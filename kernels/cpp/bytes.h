@@ -22,9 +22,12 @@ inline Bytes high_pairs(Bytes a, Bytes b) { return _mm512_unpackhi_epi32(a, b); 
 inline Bytes low_halves(Bytes a, Bytes b) { return _mm512_unpacklo_epi64(a, b); }
 inline Bytes high_halves(Bytes a, Bytes b) { return _mm512_unpackhi_epi64(a, b); }
 inline V as_floats(Bytes x) { return _mm512_castsi512_ps(x); }
+inline Bytes as_bytes(V x) { return _mm512_castps_si512(x); }
 inline V to_floats(Bytes x) { return _mm512_cvtepi32_ps(x); }
 inline Bytes to_integers(V x) { return _mm512_cvtps_epi32(x); }  // the nearest
+inline Bytes larger(Bytes a, Bytes b) { return _mm512_max_epi32(a, b); }
 inline int lanes_sum(Bytes x) { return _mm512_reduce_add_epi32(x); }
+inline int largest_lane(Bytes x) { return _mm512_reduce_max_epi32(x); }
 #else
 using Bytes = __m256i;
 inline Bytes repeat(int x) { return _mm256_set1_epi32(x); }
@@ -33,12 +36,19 @@ inline Bytes high_pairs(Bytes a, Bytes b) { return _mm256_unpackhi_epi32(a, b); 
 inline Bytes low_halves(Bytes a, Bytes b) { return _mm256_unpacklo_epi64(a, b); }
 inline Bytes high_halves(Bytes a, Bytes b) { return _mm256_unpackhi_epi64(a, b); }
 inline V as_floats(Bytes x) { return _mm256_castsi256_ps(x); }
+inline Bytes as_bytes(V x) { return _mm256_castps_si256(x); }
 inline V to_floats(Bytes x) { return _mm256_cvtepi32_ps(x); }
 inline Bytes to_integers(V x) { return _mm256_cvtps_epi32(x); }  // the nearest
+inline Bytes larger(Bytes a, Bytes b) { return _mm256_max_epi32(a, b); }
 inline int lanes_sum(Bytes x) {
   alignas(32) int lanes[W];
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), x);
   return std::accumulate(lanes, lanes + W, 0);
+}
+inline int largest_lane(Bytes x) {
+  alignas(32) int lanes[W];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), x);
+  return *std::max_element(lanes, lanes + W);
 }
 #endif
 

@@ -1,7 +1,7 @@
 // The keys or values of a cache: numbers, or rows of codes.
 #pragma once
 
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty.h>
 
 #include <cstdint>
 #include <vector>
@@ -23,6 +23,10 @@ struct Numbers {
 
   int64_t vectors() const { return round_up(width) / W; }
   Numbers skip(int64_t slots) const { return {x + slots * step, step, width}; }
+
+  // What queries of `width` numbers become: factors() of them
+  int64_t factors() const { return width; }
+  void make_factors(const float* query, Factor* y) const { at::vec::convert(query, y, width); }
 };
 
 struct Cache {
@@ -63,11 +67,12 @@ struct Cache {
     const Tensor given = a.to(at::kFloat).contiguous();
     std::vector<int64_t> shape = a.sizes().vec();
     shape.back() = padded();
-    Tensor out = at::zeros(shape, given.options());
+    Tensor out = at::empty(shape, given.options());
     const float* from = given.const_data_ptr<float>();
     float* to = out.data_ptr<float>();
+    const Codes codes{&packing, nullptr, nullptr, 0};
     for (int64_t i = 0; i < given.numel(); i += width(), to += padded())
-      for (int64_t j = 0; j < width(); ++j) to[packing.columns[j]] = from[i + j];
+      codes.make_factors(from + i, to);
     return out;
   }
 };

@@ -215,6 +215,13 @@ struct Codes {
   int64_t step;  // bytes from a slot to the next
 
   int64_t vectors() const { return packing->vectors; }
+
+  // What a query becomes: its numbers in the order of codes, and zeros where there are none
+  int64_t factors() const { return vectors() * W; }
+  void make_factors(const float* query, float* y) const {
+    std::fill_n(y, factors(), 0.f);
+    for (int64_t j = 0; j < packing->width; ++j) y[packing->columns[j]] = query[j];
+  }
   Codes skip(int64_t slots) const {
     return {packing, codes + slots * step, scales + slots * step, step};
   }

@@ -81,30 +81,34 @@ inline void round_query(const float* x, const Words& words, int* y) {
         std::memcpy(y + s.begin + i % 2 * part + i / 2, a + i, sizeof *a);
       continue;
     }
-    V most(0.f);
+    Bytes most = repeat(0);  // of the bits without sign, which order numbers as they are, NaN last
     for (int64_t i = 0; i < s.width; i += W)
-      most = at::vec::maximum(most, load(a + i, std::min(W, s.width - i)).abs());
-    float lanes[W];
-    most.store(lanes);
-    float peak = lanes[0];
-    for (float lane : lanes) peak = lane > peak || std::isnan(lane) ? lane : peak;
+      most = larger(most, as_bytes(load(a + i, std::min(W, s.width - i))) & repeat(0x7fffffff));
+    const int bits = largest_lane(most);
+    float peak;
+    std::memcpy(&peak, &bits, sizeof peak);
     const V inverse(peak > 0.f ? 127.f / peak : 0.f);
-    codes.resize(s.width);
+    // parts that fill whole words follow one another as the numbers do
+    const Plane& last = words.planes[s.plane + s.planes - 1];
+    const bool whole = last.bytes % 4 == 0;
+    if (!whole) codes.resize(s.width);
+    int8_t* to = whole ? reinterpret_cast<int8_t*>(y + s.begin) : codes.data();
     Bytes sums = repeat(0);
     for (int64_t i = 0; i < s.width; i += W) {
       const int64_t n = std::min(W, s.width - i);
       const Bytes code = to_integers(load(a + i, n) * inverse);
       sums = plus(sums, code);
-      store_bytes(code, codes.data() + i, n);
+      store_bytes(code, to + i, n);
     }
-    for (int64_t i = s.plane; i < s.plane + s.planes; ++i) {
+    for (int64_t i = s.plane + whole; i < s.plane + s.planes; ++i) {
       const Plane& plane = words.planes[i];
-      for (int64_t j = 0; j < plane.parts(); ++j)
-        std::memcpy(y + plane.word + j * plane.words(), codes.data() + j * plane.bytes, plane.bytes);
+      const int64_t n = whole ? s.width : plane.bytes;
+      for (int64_t j = 0; j < s.width; j += n)
+        std::memcpy(y + plane.word + j / plane.bytes * plane.words(), to + j, n);
     }
     const float zero = s.bits == 8 ? UNSIGNED_ZERO : ((1 << s.bits) - 1) / 2.f;
-    const float all = zero * lanes_sum(sums), whole = std::floor(all);
-    const Factors f{-int(whole), peak / 127.f, peak / 127.f * (whole - all)};
+    const float all = zero * lanes_sum(sums), integer = std::floor(all);
+    const Factors f{-int(integer), peak / 127.f, peak / 127.f * (integer - all)};
     std::memcpy(factors, &f, sizeof f);
     factors += 3;
   }
@@ -119,6 +123,8 @@ struct RoundedCodes {
   int64_t room;  // bytes of a row from the first of these codes on
 
   RoundedCodes skip(int64_t slots) const { return {rows.skip(slots), words, room}; }
+  int64_t factors() const { return words->size; }
+  void make_factors(const float* query, int* y) const { round_query(query, *words, y); }
 };
 
 // out[m][i] = a[m] · slot i for rows <= M queries and the slots in the lanes of `tile`, `count` of
