@@ -66,10 +66,8 @@ struct PairedColumns {
       for (int64_t t = from; t < to; t += 2) {
         const uint8_t *p = v.rows->codes + t * v.rows->step + s.offset, *q = p + v.rows->step;
         if (t + 1 == to) q = p;  // its weight is zero
-        for (int64_t k = 0; k < s.width * s.bits / 8; k += 64) {
-          prefetch(p, v.rows->ahead() * v.rows->step + k);
-          prefetch(q, v.rows->ahead() * v.rows->step + k);
-        }
+        if (s.first + begin == 0)  // for all segments, with scales, which the next tile reads first
+          for (int64_t k = 0; k < 2; ++k) v.rows->fetch(t + k + TILE);
         const int64_t whole = std::min(end, s.width / W);
         for (int64_t i = begin; i < whole; ++i)
           *y++ = paired_numbers<decltype(bits)::value>(p, q, i * W, s.width, W);

@@ -1,5 +1,8 @@
 """The C++ ops for CPUs against the definitions, with NaN wherever nothing may be read."""
 
+import os
+import subprocess
+import sys
 from itertools import combinations
 from typing import NamedTuple
 
@@ -15,6 +18,8 @@ SLOTS = 300
 HEADS = [(4, 4, 4), (6, 3, 1), (9, 1, 3), (12, 4, 3)]  # of queries, latents of keys, of values
 DTYPES = {  # what rounding queries, maps and the output may cost: a few units in the last place
     torch.float32: 1e-5,
+    # Queries of packed keys are rounded to 8 bits: by at most max|q| / 254 in a segment, so by about
+    # 0.006 here, and scores by 0.006 |k| scale, which is below 0.01 for all shapes of these tests
     torch.bfloat16: 2e-2,
     torch.float16: 2e-3,
 }
@@ -179,6 +184,37 @@ def test_every_code_stands_for_its_number_under_every_scale(bits):
         x = Packed(rows, layout)
         got = ops.latent_decode(one, one, x, span, 1.0)
         torch.testing.assert_close(got, x.unpack(one.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("text", [x for x, _ in SEGMENTS if x and "x16" not in x])
+def test_scores_of_whole_numbers_are_exact_in_bfloat16(text):
+    # Rounding does not change them. A bias takes every score away again, so weights are equal only
+    # if each of them, in the thousands, is right to a hundredth
+    torch.manual_seed(0)
+    kept = latent(2, text)
+    for slots in (1, 16, 33, 200):
+        k = packed(2, text, torch.bfloat16)
+        k = k._replace(rows=k.rows[:1, :slots])
+        q = torch.randint(-127, 128, (kept.width,)).bfloat16()
+        for part in q.split([s.width for s in kept.segments]):
+            part[len(part) // 2] = 127  # so that the step is 1
+        v = torch.randn(1, 1, slots, 16).bfloat16()
+        for head in range(2):
+            bias = -(k.unpack(torch.float64)[:, head] @ q.double()).float()
+            rows = torch.zeros(1, 2, 1, kept.width).bfloat16()
+            rows[:, head] = q
+            got = ops.latent_decode(rows, k, v, torch.tensor([[0, slots]]), 1.0, bias)[0, head]
+            want = v[0, 0].double().mean(0, keepdim=True)
+            torch.testing.assert_close(got.double(), want, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_libraries_for_lesser_processors_pass_these_tests_too(capability):
+    names = "whole_numbers or every_code or share_a_row"
+    command = sys.executable, "-m", "pytest", "-q", "--runslow", "-p", "no:xdist", __file__, "-k"
+    about = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run((*command, names), env=about, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_keys_and_values_may_share_a_row():
