@@ -34,8 +34,8 @@ inline __m512i pair(__m512i first, __m512i second) {
 // W numbers of two slots from number n on, of which `count` exist, without their scales. p, q: the
 // bytes of their segments
 template <int BITS>
-C10_ALWAYS_INLINE __m512i paired_numbers(const uint8_t* p, const uint8_t* q, int64_t n, int64_t width,
-                       int64_t count) {
+C10_ALWAYS_INLINE __m512i paired_numbers(const uint8_t* p, const uint8_t* q, int64_t n,
+                                         int64_t width, int64_t count) {
   if constexpr (BITS >= 8) {
     const V a = numbers<BITS>(p, n, width, count), b = numbers<BITS>(q, n, width, count);
     return pair(_mm512_castps_si512(a), _mm512_castps_si512(b));
@@ -98,9 +98,7 @@ inline void paired_sum(const float* p, int64_t rows, const Codes& v, int64_t slo
     }
     for (int64_t m = 0; m < rows; ++m)
       for (int64_t t = 0; t < slots; t += 2 * W) {
-        auto product = [&](int64_t i) {
-          return load(p + m * TILE + i) * load(scales + i);
-        };
+        auto product = [&](int64_t i) { return load(p + m * TILE + i) * load(scales + i); };
         const __m512bh both = _mm512_cvtne2ps_pbh(product(t + W), product(t));
         _mm512_storeu_si512(&narrow[m * TILE + t], (__m512i)both);
       }

@@ -18,7 +18,7 @@ SLOTS = 300
 HEADS = [(4, 4, 4), (6, 3, 1), (9, 1, 3), (12, 4, 3)]  # of queries, latents of keys, of values
 DTYPES = {  # what rounding queries, maps and the output may cost: a few units in the last place
     torch.float32: 1e-5,
-    # Queries of packed keys are rounded to 8 bits: by at most max|q| / 254 in a segment, so by about
+    # Queries of packed keys are rounded to 8 bits, by at most max|q| / 254 in a segment: by about
     # 0.006 here, and scores by 0.006 |k| scale, which is below 0.01 for all shapes of these tests
     torch.bfloat16: 2e-2,
     torch.float16: 2e-3,
