@@ -65,7 +65,8 @@ class Absorber {
     rotated.resize(rows * D);
     narrow.resize(rows * D);
     const int64_t angles = ((cos.size(0) == 1 ? 0 : b) * cos.size(2) + first) * half;
-    const float *c = cos.const_data_ptr<float>() + angles, *s = sin.const_data_ptr<float>() + angles;
+    const float* c = cos.const_data_ptr<float>() + angles;
+    const float* s = sin.const_data_ptr<float>() + angles;
     const float* x = q.const_data_ptr<float>() + (b * q.size(1) + g * heads) * D;
     for (int64_t i = 0; i < rows; ++i) {
       const float *x0 = x + i / n * D, *x1 = x0 + half, *ci = c + i % n * half,

@@ -1,4 +1,4 @@
-// Keys that are multiplied with queries as they are cached, and the queries as these keys need them.
+// Keys that are multiplied with queries as they are cached, and queries as these keys need them.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -21,7 +21,7 @@ struct Keys : Cache {
 
   Keys(const Tensor& x, const Layouts& layout) : Cache(x, layout), words(packing) {}
 
-  // In a model of fp32 or fp16, queries have more digits than 8 bits keep
+  // Queries in bf16 have fewer digits than two bytes keep, those in fp32 more
   template <class T>
   bool rounds() const {
     return packed && std::is_same_v<T, at::BFloat16>;

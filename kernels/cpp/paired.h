@@ -82,8 +82,8 @@ inline PairedColumns columns(const PairedCodes& v, int64_t begin, int64_t end) {
   return {v, begin, end};
 }
 
-// out = keep * out + p v as `weighted_sum` computes it, for slots <= TILE, with p (rows, TILE) times
-// scales in bf16. narrow: memory for these
+// out = keep * out + p v as `weighted_sum` computes it, for slots <= TILE. Products of p (rows,
+// TILE) and scales are rounded to bf16. narrow: memory for these
 inline void paired_sum(const float* p, int64_t rows, const Codes& v, int64_t slots,
                        const float* keep, float* out, int64_t ldo,
                        std::vector<at::BFloat16>& narrow) {
