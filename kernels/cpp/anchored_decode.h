@@ -62,6 +62,7 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
   const Cache values(v, v_layout);
   check_attention(q, keys, values, span, bias, std::nullopt);
   check_rotation(q, keys, up, mean, cos, sin);
+  expect(q.size(2) == 1, "queries of one new token (B, H, 1, D)", q);
   if (position) check_positions(*position, keys);
   const int64_t K = keys.latents(), rows = q.size(1) / K;
   const int64_t latents = K / std::gcd(K, values.latents());  // of a unit

@@ -186,9 +186,9 @@ def test_every_code_stands_for_its_number_under_every_scale(bits):
 
 @pytest.mark.parametrize("text", [x for x, _ in SEGMENTS if x])
 def test_scores_in_bfloat16_are_far_more_exact_than_its_digits(text):
-    # Queries of packed keys are rounded to two bytes: by at most max|q| / 127 / 508 = 6e-5, in whole
-    # numbers up to 127 not at all. A bias takes every score away again, so weights are equal only if
-    # the errors of scores are below a hundredth: here 6e-5 |k| = 6e-4, and 1e-6 of whole numbers
+    # Queries of packed keys are rounded to two bytes: by at most max|q| / 127 / 508 = 6e-5, whole
+    # numbers up to 127 not at all. A bias takes every score away again, so weights are equal only
+    # if errors of scores are below a hundredth: here about 6e-5 |k| = 6e-4
     torch.manual_seed(0)
     kept = latent(2, text)
     whole = torch.randint(-127, 128, (kept.width,)).bfloat16()
@@ -210,7 +210,7 @@ def test_scores_in_bfloat16_are_far_more_exact_than_its_digits(text):
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_libraries_for_lesser_processors_pass_these_tests_too(capability):
     names = "far_more_exact or every_code or share_a_row"
-    command = sys.executable, "-m", "pytest", "-q", "--runslow", "-p", "no:xdist", __file__, "-k"
+    command = sys.executable, "-m", "pytest", "-q", "--runslow", __file__, "-k"
     about = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run((*command, names), env=about, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
