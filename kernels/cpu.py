@@ -33,6 +33,8 @@ def flags() -> list[str]:
     known = VECTORS.get(capability, [])
     if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
         known = [*known, "-mavx512bf16"]
+    if capability == "AVX512" and torch.cpu._is_vnni_supported():
+        known = [*known, "-mavx512vnni"]
     return ["-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability if known else 'DEFAULT'}", *known]
 
 

@@ -11,6 +11,7 @@
 
 #include "cache.h"
 #include "lanes.h"
+#include "paired.h"
 #include "softmax.h"
 #include "splits.h"
 #include "tensors.h"
@@ -46,8 +47,16 @@ void add_values(const Cache& v, const Layout& layout, const Task& task, int64_t 
     if (!v.packed) at::vec::convert(weights.data(), narrow.data(), layout.rows * TILE);
   }
   for (int64_t l = 0; l < layout.latents; ++l) {
-    const int64_t first = l * rows;
-    v.with_rows<T>(task.b, task.unit * layout.latents + l, t, [&](const auto& values) {
+    const int64_t first = l * rows, latent = task.unit * layout.latents + l;
+#ifdef __AVX512BF16__
+    if constexpr (!std::is_same_v<Factor<T>, float>)
+      if (v.packed) {
+        paired_sum(weights.data() + first * TILE, rows, v.codes(task.b, latent, t), n, keep + first,
+                   sums + first * layout.padded, layout.padded, narrow);
+        continue;
+      }
+#endif
+    v.with_rows<T>(task.b, latent, t, [&](const auto& values) {
       using A = typename std::decay_t<decltype(values)>::Factor;
       const A* p;
       if constexpr (std::is_same_v<A, float>)

@@ -1,7 +1,7 @@
 // The keys or values of a cache: numbers, or rows of codes.
 #pragma once
 
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty.h>
 
 #include <cstdint>
 #include <vector>
@@ -23,6 +23,10 @@ struct Numbers {
 
   int64_t vectors() const { return round_up(width) / W; }
   Numbers skip(int64_t slots) const { return {x + slots * step, step, width}; }
+
+  // What queries of `width` numbers become: factors() of them
+  int64_t factors() const { return width; }
+  void make_factors(const float* query, Factor* y) const { at::vec::convert(query, y, width); }
 };
 
 struct Cache {
@@ -39,14 +43,17 @@ struct Cache {
   int64_t width() const { return packed ? packing.width : x.size(3); }
   int64_t padded() const { return packed ? packing.vectors * W : round_up(x.size(3)); }
 
-  // Calls use(rows) with the rows of latent l from slot t on, in a model of T
+  // The rows of latent l from slot t on, if they are packed
+  Codes codes(int64_t b, int64_t l, int64_t t) const {
+    const uint8_t* row = x.const_data_ptr<uint8_t>() + b * x.stride(0) + t * x.stride(1);
+    const uint8_t* scales = row + packing.heads * packing.code_bytes + l * packing.scales;
+    return {&packing, row + l * packing.code_bytes, scales, x.stride(1)};
+  }
+
+  // Calls use(rows) with them, or with numbers, in a model of T
   template <class T, class Use>
   void with_rows(int64_t b, int64_t l, int64_t t, const Use& use) const {
-    if (packed) {
-      const uint8_t* row = x.const_data_ptr<uint8_t>() + b * x.stride(0) + t * x.stride(1);
-      const uint8_t* scales = row + packing.heads * packing.code_bytes + l * packing.scales;
-      return use(Codes{&packing, row + l * packing.code_bytes, scales, x.stride(1)});
-    }
+    if (packed) return use(codes(b, l, t));
     const T* p = x.const_data_ptr<T>();  // raises an error where the dtype differs
     p += b * x.stride(0) + l * x.stride(1) + t * x.stride(2);
     use(Numbers<T>{p, x.stride(2), x.size(3)});
@@ -60,11 +67,12 @@ struct Cache {
     const Tensor given = a.to(at::kFloat).contiguous();
     std::vector<int64_t> shape = a.sizes().vec();
     shape.back() = padded();
-    Tensor out = at::zeros(shape, given.options());
+    Tensor out = at::empty(shape, given.options());
     const float* from = given.const_data_ptr<float>();
     float* to = out.data_ptr<float>();
+    const Codes codes{&packing, nullptr, nullptr, 0};
     for (int64_t i = 0; i < given.numel(); i += width(), to += padded())
-      for (int64_t j = 0; j < width(); ++j) to[packing.columns[j]] = from[i + j];
+      codes.make_factors(from + i, to);
     return out;
   }
 };

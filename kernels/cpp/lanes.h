@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "vectors.h"
@@ -42,7 +43,10 @@ struct Lanes<at::BFloat16, at::BFloat16> {
     return count == COUNT ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << count) - 1, p);
   }
   static X broadcast(const at::BFloat16* p, int64_t rows) {
-    return _mm512_set1_epi32(rows > 1 ? p[1].x << 16 | p[0].x : p[0].x);
+    int both;
+    if (rows < 2) return _mm512_set1_epi32(p[0].x);
+    std::memcpy(&both, p, sizeof both);
+    return _mm512_set1_epi32(both);
   }
   static X column(const at::BFloat16* p, int64_t ld, int64_t rows, int64_t count) {
     X x = widen(p, count);

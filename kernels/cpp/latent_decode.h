@@ -8,7 +8,7 @@
 #include "attend.h"
 #include "cache.h"
 #include "checks.h"
-#include "multiply.h"
+#include "keys.h"
 #include "tensors.h"
 
 namespace {
@@ -16,7 +16,8 @@ namespace {
 Tensor latent_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& span,
                      double scale, const OptionalTensor& bias, const OptionalTensor& slopes,
                      const Layouts& k_layout, const Layouts& v_layout) {
-  const Cache keys(k, k_layout), values(v, v_layout);
+  const Keys keys(k, k_layout);
+  const Cache values(v, v_layout);
   check_attention(q, keys, values, span, bias, slopes);
   TORCH_CHECK(q.size(3) == keys.width(), "queries have ", q.size(3), " numbers, and keys ",
               keys.width());

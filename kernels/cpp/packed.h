@@ -1,76 +1,23 @@
 // Rows of codes, as zoo/models/packing.py defines them: up to a few segments of falling bits, with
-// a scale each. They are unpacked in registers, to fp32, which is faster than to bf16.
+// a scale each. Here they are unpacked in registers, to fp32. In models of bf16 some processors
+// have faster ways: see rounded.h for keys, and paired.h for values.
 //
 // Numbers are unpacked in an order of their own, in which those that share a byte follow one
 // another: then vectors are full however narrow a segment is, and no lane needs a byte of another.
 // Queries are brought into this order and results back from it, once per call: see `columns`.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <c10/macros/Macros.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
+#include "packing.h"
 #include "vectors.h"
 
 namespace {
-
-struct Segment {
-  int64_t bits, width;
-  int64_t offset;      // of its codes, in bytes from the first of the latent
-  int64_t first, end;  // its vectors, of those of the latent
-
-  // How many numbers share a byte; with 3 bits, of their high bits
-  int64_t sharing() const { return bits == 4 ? 2 : bits == 3 ? 8 : bits == 2 ? 4 : 1; }
-};
-
-// What a row holds. Everything is 0 for what is not packed.
-struct Packing {
-  int64_t heads = 0, width = 0;         // latents of a row, and numbers of a latent
-  int64_t code_bytes = 0, scales = 0;   // of a latent
-  int64_t vectors = 0;                  // of a latent that is unpacked
-  std::vector<Segment> segments;
-  std::vector<int64_t> columns;  // where each number is in these vectors
-
-  Packing() = default;
-
-  // layout: heads, then width and bits of every segment
-  explicit Packing(at::IntArrayRef layout) {
-    constexpr int64_t MOST = 1 << 24;  // so that no product overflows
-    TORCH_CHECK(layout.size() >= 3 && layout.size() % 2 == 1 && 0 < layout[0] && layout[0] < MOST,
-                "expected a layout of heads, and of width and bits of every segment, got ", layout);
-    heads = layout[0];
-    for (size_t i = 1; i < layout.size(); i += 2) {
-      Segment s{layout[i + 1], layout[i], code_bytes, vectors, 0};
-      const bool known = s.bits == 16 || s.bits == 8 || (2 <= s.bits && s.bits <= 4);
-      TORCH_CHECK(known && 0 < s.width && s.width < MOST && s.width % s.sharing() == 0,
-                  "expected segments of 16, 8, 4, 3 or 2 bits that fill whole bytes, got ", layout);
-      for (int64_t j = 0; j < s.width; ++j) {
-        const int64_t apart = s.width / s.sharing();  // numbers of a byte
-        columns.push_back(vectors * W + j % apart * s.sharing() + j / apart);
-      }
-      width += s.width;
-      code_bytes += s.width * s.bits / 8;
-      scales += s.bits < 16;
-      vectors = s.end = s.first + round_up(s.width) / W;
-      segments.push_back(s);
-    }
-  }
-
-  // The least bytes of a row
-  int64_t nbytes() const { return heads * (code_bytes + scales); }
-};
-
-inline float scale_of(uint8_t code) {
-  const uint32_t bits = (uint32_t(code) << 20) + (107u << 23);
-  float scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return scale;
-}
 
 // The level of number n of a segment's order, for 4, 3 and 2 bits
 template <int BITS>
@@ -112,20 +59,20 @@ struct alignas(64) EachLane {
   }
 };
 
+// Codes, in the lowest bits of every lane. Those above may be anything.
 template <int BITS>
-V levels(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
-  __m512i code;  // in the lowest bits of every lane
+C10_ALWAYS_INLINE __m512i low_codes(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
   if constexpr (BITS == 4) {
     static constexpr EachLane<int> shift([](int lane) { return lane % 8 * 4; });
     p += n / 2;
     const int low = count == W ? word<4>(p) : word(p, std::min<int64_t>(4, count / 2));
     const int high = count == W ? word<4>(p + 4) : count > 8 ? word(p + 4, count / 2 - 4) : 0;
     const __m512i both = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
-    code = _mm512_srlv_epi32(both, _mm512_load_si512(shift.x));
+    return _mm512_srlv_epi32(both, _mm512_load_si512(shift.x));
   } else if constexpr (BITS == 2) {
     static constexpr EachLane<int> shift([](int lane) { return lane * 2; });
     const int x = count == W ? word<4>(p + n / 4) : word(p + n / 4, count / 4);
-    code = _mm512_srlv_epi32(_mm512_set1_epi32(x), _mm512_load_si512(shift.x));
+    return _mm512_srlv_epi32(_mm512_set1_epi32(x), _mm512_load_si512(shift.x));
   } else {
     static constexpr EachLane<int> of_low(
         [](int lane) { return lane % 2 * 16 + lane / 8 * 8 + lane % 8 / 2 * 2; });
@@ -134,14 +81,18 @@ V levels(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
     p += n / 8;
     const __m512i low = _mm512_set1_epi32(two(p) | two(p + width / 8) << 16);
     const __m512i high = _mm512_set1_epi32(two(p + width / 4) << 2);
-    code = _mm512_ternarylogic_epi32(  // two bits of the one, and the third of the other
+    return _mm512_ternarylogic_epi32(  // two bits of the one, and the third of the other
         _mm512_srlv_epi32(low, _mm512_load_si512(of_low.x)),
         _mm512_srlv_epi32(high, _mm512_load_si512(of_high.x)), _mm512_set1_epi32(3), 0xe4);
   }
+}
+
+template <int BITS>
+V levels(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
   // The table is read at the lowest four bits of a lane: those above the code do not matter
   static constexpr EachLane<float> table(
       [](int lane) { return lane % (1 << BITS) - ((1 << BITS) - 1) / 2.f; });
-  return _mm512_permutexvar_ps(code, _mm512_load_ps(table.x));
+  return _mm512_permutexvar_ps(low_codes<BITS>(p, n, width, count), _mm512_load_ps(table.x));
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 template <int BITS>
@@ -190,6 +141,18 @@ V numbers(const uint8_t* p, uint64_t n, int64_t width, int64_t count) {
     return levels<BITS>(p, n, width, count);
 }
 
+// Calls use(bits) with a constant
+template <class Use>
+C10_ALWAYS_INLINE void with_bits(int64_t bits, const Use& use) {
+  switch (bits) {
+    case 16: return use(std::integral_constant<int, 16>());
+    case 8: return use(std::integral_constant<int, 8>());
+    case 4: return use(std::integral_constant<int, 4>());
+    case 3: return use(std::integral_constant<int, 3>());
+    default: use(std::integral_constant<int, 2>());
+  }
+}
+
 // Rows of one latent, from a slot on
 struct Codes {
   using Factor = float;  // what they are multiplied with
@@ -199,6 +162,13 @@ struct Codes {
   int64_t step;  // bytes from a slot to the next
 
   int64_t vectors() const { return packing->vectors; }
+
+  // What a query becomes: its numbers in the order of codes, and zeros where there are none
+  int64_t factors() const { return vectors() * W; }
+  void make_factors(const float* query, float* y) const {
+    std::fill_n(y, factors(), 0.f);
+    for (int64_t j = 0; j < packing->width; ++j) y[packing->columns[j]] = query[j];
+  }
   Codes skip(int64_t slots) const {
     return {packing, codes + slots * step, scales + slots * step, step};
   }
@@ -221,13 +191,7 @@ struct Codes {
         if (i < std::min(end, s.end))
           use(i, numbers<BITS>(q, (i - s.first) * W, s.width, s.width % W) * factor);
       };
-      switch (s.bits) {
-        case 16: unpack(std::integral_constant<int, 16>()); break;
-        case 8: unpack(std::integral_constant<int, 8>()); break;
-        case 4: unpack(std::integral_constant<int, 4>()); break;
-        case 3: unpack(std::integral_constant<int, 3>()); break;
-        default: unpack(std::integral_constant<int, 2>());
-      }
+      with_bits(s.bits, unpack);
     }
   }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cache.h"
 #include "lanes.h"
@@ -45,6 +46,21 @@ void weighted_sum_rows(const A* p, int64_t ldp, const Get& get, int64_t slots, i
     add_weighted<M, N, L>(n, p, ldp, get_part, slots, keep, out + i * W, ldo);
     i += n;
   }
+}
+
+// The same for any number of rows. kept(m): the factors of the sums of rows from m on
+template <class L, class A, class Get, class Kept>
+void weighted_sum_blocks(const A* p, int64_t rows, int64_t ldp, const Get& get, int64_t slots,
+                         int64_t vectors, const Kept& kept, float* out, int64_t ldo) {
+  int64_t m = 0;
+  auto in_blocks_of = [&](auto count) {
+    constexpr int M = decltype(count)::value;
+    for (; m + M <= rows; m += M)
+      weighted_sum_rows<M, L>(p + m * ldp, ldp, get, slots, vectors, kept(m), out + m * ldo, ldo);
+  };
+  in_blocks_of(std::integral_constant<int, 4>());
+  in_blocks_of(std::integral_constant<int, 2>());
+  in_blocks_of(std::integral_constant<int, 1>());
 }
 
 // The vectors of rows v (slots, width) from `begin` to `end`: numbers as they are, codes unpacked
@@ -119,15 +135,7 @@ void weighted_sum(const A* p, int64_t rows, int64_t ldp, const Rows& v, int64_t 
       x.read(t, t + n, buffer);  // in the order of memory, then used once per block of rows
       const typename L::X* filled = buffer;
       auto get = [=](int64_t step, int64_t i) { return filled[step * vectors + i]; };
-      int64_t m = 0;
-      for (; m + 4 <= rows; m += 4)
-        weighted_sum_rows<4, L>(p + m * ldp + t, ldp, get, n, vectors, kept(m), to + m * ldo, ldo);
-      if (m + 2 <= rows) {
-        weighted_sum_rows<2, L>(p + m * ldp + t, ldp, get, n, vectors, kept(m), to + m * ldo, ldo);
-        m += 2;
-      }
-      if (m < rows)
-        weighted_sum_rows<1, L>(p + m * ldp + t, ldp, get, n, vectors, kept(m), to + m * ldo, ldo);
+      weighted_sum_blocks<L>(p + t, rows, ldp, get, n, vectors, kept, to, ldo);
     }
   }
 }
