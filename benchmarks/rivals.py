@@ -82,11 +82,15 @@ def figures(losses: Domains, dense: Domains) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plot the increase over the share of bytes: a panel for every text, a line a cache."""
+    """Plot the increase over the share of bytes: a panel for every text, a line a cache.
+
+    Whatever costs more than ten times the perplexity is left out.
+    """
+    rows = [row for row in rows if row["cache"] != "dense" and row["worst"] < 900]
     figure = Figure(figsize=(10, 8), layout="constrained", dpi=120)
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     for text, axes in zip(rows[0]["increase"], panels.flat, strict=True):
-        for name in dict.fromkeys(row["cache"] for row in rows if row["cache"] != "dense"):
+        for name in dict.fromkeys(row["cache"] for row in rows):
             points = sorted((r["share"], r["increase"][text]) for r in rows if r["cache"] == name)
             wide = 2.5 if name == "ours" else 1
             axes.plot(*zip(*points, strict=True), marker="o", linewidth=wide, label=name)

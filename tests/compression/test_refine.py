@@ -129,7 +129,8 @@ def test_whole_keys_values_and_layers_stay_as_they_are():
 
 def test_steps_are_in_proportion_to_the_weights():
     dense, low = pair()
-    refined = refine(dense, low, tiny.tokens(32, 64), QUICK._replace(steps=1, every=1, warmup=0, lr=1e-4))
+    settings = RefineSettings(steps=1, batch=8, lr=1e-4, warmup=0, every=1)
+    refined = refine(dense, low, tiny.tokens(32, 64), settings)
     assert refined.best["step"] == 1
     before, after = low.state_dict(), refined.model.state_dict()
     for name in learned(low):  # the first step of Adam has one size, up to what damps it
