@@ -149,12 +149,12 @@ def texts(rivals, dense_folder, tmp_path, monkeypatch) -> list:
 
 
 def test_variants_of_the_method_are_measured_on_the_same_texts(rivals, texts, monkeypatch, capsys):
-    variants = import_module("variants")
+    ablations = import_module("ablations")
     names = ["no refit", "refit", "drawn labels", "more tokens"]
     only = [word for name in names for word in ("--only", name)]
-    words = ["variants.py", *texts, "--keep", "0.3", "--keep", "0.2", *only]
+    words = ["ablations.py", *texts, "--keep", "0.3", "--keep", "0.2", *only]
     monkeypatch.setattr(sys, "argv", [*map(str, words)])
-    variants.main()
+    ablations.main()
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["variant"], r["keep"]) for r in rows] == [(n, k) for n in names for k in (0.3, 0.2)]
     assert all(row["share"] <= row["keep"] for row in rows)
@@ -163,9 +163,9 @@ def test_variants_of_the_method_are_measured_on_the_same_texts(rivals, texts, mo
 
 
 def test_drawn_labels_are_those_that_the_model_expects(rivals):
-    variants = import_module("variants")
+    ablations = import_module("ablations")
     logits = 50 * torch.eye(5)  # sure of token i in row i
-    with variants.drawn_labels():
+    with ablations.drawn_labels():
         loss = F.cross_entropy(logits, torch.zeros(5, dtype=torch.long), reduction="sum")
     assert loss < 1e-6
 

@@ -81,11 +81,15 @@ def test_a_model_that_was_streamed_is_the_one_that_was_compressed_in_memory(
     parts = compressed(tmp_path / "model", tmp_path / "b", text, "--stream", *words)
     assert parts.model.config == whole.model.config
     x = tiny.tokens(2, 40)
-    # streaming runs shorter passes, so gradients and hidden states differ in their last bits; with
-    # these, columns of nearly the same importance turn, and their numbers are rounded elsewhere
+    got, want = parts.model(x), whole.model(x)
     few = whole.model.config.least_bits < 16
-    close = {"atol": 2e-3 if few else 2e-4, "rtol": 1e-4}
-    torch.testing.assert_close(parts.model(x), whole.model(x), **close)
+    if few:
+        # streaming runs shorter passes, so gradients and hidden states differ in their last bits;
+        # with these, columns of nearly the same importance turn, and are rounded elsewhere
+        lost = (want - load(str(tmp_path / "model")).model(x)).square().mean().sqrt()
+        assert (got - want).square().mean().sqrt() < lost / 2
+    else:
+        torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
     a, b = (c.config["compression"] for c in (whole, parts))
     near = 1e-2 if few else 1e-4
     assert b["evaluation"]["compressed"] == pytest.approx(a["evaluation"]["compressed"], rel=near)

@@ -1,6 +1,6 @@
 """What each choice of the method is worth in few bits, on the texts of `rivals.py`.
 
-    python benchmarks/variants.py MODEL --wiki FILE --speech FILE --cache FOLDER
+    python benchmarks/ablations.py MODEL --wiki FILE --speech FILE --cache FOLDER
         [--keep 0.16 --keep 0.12] [--only NAME] [--minutes 30]
 
 Prints a line for every variant and share: the increase of perplexity in % over the uncompressed
