@@ -11,17 +11,15 @@ the model, where the default takes those of the text (arXiv 1905.12558). `refine
 some minutes after the refit, on 128 x 512 tokens of the same sources.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from rival_bench import Bench, flat, unflat
+from rival_bench import Bench, arguments, flat, unflat
 from rivals import figures
 from torch import Tensor
 
@@ -92,12 +90,7 @@ def statistics(bench: Bench, variant: Variant, rows: Tensor) -> list[Statistics]
 
 def main() -> None:
     """Measure and print, a JSON object a line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--wiki", type=Path, required=True)
-    parser.add_argument("--speech", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, required=True, help="folder for what is calibrated")
-    parser.add_argument("--windows", type=int, default=2, help="of every text")
+    parser = arguments(__doc__)
     parser.add_argument("--keep", type=float, action="append", help="again for more; else 0.16")
     parser.add_argument("--minutes", type=float, default=30.0, help="of refinement")
     parser.add_argument("--only", action="append", choices=VARIANTS, help="again for more")

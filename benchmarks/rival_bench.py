@@ -31,6 +31,17 @@ RESIDUAL, HF_GROUP = 128, 64  # transformers' defaults
 Domains = dict[str, Tensor]  # by the name of a text: tokens, or losses
 
 
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """A parser of what `Bench` reads. doc: of the script, whose first line describes it."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--wiki", type=Path, required=True)
+    parser.add_argument("--speech", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True, help="folder for what is calibrated")
+    parser.add_argument("--windows", type=int, default=2, help="of every text")
+    return parser
+
+
 class Bench:
     """A model, the texts, and what was calibrated, each made when it is first needed."""
 

@@ -15,7 +15,6 @@ the output, such as kivi, or all that comes before its bits or share. transforme
 optimum-quanto and hqq: without, they are left out.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from rival_bench import Bench, Domains
+from rival_bench import Bench, Domains, arguments
 from rival_caches import Rival, kivi, oscar, rotated, squat
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
@@ -107,12 +106,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--wiki", type=Path, required=True)
-    parser.add_argument("--speech", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, required=True, help="folder for what is calibrated")
-    parser.add_argument("--windows", type=int, default=2, help="of every text")
+    parser = arguments(__doc__)
     parser.add_argument("--only", action="append", help="a cache; again for more")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--rows", type=Path, help="output of an earlier run, to be drawn as well")

@@ -116,11 +116,6 @@ def check_pair(dense: Model, low: Model) -> None:
             )
 
 
-def rms(weight: Tensor) -> float:
-    """Root of the mean square, 1 where all is zero."""
-    return float(weight.detach().float().square().mean().sqrt()) or 1.0
-
-
 class _Run:
     """A refinement in progress: its weights, its text, and its state."""
 
@@ -140,10 +135,10 @@ class _Run:
         for p in self.learned.values():
             p.requires_grad_()
         # encoders, decoders and means differ in size by a factor of a hundred, and steps with them
-        sizes, decay = map(rms, self.learned.values()), settings.weight_decay
+        rms = {p: p.detach().square().mean().sqrt().item() or 1.0 for p in self.learned.values()}
+        decay = settings.weight_decay
         self.optimizer = torch.optim.AdamW(
-            {"params": p, "size": size, "weight_decay": decay / size}
-            for p, size in zip(self.learned.values(), sizes, strict=True)
+            {"params": p, "size": size, "weight_decay": decay / size} for p, size in rms.items()
         )
         self.order = settings.order(len(tokens))
         teacher = model_of(dense.config, shared)
