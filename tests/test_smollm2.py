@@ -68,7 +68,7 @@ def test_quality_targets_hold_with_a_twentieth_of_the_default_calibration(smol, 
     assert low.config.kv_width <= 0.6 * smol.model.config.kv_width
     assert perplexity(low, rest, 2048, 1).perplexity < 1.14 * before
     # 0.16: 1.027 and 1.035 on two processors, whose last bits round other numbers up or down
-    cases = ((0.55, (8,), 1.002), (0.4, BITS, 1.003), (0.25, BITS, 1.006), (0.16, BITS, 1.045))
+    cases = ((0.55, (8,), 1.002), (0.25, BITS, 1.006), (0.16, BITS, 1.045))
     for keep, bits, most in cases:
         few = settings._replace(keep=keep, kv_bits=bits, refit=())
         low = compress(smol.model, tokens, few, seen).model
