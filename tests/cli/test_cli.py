@@ -408,12 +408,12 @@ def test_generate_streams_one_answer_and_reads_standard_input(low):
     assert runs[0].stdout == runs[1].stdout != runs[2].stdout
 
 
-def test_inspect_shows_ranks_and_the_base_model(run, low):
+def test_inspect_shows_segments_and_the_base_model(run, low):
     code, text, _ = run("inspect", low)
     assert code == 0
-    assert "█" in text
     assert "fisher" in text
     inspected = json.loads(run("inspect", low, "--json")[1])
+    assert all(x in text for x in (*inspected["k_segments"], *inspected["v_segments"]))
     assert inspected["k_heads_per_latent"] == 4
     assert inspected["v_heads_per_latent"] == 2
     assert inspected["compression"]["base_model"] == "dense"

@@ -39,25 +39,36 @@ def _show(table: Table) -> None:
 
 
 def layers(rows: Sequence[LayerRecord]) -> None:
-    """Print the ranks of every layer as bars, with errors and thresholds where there are any."""
-    both = any(x["v_rank"] for x in rows)
-    heads = ["keys", "", "values", ""] if both else ["keys and values", ""]
+    """Print what every layer keeps, with errors and thresholds where there are any.
+
+    Segments where latents are cut into such, otherwise ranks, and bars of them.
+    """
+    sides = (
+        {"k": "keys", "v": "values"} if any(x["v_rank"] for x in rows) else {"k": "keys and values"}
+    )
+    kept = {f"{side}_{what}" for side in "kv" for what in ("rank", "segments")}
+    extra = [name for name in rows[0] if name not in kept]
     widest = max(max(x["k_rank"], x["v_rank"]) for x in rows)
-    extra = [name for name in rows[0] if name not in ("k_rank", "v_rank")]
-    table = Table("layer", *heads, *map(printable, extra))
-    for i, x in enumerate(rows):
+    table, by_name = Table("layer"), cast(Sequence[Mapping[str, Any]], rows)
+    for side, title in sides.items():
+        table.add_column(title)
+        if f"{side}_segments" not in rows[0]:
+            table.add_column("")
+    for name in extra:
+        table.add_column(printable(name))
+    for i, x in enumerate(by_name):
         cells = []
-        for rank in (x["k_rank"], x["v_rank"]) if both else (x["k_rank"],):
-            cells += [str(rank), "█" * max(1, round(12 * rank / widest))]
-        by_name: Mapping[str, Any] = x
-        cells += [_cell(by_name[name]) for name in extra]
-        _add(table, str(i), *cells)
+        for side in sides:
+            rank, segments = x[f"{side}_rank"], x.get(f"{side}_segments")
+            bar = "█" * max(1, round(12 * rank / widest))
+            cells += [str(rank), bar] if segments is None else [segments or f"{rank}x16"]
+        _add(table, str(i), *cells, *(_cell(x[name]) for name in extra))
     _show(table)
 
 
 def _cell(x: object) -> str:
-    """A cell about a layer; a latent without segments is in the dtype of the model."""
-    return f"{x:.4f}" if isinstance(x, float) else "16 bits" if x == "" else str(x)
+    """A cell about a layer."""
+    return f"{x:.4f}" if isinstance(x, float) else str(x)
 
 
 def comparison(rows: Mapping[str, Comparison], context: int) -> None:
