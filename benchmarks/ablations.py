@@ -13,13 +13,13 @@ some minutes after the refit, on 128 x 512 tokens of the same sources.
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from rival_bench import Bench, arguments, flat, unflat
+from rival_bench import SAMPLES, Bench, arguments, flat, unflat
 from rivals import figures
 from torch import Tensor
 
@@ -28,9 +28,9 @@ from eigenzoo.zoo.compression.moments import Statistics
 from eigenzoo.zoo.compression.refine import refine
 from eigenzoo.zoo.compression.schedule import RefineSettings
 from eigenzoo.zoo.compression.settings import Settings
+from eigenzoo.zoo.models.bits import BITS
 from eigenzoo.zoo.models.config import kv_bytes
 
-BITS = (16, 8, 4, 3, 2)
 PLAIN = Settings(kv_bits=BITS, refit=())
 
 
@@ -39,7 +39,7 @@ class Variant(NamedTuple):
 
     settings: Settings = PLAIN
     drawn: bool = False
-    samples: int = 16
+    samples: int = SAMPLES
     refined: bool = False
 
 
@@ -47,16 +47,13 @@ VARIANTS = {
     "no refit": Variant(),
     "refit": Variant(Settings(kv_bits=BITS)),
     "refined": Variant(Settings(kv_bits=BITS), refined=True),
-    "damping 0.03": Variant(PLAIN._replace(damping=0.03)),
     "damping 0.1": Variant(PLAIN._replace(damping=0.1)),
     "damping 1": Variant(PLAIN._replace(damping=1.0)),
     "damping 3": Variant(PLAIN._replace(damping=3.0)),
     "drawn labels": Variant(drawn=True),
     "drawn labels, damping 0.1": Variant(PLAIN._replace(damping=0.1), drawn=True),
-    "drawn labels, refit": Variant(Settings(kv_bits=BITS), drawn=True),
-    "more tokens": Variant(samples=32),
+    "more tokens": Variant(samples=2 * SAMPLES),
     "no 3 bits": Variant(PLAIN._replace(kv_bits=(16, 8, 4, 2))),
-    "8 and 4 bits": Variant(PLAIN._replace(kv_bits=(16, 8, 4))),
 }
 
 
@@ -76,13 +73,11 @@ def drawn_labels() -> Iterator[None]:
 def statistics(bench: Bench, variant: Variant, rows: Tensor) -> list[Statistics]:
     """The statistics of a variant, kept in the folder of the bench."""
     settings = variant.settings.fit(bench.model.config)
-    if not variant.drawn and variant.samples == Variant().samples:
+    if not variant.drawn and variant.samples == SAMPLES:
         return bench.statistics(settings)
 
     def make() -> dict[str, Tensor]:
-        if not variant.drawn:
-            return flat(gather(bench.model, rows, settings))
-        with drawn_labels():
+        with drawn_labels() if variant.drawn else nullcontext():
             return flat(gather(bench.model, rows, settings))
 
     return unflat(bench.kept(f"statistics-{variant.drawn}-{variant.samples}", make))

@@ -1,5 +1,5 @@
 // Vectors of bytes in lanes of four, one lane a slot, and their products, where the processor
-// multiplies bytes: with AVX-512 or AVX2, and best with VNNI.
+// multiplies bytes: with AVX-512, best with its VNNI, or with AVX2.
 #pragma once
 
 #include <algorithm>
@@ -75,12 +75,6 @@ Bytes add_products(Bytes sum, Bytes x, Bytes y) {
   }
   const Bytes pairs = _mm512_maddubs_epi16(x, y);
   return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-}
-#elif defined(__AVXVNNI__)
-constexpr int UNSIGNED_ZERO = 128;
-template <bool SIGNED>
-Bytes add_products(Bytes sum, Bytes x, Bytes y) {
-  return _mm256_dpbusd_avx_epi32(sum, x, y);
 }
 #else
 constexpr int UNSIGNED_ZERO = 0;  // 16 bits hold two products of 127 x 128, but not of 127 x 255

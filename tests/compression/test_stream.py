@@ -83,9 +83,8 @@ def test_a_model_that_was_streamed_is_the_one_that_was_compressed_in_memory(
     x = tiny.tokens(2, 40)
     got, want = parts.model(x), whole.model(x)
     few = whole.model.config.least_bits < 16
-    if few:
-        # streaming runs shorter passes, so gradients and hidden states differ in their last bits;
-        # with these, columns of nearly the same importance turn, and are rounded elsewhere
+    # streaming runs shorter passes, so gradients and hidden states differ in their last bits
+    if few:  # columns of nearly the same importance turn with these, and are rounded elsewhere
         lost = (want - load(str(tmp_path / "model")).model(x)).square().mean().sqrt()
         assert (got - want).square().mean().sqrt() < lost / 2
     else:

@@ -186,7 +186,7 @@ def _summary(x: Mapping[str, Any]) -> str:
     return (
         f"{sum(x['new_tokens'])} tokens"
         + (f", {speed:.1f} tokens/s" if speed else "")
-        + (f", {accepted:.0%} of {x['drafted_tokens']} drafted ones accepted" if drafted else "")
+        + (f", {accepted:.0%} of {drafted} drafted ones accepted" if drafted else "")
         + f", the first after {x['first_token_seconds']:.1f} s"
         + (f", {compiled:.1f} s of all in the compiler" if compiled else "")
         + f"; {x['peak_memory'] / 2**20:.0f} MiB at most, {x['cache_slots']} cache slots, "

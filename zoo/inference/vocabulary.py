@@ -25,7 +25,7 @@ def check_same_vocabulary(
 ) -> None:
     """Raise ValueError unless a draft model has the tokens of the model. No weights are read.
 
-    source, revision: of the model; revision, trust_remote_code: as of `checkpoint.load`.
+    source, revision: of the model, as of `checkpoint.load`, and so is trust_remote_code, for both.
     """
     (known, tokens), (drafted, others) = (
         vocabulary(source, revision, trust_remote_code),
