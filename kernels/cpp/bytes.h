@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 
 #include "vectors.h"
 
@@ -26,7 +25,6 @@ inline Bytes as_bytes(V x) { return _mm512_castps_si512(x); }
 inline V to_floats(Bytes x) { return _mm512_cvtepi32_ps(x); }
 inline Bytes to_integers(V x) { return _mm512_cvtps_epi32(x); }  // the nearest
 inline Bytes larger(Bytes a, Bytes b) { return _mm512_max_epi32(a, b); }
-inline int lanes_sum(Bytes x) { return _mm512_reduce_add_epi32(x); }
 inline int largest_lane(Bytes x) { return _mm512_reduce_max_epi32(x); }
 #else
 using Bytes = __m256i;
@@ -40,11 +38,6 @@ inline Bytes as_bytes(V x) { return _mm256_castps_si256(x); }
 inline V to_floats(Bytes x) { return _mm256_cvtepi32_ps(x); }
 inline Bytes to_integers(V x) { return _mm256_cvtps_epi32(x); }  // the nearest
 inline Bytes larger(Bytes a, Bytes b) { return _mm256_max_epi32(a, b); }
-inline int lanes_sum(Bytes x) {
-  alignas(32) int lanes[W];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), x);
-  return std::accumulate(lanes, lanes + W, 0);
-}
 inline int largest_lane(Bytes x) {
   alignas(32) int lanes[W];
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), x);
@@ -54,55 +47,66 @@ inline int largest_lane(Bytes x) {
 
 using Numbers32 = uint32_t __attribute__((vector_size(4 * W)));
 inline Bytes plus(Bytes a, Bytes b) { return Bytes(Numbers32(a) + Numbers32(b)); }
+inline Bytes minus(Bytes a, Bytes b) { return Bytes(Numbers32(a) - Numbers32(b)); }
 inline Bytes up(Bytes x, int bits) { return Bytes(Numbers32(x) << bits); }
 inline Bytes down(Bytes x, int bits) { return Bytes(Numbers32(x) >> bits); }
 
-// sum + the products of every lane's four bytes, x without signs and y with them. SIGNED: x has
-// them too, and UNSIGNED_ZERO was added to it.
+// sum + the products of every lane's four bytes: x without signs, below 2 ** DIGITS, and y with
+// them. A number of two such bytes has twice as many digits.
 #if defined(__AVX512VNNI__) && defined(CPU_CAPABILITY_AVX512)
-constexpr int UNSIGNED_ZERO = 128;
-template <bool SIGNED>
-Bytes add_products(Bytes sum, Bytes x, Bytes y) {
-  return _mm512_dpbusd_epi32(sum, x, y);
-}
-#elif defined(CPU_CAPABILITY_AVX512)
-constexpr int UNSIGNED_ZERO = 0;  // 16 bits hold two products of 127 x 128, but not of 127 x 255
-template <bool SIGNED>
-Bytes add_products(Bytes sum, Bytes x, Bytes y) {
-  if constexpr (SIGNED) {
-    y = _mm512_mask_sub_epi8(y, _mm512_movepi8_mask(x), _mm512_setzero_si512(), y);
-    x = _mm512_abs_epi8(x);
-  }
-  const Bytes pairs = _mm512_maddubs_epi16(x, y);
-  return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+constexpr int DIGITS = 8;
+C10_ALWAYS_INLINE Bytes add_products(Bytes sum, Bytes x, Bytes y) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));  // GCC 12 copies sums of the intrinsic
+  return sum;
 }
 #else
-constexpr int UNSIGNED_ZERO = 0;  // 16 bits hold two products of 127 x 128, but not of 127 x 255
-template <bool SIGNED>
-Bytes add_products(Bytes sum, Bytes x, Bytes y) {
-  if constexpr (SIGNED) {
-    y = _mm256_sign_epi8(y, x);
-    x = _mm256_abs_epi8(x);
-  }
+constexpr int DIGITS = 7;  // 16 bits hold two products of 127 x 128, but not of 255 x 128
+inline Bytes add_products(Bytes sum, Bytes x, Bytes y) {
+#ifdef CPU_CAPABILITY_AVX512
+  const Bytes pairs = _mm512_maddubs_epi16(x, y);
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#else
   const Bytes pairs = _mm256_maddubs_epi16(x, y);
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
 }
 #endif
 
-// Stores the lowest byte of `count` lanes
-inline void store_bytes(Bytes x, int8_t* p, int64_t count) {
+// Bytes of a table of 16, by bytes below 16
 #ifdef CPU_CAPABILITY_AVX512
-  _mm512_mask_cvtepi32_storeu_epi8(p, 0xffffu >> (W - count), x);
+inline Bytes repeat_bytes(__m128i x) { return _mm512_broadcast_i32x4(x); }
+inline Bytes look_up(Bytes table, Bytes x) { return _mm512_shuffle_epi8(table, x); }
+#else
+inline Bytes repeat_bytes(__m128i x) { return _mm256_broadcastsi128_si256(x); }
+inline Bytes look_up(Bytes table, Bytes x) { return _mm256_shuffle_epi8(table, x); }
+#endif
+
+// Stores the lowest byte of all lanes
+inline void store_bytes(Bytes x, uint8_t* p) {
+#ifdef CPU_CAPABILITY_AVX512
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 #else
   alignas(32) int lanes[W];
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), x);
-  std::copy_n(lanes, count, p);
+  std::copy_n(lanes, W, p);
+#endif
+}
+
+// Bytes `from` up to `to` of 16, zeros around them. Nothing else is read.
+inline __m128i load_bytes(const uint8_t* p, int64_t from, int64_t to) {
+#ifdef CPU_CAPABILITY_AVX512
+  return _mm_maskz_loadu_epi8((1u << to) - (1u << from), p);
+#else
+  uint8_t all[16] = {};
+  std::copy(p + from, p + to, all + from);
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(all));
 #endif
 }
 
 // The first `count` of 16 bytes, followed by zeros. Nothing is read past them.
 inline __m128i load_bytes(const uint8_t* p, int64_t count) {
 #ifdef CPU_CAPABILITY_AVX512
+  if (count == 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm_maskz_loadu_epi8(0xffffu >> (16 - count), p);
 #else
   uint8_t all[16] = {};
@@ -140,6 +144,24 @@ inline void load_columns(const uint8_t* p, int64_t step, int64_t last, int64_t c
     });
   else
     transpose([&](int64_t i) { return load_bytes(p + std::min(i, last) * step, count); });
+}
+
+// The bytes of W columns and four rows, row(j): lane i holds byte i of each
+template <class Row>
+C10_ALWAYS_INLINE Bytes quads(const Row& row) {
+#ifdef CPU_CAPABILITY_AVX512
+  Bytes x = _mm512_castsi128_si512(row(0));
+  x = _mm512_inserti32x4(x, row(1), 1);
+  x = _mm512_inserti32x4(x, row(2), 2);
+  x = _mm512_inserti32x4(x, row(3), 3);
+  const Bytes turned = _mm512_permutexvar_epi32(
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
+  return _mm512_shuffle_epi8(turned, _mm512_broadcast_i32x4(_mm_setr_epi8(
+                                         0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+#else
+  const __m128i a = _mm_unpacklo_epi8(row(0), row(1)), b = _mm_unpacklo_epi8(row(2), row(3));
+  return _mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b));
+#endif
 }
 
 }  // namespace

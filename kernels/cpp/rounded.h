@@ -1,6 +1,6 @@
-// Scores of rows of codes in models of bf16: queries are rounded to two bytes a number, with a
-// scale per segment, and multiplied byte by code. One byte is too few: a few numbers of a query are
-// large in real models, and outputs of attention would change by 1 to 3 %.
+// Scores of rows of codes in models of bf16: queries are rounded to two bytes a number and
+// multiplied byte by code. One byte is too few: a few numbers of a query are large in real models,
+// and outputs of attention would change by 1 to 3 %.
 //
 // W slots lie in the lanes of a vector, and a lane holds four codes of one slot. So the scale of a
 // segment is a vector, no sum runs across lanes, and codes that were unpacked once serve all
@@ -11,15 +11,17 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "bytes.h"
+#include "codes.h"
 #include "packed.h"
 #include "words.h"
 
+#ifdef MULTIPLIES_BYTES
 namespace {
 
-#ifdef MULTIPLIES_BYTES
 // Rows of codes that are multiplied with rounded queries
 struct RoundedCodes {
   using Factor = int;
@@ -33,102 +35,144 @@ struct RoundedCodes {
   void make_factors(const float* query, int* y) const { round_query(query, *words, y); }
 };
 
-// out[m][i] = a[m] · slot i for rows <= M queries and the slots in the lanes of `tile`, `count` of
-// them
+// W slots of a latent, unpacked. By segment: what the sums of high bytes begin with, as the zero of
+// queries is QUERY_ZERO; and the scales.
+struct Unpacked {
+  std::vector<Bytes> codes, bytes, starts;
+  std::vector<V> scales;
+};
+
+// Adds the products of words of queries, high bytes at y and low ones at z, with those of slots. Sums
+// stay in registers, since all their indices are constants.
+template <size_t... M>
+void add_words(const int* y, const int* z, int64_t lda, const Bytes* codes, int64_t count,
+               Bytes* high, Bytes* low, std::index_sequence<M...>) {
+  Bytes h[] = {high[M]...}, l[] = {low[M]...};
+  for (int64_t w = 0; w < count; ++w, ++y, ++z) {
+    const Bytes x = codes[w];
+    ((h[M] = add_products(h[M], repeat(y[M * lda]), x),
+      l[M] = add_products(l[M], repeat(z[M * lda]), x)),
+     ...);
+  }
+  ((high[M] = h[M], low[M] = l[M]), ...);
+}
+
+// out[m][i] = a[m] · slot i for rows <= M queries and the slots in the lanes of x, `count` of them
 template <int M>
-void multiply_tile(int64_t rows, const int* a, int64_t lda, const Words& words, const Bytes* tile,
-                   const V* scales, int64_t count, float* out, int64_t ldo) {
+void multiply_tile(int64_t rows, const int* a, int64_t lda, const Words& words, const Unpacked& x,
+                   int64_t count, float* out, int64_t ldo) {
   if constexpr (M > 1)
-    if (rows < M)
-      return multiply_tile<M - 1>(rows, a, lda, words, tile, scales, count, out, ldo);
+    if (rows < M) return multiply_tile<M - 1>(rows, a, lda, words, x, count, out, ldo);
   V total[M];
-  for (auto& x : total) x = V(0.f);
-  const int* factors = a + 2 * words.count;
-  for (const Words::Range& s : words.ranges) {
+  for (auto& sum : total) sum = V(0.f);
+  for (size_t i = 0; i < words.ranges.size(); ++i) {
+    const Words::Range& s = words.ranges[i];
     if (s.bits == 16) {
       for (int64_t w = s.begin; w < s.end; ++w)
         for (int m = 0; m < M; ++m)
           total[m] =
-              at::vec::fmadd(as_floats(repeat(a[m * lda + w])), as_floats(tile[w]), total[m]);
+              at::vec::fmadd(as_floats(repeat(a[m * lda + w])), as_floats(x.codes[w]), total[m]);
       continue;
     }
     Bytes high[M], low[M];
-    for (int m = 0; m < M; ++m) high[m] = repeat(factors[m * lda]);
-    for (int m = 0; m < M; ++m) low[m] = repeat(factors[m * lda + 1]);
-    auto add = [&](auto with_sign) C10_ALWAYS_INLINE_ATTRIBUTE {
-      constexpr bool SIGNED = decltype(with_sign)::value;
-      for (int64_t w = s.begin; w < s.end; ++w) {
-        const Bytes x = tile[w];
-        for (int m = 0; m < M; ++m) {
-          const int* y = a + m * lda + w;
-          high[m] = add_products<SIGNED>(high[m], x, repeat(*y));
-          low[m] = add_products<SIGNED>(low[m], x, repeat(y[words.count]));
-        }
-      }
-    };
-    s.bits == 8 ? add(std::true_type()) : add(std::false_type());
+    for (int m = 0; m < M; ++m) high[m] = x.starts[i], low[m] = repeat(0);
+    add_words(a + s.begin, a + words.count + s.begin, lda, &x.codes[s.begin], s.end - s.begin, high,
+              low, std::make_index_sequence<M>());
     for (int m = 0; m < M; ++m) {
-      Factors f;
-      std::memcpy(&f, factors + m * lda, sizeof f);
-      const V sum = at::vec::fmadd(to_floats(low[m]), V(LOW), to_floats(high[m]));
-      total[m] = at::vec::fmadd(at::vec::fmadd(sum, V(f.scale), V(f.add)), *scales, total[m]);
+      const V sum = at::vec::fmadd(to_floats(high[m]), V(1 << DIGITS), to_floats(low[m]));
+      total[m] = at::vec::fmadd(sum, x.scales[i], total[m]);
     }
-    ++scales;
-    factors += 4;
   }
-  for (int m = 0; m < M; ++m) total[m].store(out + m * ldo, count);
-}
-
-// The words of every part of a plane from four of its bytes on, in W slots. Codes are moved to bit
-// PLACE.
-template <int BITS, int PLACE>
-void unpack_words(Bytes x, int64_t apart, Bytes* out) {
-  if constexpr (BITS == 16) {
-    out[0] = up(x, 16);
-    out[apart] = x & repeat(0xffff0000);
-  } else if constexpr (BITS == 8) {
-    out[0] = x ^ repeat(UNSIGNED_ZERO * 0x01010101u);
-  } else {
-    const Bytes mask = repeat((((1 << BITS) - 1) << PLACE) * 0x01010101);
-    for (int i = 0; i < 8 / BITS; ++i) {
-      const int n = i * BITS - PLACE;
-      out[i * apart] = (n < 0 ? up(x, -n) : down(x, n)) & mask;
-    }
+  for (int m = 0; m < M; ++m) {
+    float divisor;
+    std::memcpy(&divisor, a + m * lda + 2 * words.count, sizeof divisor);
+    (total[m] * V(divisor)).store(out + m * ldo, count);
   }
 }
 
-// The words of W slots, of which those up to number `last` exist, and the scales of their segments
-inline void unpack_tile(const RoundedCodes& x, int64_t last, Bytes* tile, V* scales) {
+// `bytes` bytes of W slots as words, of which those up to number `last` exist. room: bytes that may
+// be read of each
+inline void load_words(const uint8_t* p, int64_t step, int64_t last, int64_t bytes, int64_t room,
+                       Bytes* words) {
   Bytes columns[4];
-  for (const Plane& plane : x.words->planes)
-    for (int64_t i = 0; i < plane.words(); i += 4) {
-      const int64_t at = plane.offset + 4 * i, n = std::min<int64_t>(4, plane.words() - i);
-      load_columns(x.rows.codes + at, x.rows.step, last, std::min<int64_t>(16, x.room - at),
-                   columns);
-      auto unpack = [&](auto bits, auto place) {
-        for (int64_t j = 0; j < n; ++j)
-          unpack_words<decltype(bits)::value, decltype(place)::value>(
-              columns[j], plane.words(), tile + plane.word + i + j);
-      };
-      using std::integral_constant;
-      const integral_constant<int, 0> lowest;
-      switch (plane.bits) {
-        case 16: unpack(integral_constant<int, 16>(), lowest); break;
-        case 8: unpack(integral_constant<int, 8>(), lowest); break;
-        case 4: unpack(integral_constant<int, 4>(), lowest); break;
-        case 2: unpack(integral_constant<int, 2>(), lowest); break;
-        default: unpack(integral_constant<int, 1>(), integral_constant<int, 2>());
+  for (int64_t i = 0; i < bytes; i += 16) {
+    load_columns(p + i, step, last, std::min<int64_t>(16, room - i), columns);
+    for (int64_t j = i; j < std::min(bytes, i + 16); j += 4) *words++ = columns[(j - i) / 4];
+  }
+}
+
+// Word w of the third bits of a segment of 3 bits: bytes 4 w to 4 w + 3 of every quarter, a
+// quarter's in bit 2 * quarter. x: the words of their `eighth` bytes, which hold even eighths in
+// even bits and odd ones beside them
+inline Bytes third_bits(const Bytes* x, int64_t w, int64_t eighth) {
+  if (eighth % 4 == 0) return down(x[w % (eighth / 4)], 4 * w / eighth);
+  Bytes all = repeat(0);
+  for (int64_t j = 0; j < 4; ++j) {
+    const int64_t i = 4 * w + j, from = i % eighth;
+    const Bytes byte = down(down(x[from / 4], from % 4 * 8) & repeat(255), i / eighth);
+    all = all | up(byte, 8 * j);
+  }
+  return all;
+}
+
+// The codes of a segment in W slots, of which those up to number `last` exist
+template <int BITS>
+void unpack_codes(const RoundedCodes& x, const Words::Range& s, int64_t last, Unpacked& y) {
+  const uint8_t* p = x.rows.codes + s.offset;
+  const int64_t n = s.words(), room = x.room - s.offset;
+  const Bytes table = doubled_levels<BITS>();
+  load_words(p, x.rows.step, last, s.bytes, room, y.bytes.data());
+  Bytes *third = y.bytes.data() + n, *to = &y.codes[s.begin];
+  if constexpr (BITS == 3)
+    load_words(p + s.bytes, x.rows.step, last, s.width / 8, room - s.bytes, third);
+  for (int64_t w = 0; w < n; ++w) {
+    const Bytes high = BITS == 3 ? third_bits(third, w, s.width / 8) : repeat(0);
+    for (int part = 0; part < PARTS<BITS>; ++part)
+      to[part * n + w] = signed_codes<BITS>(y.bytes[w], high, part, table);
+  }
+}
+
+// W slots of x, of which those up to number `last` exist
+inline void unpack_tile(const RoundedCodes& x, int64_t last, Unpacked& y) {
+  const Words& words = *x.words;
+  y.codes.resize(words.count);
+  y.bytes.resize(2 * words.count);
+  y.starts.resize(words.ranges.size());
+  y.scales.resize(words.ranges.size());
+  const int64_t from = x.rows.scales - x.rows.codes;
+  Bytes scales[4];
+  int64_t scale = 0;
+  for (size_t i = 0; i < words.ranges.size(); ++i) {
+    const Words::Range& s = words.ranges[i];
+    if (s.bits == 16) {
+      const int64_t n = s.words();
+      load_words(x.rows.codes + s.offset, x.rows.step, last, s.bytes, x.room - s.offset,
+                 y.bytes.data());
+      for (int64_t w = 0; w < n; ++w) {
+        y.codes[s.begin + w] = up(y.bytes[w], 16);
+        y.codes[s.begin + n + w] = y.bytes[w] & repeat(0xffff0000);
       }
       // behind the last number may be no number at all, whose product with 0 would not be 0
-      if (plane.bits == 16 && plane.bytes % 4) tile[plane.word + 2 * plane.words() - 1] = repeat(0);
+      if (s.width % 2) y.codes[s.end - 1] = repeat(0);
+      continue;
     }
-  const int64_t from = x.rows.scales - x.rows.codes;
-  for (int64_t i = 0; i < x.rows.packing->scales; ++i) {
-    if (i % 16 == 0)
-      load_columns(x.rows.scales + i, x.rows.step, last,
-                   std::min<int64_t>(16, x.room - from - i), columns);
-    const Bytes code = down(columns[i % 16 / 4], i % 4 * 8) & repeat(255);
-    scales[i] = as_floats(plus(up(code, 20), repeat(107 << 23)));  // as `scale_of`
+    float unit = 1.f;
+    with_bits(s.bits, [&](auto bits) {
+      if constexpr (bits != 16) {
+        unpack_codes<bits>(x, s, last, y);
+        unit = UNIT<bits>;
+      }
+    });
+    Bytes sum = repeat(0);
+    for (int64_t w = s.begin; w < s.end; ++w)
+      sum = add_products(sum, repeat(0x01010101), y.codes[w]);
+    y.starts[i] = minus(repeat(0), up(sum, DIGITS - 1));
+    if (scale % 16 == 0)
+      load_columns(x.rows.scales + scale, x.rows.step, last,
+                   std::min<int64_t>(16, x.room - from - scale), scales);
+    const Bytes code = down(scales[scale % 16 / 4], scale % 4 * 8) & repeat(255);
+    y.scales[i] = as_floats(plus(up(code, 20), repeat(107 << 23))) * V(unit);  // as `scale_of`
+    ++scale;
   }
 }
 
@@ -136,20 +180,16 @@ inline void unpack_tile(const RoundedCodes& x, int64_t last, Bytes* tile, V* sca
 inline void multiply(const int* a, int64_t rows, int64_t lda, const RoundedCodes& b, int64_t cols,
                      float* out, int64_t ldo) {
   constexpr int MOST = W == 16 ? 9 : 4;  // rows whose sums fit the registers
-  thread_local std::vector<Bytes> tile;
-  thread_local std::vector<V> scales;
-  tile.resize(b.words->count);
-  scales.resize(b.rows.packing->scales);
+  thread_local Unpacked x;
   for (int64_t n = 0; n < cols; n += W) {
     const int64_t count = std::min(W, cols - n);
     const RoundedCodes some = b.skip(n);
     for (int64_t i = 0; i < count; ++i) some.rows.fetch(i + some.rows.ahead());
-    unpack_tile(some, count - 1, tile.data(), scales.data());
+    unpack_tile(some, count - 1, x);
     int64_t m = 0;
     for (int64_t blocks = (rows + MOST - 1) / MOST; blocks; --blocks) {  // of nearly equal size
       const int64_t of_block = (rows - m + blocks - 1) / blocks;
-      multiply_tile<MOST>(of_block, a + m * lda, lda, *b.words, tile.data(), scales.data(), count,
-                          out + m * ldo + n, ldo);
+      multiply_tile<MOST>(of_block, a + m * lda, lda, *b.words, x, count, out + m * ldo + n, ldo);
       m += of_block;
     }
   }

@@ -30,9 +30,9 @@ struct Layout {
   int64_t batch, heads, new_tokens;
   int64_t units, rows, latents;   // rows (heads times new tokens) and value latents of a unit
   int64_t width, padded;          // of values: numbers, and floats of a sum
-  const Packing* packing;         // of values, or null
+  const Packing* packing;         // of values whose sums are in the order of vectors, or null
 
-  Layout(const Tensor& q, int64_t keys, const Cache& v)
+  Layout(const Tensor& q, int64_t keys, const Cache& v, bool in_order)
       : batch(q.size(0)),
         heads(q.size(1)),
         new_tokens(q.size(2)),
@@ -41,7 +41,7 @@ struct Layout {
         latents(v.latents() / units),
         width(v.width()),
         padded(v.padded()),
-        packing(v.packed ? &v.packing : nullptr) {}
+        packing(v.packed && !in_order ? &v.packing : nullptr) {}
 
   // Where number j of a value is in a sum
   int64_t column(int64_t j) const { return packing ? packing->columns[j] : j; }
