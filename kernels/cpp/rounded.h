@@ -90,29 +90,35 @@ void multiply_tile(int64_t rows, const int* a, int64_t lda, const Words& words, 
   }
 }
 
-// `bytes` bytes of W slots as words, of which those up to number `last` exist. room: bytes that may
-// be read of each
-inline void load_words(const uint8_t* p, int64_t step, int64_t last, int64_t bytes, int64_t room,
-                       Bytes* words) {
+// Calls use(w, x) with every word of `bytes` bytes of W slots, of which those up to number `last`
+// exist. room: bytes that may be read of each
+template <class Use>
+C10_ALWAYS_INLINE void for_each_word(const uint8_t* p, int64_t step, int64_t last, int64_t bytes,
+                                     int64_t room, const Use& use) {
   Bytes columns[4];
   for (int64_t i = 0; i < bytes; i += 16) {
     load_columns(p + i, step, last, std::min<int64_t>(16, room - i), columns);
-    for (int64_t j = i; j < std::min(bytes, i + 16); j += 4) *words++ = columns[(j - i) / 4];
+    if (i + 16 <= bytes)
+      for (int64_t j = 0; j < 4; ++j) use(i / 4 + j, columns[j]);
+    else
+      for (int64_t j = 0; i + 4 * j < bytes; ++j) use(i / 4 + j, columns[j]);
   }
 }
 
-// Word w of the third bits of a segment of 3 bits: bytes 4 w to 4 w + 3 of every quarter, a
+// The third bits of a segment of 3 bits: word w has those of bytes 4 w to 4 w + 3 of every quarter, a
 // quarter's in bit 2 * quarter. x: the words of their `eighth` bytes, which hold even eighths in
 // even bits and odd ones beside them
-inline Bytes third_bits(const Bytes* x, int64_t w, int64_t eighth) {
-  if (eighth % 4 == 0) return down(x[w % (eighth / 4)], 4 * w / eighth);
-  Bytes all = repeat(0);
-  for (int64_t j = 0; j < 4; ++j) {
-    const int64_t i = 4 * w + j, from = i % eighth;
-    const Bytes byte = down(down(x[from / 4], from % 4 * 8) & repeat(255), i / eighth);
-    all = all | up(byte, 8 * j);
+inline void third_bits(const Bytes* x, int64_t eighth, int64_t words, Bytes* y) {
+  const int64_t n = eighth / 4;
+  if (eighth % 4 == 0) {
+    for (int64_t w = 0; w < n; ++w) y[w] = x[w], y[n + w] = down(x[w], 1);
+    return;
   }
-  return all;
+  for (int64_t i = 0; i < 4 * words; ++i) {
+    const int64_t from = i % eighth;
+    const Bytes byte = down(down(x[from / 4], from % 4 * 8) & repeat(255), i / eighth % 2);
+    y[i / 4] = i % 4 ? y[i / 4] | up(byte, i % 4 * 8) : byte;
+  }
 }
 
 // The codes of a segment in W slots, of which those up to number `last` exist
@@ -121,15 +127,17 @@ void unpack_codes(const RoundedCodes& x, const Words::Range& s, int64_t last, Un
   const uint8_t* p = x.rows.codes + s.offset;
   const int64_t n = s.words(), room = x.room - s.offset;
   const Bytes table = doubled_levels<BITS>();
-  load_words(p, x.rows.step, last, s.bytes, room, y.bytes.data());
-  Bytes *third = y.bytes.data() + n, *to = &y.codes[s.begin];
-  if constexpr (BITS == 3)
-    load_words(p + s.bytes, x.rows.step, last, s.width / 8, room - s.bytes, third);
-  for (int64_t w = 0; w < n; ++w) {
-    const Bytes high = BITS == 3 ? third_bits(third, w, s.width / 8) : repeat(0);
-    for (int part = 0; part < PARTS<BITS>; ++part)
-      to[part * n + w] = signed_codes<BITS>(y.bytes[w], high, part, table);
+  Bytes *to = &y.codes[s.begin], *third = y.bytes.data();
+  if constexpr (BITS == 3) {
+    Bytes* packed = third + n;
+    for_each_word(p + s.bytes, x.rows.step, last, s.width / 8, room - s.bytes,
+                  [&](int64_t w, Bytes bytes) { packed[w] = bytes; });
+    third_bits(packed, s.width / 8, n, third);
   }
+  for_each_word(p, x.rows.step, last, s.bytes, room, [&](int64_t w, Bytes bytes) {
+    for (int part = 0; part < PARTS<BITS>; ++part)
+      to[part * n + w] = signed_codes<BITS>(bytes, BITS == 3 ? third[w] : bytes, part, table);
+  });
 }
 
 // W slots of x, of which those up to number `last` exist
@@ -146,12 +154,11 @@ inline void unpack_tile(const RoundedCodes& x, int64_t last, Unpacked& y) {
     const Words::Range& s = words.ranges[i];
     if (s.bits == 16) {
       const int64_t n = s.words();
-      load_words(x.rows.codes + s.offset, x.rows.step, last, s.bytes, x.room - s.offset,
-                 y.bytes.data());
-      for (int64_t w = 0; w < n; ++w) {
-        y.codes[s.begin + w] = up(y.bytes[w], 16);
-        y.codes[s.begin + n + w] = y.bytes[w] & repeat(0xffff0000);
-      }
+      for_each_word(x.rows.codes + s.offset, x.rows.step, last, s.bytes, x.room - s.offset,
+                    [&](int64_t w, Bytes bytes) {
+                      y.codes[s.begin + w] = up(bytes, 16);
+                      y.codes[s.begin + n + w] = bytes & repeat(0xffff0000);
+                    });
       // behind the last number may be no number at all, whose product with 0 would not be 0
       if (s.width % 2) y.codes[s.end - 1] = repeat(0);
       continue;
