@@ -51,12 +51,12 @@ void add_values(const Cache& v, const Layout& layout, const Task& task, int64_t 
 #ifdef __AVX512BF16__
     if constexpr (!std::is_same_v<Factor<T>, float>)
       if (v.packed) {
-        paired_sum(weights.data() + first * TILE, rows, v.codes(task.b, latent, t), n, keep + first,
-                   sums + first * layout.padded, layout.padded, narrow);
+        paired_sum(weights.data() + first * TILE, rows, v.codes(task.b, latent, t, n), n,
+                   keep + first, sums + first * layout.padded, layout.padded, narrow);
         continue;
       }
 #endif
-    v.with_rows<T>(task.b, latent, t, [&](const auto& values) {
+    v.with_rows<T>(task.b, latent, t, n, [&](const auto& values) {
       using A = typename std::decay_t<decltype(values)>::Factor;
       const A* p;
       if constexpr (std::is_same_v<A, float>)

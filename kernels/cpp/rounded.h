@@ -26,9 +26,8 @@ struct RoundedCodes {
 
   Codes rows;
   const Words* words;
-  int64_t room;  // bytes of a row from the first of these codes on
 
-  RoundedCodes skip(int64_t slots) const { return {rows.skip(slots), words, room}; }
+  RoundedCodes skip(int64_t slots) const { return {rows.skip(slots), words}; }
   int64_t factors() const { return words->size; }
   void make_factors(const float* query, int* y) const { round_query(query, *words, y); }
 };
@@ -103,7 +102,7 @@ inline void unpack_tile(const RoundedCodes& x, int64_t last, Bytes* tile, V* sca
   for (const Plane& plane : x.words->planes)
     for (int64_t i = 0; i < plane.words(); i += 4) {
       const int64_t at = plane.offset + 4 * i, n = std::min<int64_t>(4, plane.words() - i);
-      load_columns(x.rows.codes + at, x.rows.step, last, std::min<int64_t>(16, x.room - at),
+      load_columns(x.rows.codes + at, x.rows.step, last, std::min<int64_t>(16, x.rows.room - at),
                    columns);
       auto unpack = [&](auto bits, auto place) {
         for (int64_t j = 0; j < n; ++j)
@@ -126,7 +125,7 @@ inline void unpack_tile(const RoundedCodes& x, int64_t last, Bytes* tile, V* sca
   for (int64_t i = 0; i < x.rows.packing->scales; ++i) {
     if (i % 16 == 0)
       load_columns(x.rows.scales + i, x.rows.step, last,
-                   std::min<int64_t>(16, x.room - from - i), columns);
+                   std::min<int64_t>(16, x.rows.room - from - i), columns);
     const Bytes code = down(columns[i % 16 / 4], i % 4 * 8) & repeat(255);
     scales[i] = as_floats(plus(up(code, 20), repeat(107 << 23)));  // as `scale_of`
   }
