@@ -26,7 +26,8 @@ SCHEMAS = {
     ),
     "rotary_decode": (
         "Tensor q, Tensor z, Tensor v, Tensor span, float scale, Tensor cos, Tensor sin, "
-        "Tensor up, Tensor? mean, Tensor? bias=None, int[]? z_layout=None, int[]? v_layout=None, Tensor? table=None"
+        "Tensor up, Tensor? mean, Tensor? bias=None, int[]? z_layout=None, int[]? v_layout=None, "
+        "Tensor? table=None"
     ),
     "linear_decode": "Tensor x, Tensor weight, Tensor? scale, Tensor? bias",
 }

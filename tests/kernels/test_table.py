@@ -47,7 +47,9 @@ def in_pages(
     Keys and values of equal dtypes share rows; there is room between rows and between pages.
     """
     together = isinstance(keys, Packed) == isinstance(values, Packed)
-    rows = [x.rows if isinstance(x, Packed) else x.transpose(1, 2).flatten(2) for x in (keys, values)]
+    rows = [
+        x.rows if isinstance(x, Packed) else x.transpose(1, 2).flatten(2) for x in (keys, values)
+    ]
     batch, each = len(rows[0]), SLOTS // page
     order = torch.randperm(batch * each + 3) if shuffled else torch.arange(batch * each + 3)
     table = order[1:-2].view(batch, each)
@@ -62,7 +64,9 @@ def in_pages(
     used = seen.unflatten(1, (each, page)).any(2)
     nothing = NOTHING[torch.randint(3, table.shape)]
     new = [
-        x._replace(rows=y) if isinstance(x, Packed) else y.unflatten(2, (x.size(1), -1)).transpose(1, 2)
+        x._replace(rows=y)
+        if isinstance(x, Packed)
+        else y.unflatten(2, (x.size(1), -1)).transpose(1, 2)
         for x, y in zip((keys, values), kept, strict=True)
     ]
     return new[0], new[1], torch.where(used, table.int(), nothing)
@@ -87,7 +91,12 @@ def calls(batch: int, span: Tensor, new: int, heads: int, dtype: torch.dtype) ->
         "latent": (ops.latent_decode, attention.latent_decode, wide, (None, slopes)),
         "anchored": (ops.anchored_decode, attention.anchored_decode, q, (*anchored, None)),
         "padded": (ops.anchored_decode, attention.anchored_decode, q, (*anchored, position)),
-        "rotary": (ops.rotary_decode, attention.rotary_decode, q, (*rotation(SLOTS), up, mean, bias)),
+        "rotary": (
+            ops.rotary_decode,
+            attention.rotary_decode,
+            q,
+            (*rotation(SLOTS), up, mean, bias),
+        ),
     }
 
 

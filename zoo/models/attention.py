@@ -5,11 +5,10 @@ token (each shared by G / L kv heads), R rank: the width of a latent.
 
 Arguments k, v and z may be `Packed`: they are unpacked to the dtype of the queries first.
 
-With a `table` (B, P), in int32 and contiguous, a decoding op reads a cache in pages: k, v and z have
-pages in place of sequences, so they are (pages, heads, page, width), or rows (pages, page, bytes).
-Slot t of sequence b is slot t % page of page table[b, t // page]. There are S = P * page slots, and
-bias, position and span count them as without a table. `page` is a multiple of 16, the same for keys
-and values. Entries for pages without a slot of the span may be anything.
+With a `table` (B, P), in int32 and contiguous, a decoding op reads a cache in pages: k, v and z are
+(pages, heads, page, width), or rows (pages, page, bytes), where `page` is a multiple of 16. Slot t
+of sequence b is slot t % page of page table[b, t // page]. span, bias and position count slots t,
+of which there are S = P * page. Entries for pages without a slot of the span may be anything.
 """
 
 import math
