@@ -2,9 +2,11 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <c10/macros/Macros.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <utility>
 #include <vector>
@@ -31,6 +33,16 @@ struct Numbers {
   int64_t factors() const { return width; }
   void make_factors(const float* query, Factor* y) const { at::vec::convert(query, y, width); }
 };
+
+// Copies n elements, 16 bytes at a time where there are so many: a call of memcpy takes longer
+template <class T>
+C10_ALWAYS_INLINE T* copy_few(const T* from, int64_t n, T* to) {
+  constexpr int64_t N = 16 / sizeof(T);
+  if (n < N) return std::copy_n(from, n, to);
+  for (int64_t i = 0; i + N < n; i += N) std::memcpy(to + i, from + i, 16);
+  std::memcpy(to + n - N, from + n - N, 16);
+  return to + n;
+}
 
 struct Cache {
   const Tensor& x;  // (B, L, S, R), the last dimension contiguous; or rows (B, S, bytes)
@@ -72,8 +84,9 @@ struct Cache {
     if (packed) return use(codes(b, l, t, n));
     const T* p = x.const_data_ptr<T>();  // raises an error where the dtype differs
     p += l * x.stride(1);
-    if (in_line(b, t, n)) return use(Numbers<T>{p + place(b, t), step(), width()});
-    use(Numbers<T>{copied<T>(b, t, n, {{p, width()}}, width()), width(), width()});
+    Numbers<T> rows{p + place(b, t), step(), width()};
+    if (!in_line(b, t, n)) rows = {copied<T>(b, t, n, {{p, width()}}, width()), width(), width()};
+    use(rows);
   }
 
   // What rows are multiplied with, a (..., R), as they need it in a model of T: (..., R), or in the
@@ -113,7 +126,7 @@ struct Cache {
 
   // A copy of n slots from t on in memory of this thread, until the next copy. Of each slot, the
   // parts that begin at these pointers in the first slot of x, with their sizes; slots are `apart`
-  // elements from one another
+  // elements from one another. What the next copy will most likely read is prefetched.
   template <class T>
   const T* copied(int64_t b, int64_t t, int64_t n,
                   std::initializer_list<std::pair<const T*, int64_t>> parts, int64_t apart) const {
@@ -122,9 +135,13 @@ struct Cache {
     T* to = memory.data();
     for (int64_t i = t; i < t + n;) {
       const int64_t end = std::min(t + n, (i / page() + 1) * page());
-      for (int64_t from = place(b, i); i < end; ++i, from += step(), to += apart) {
+      int64_t from = place(b, i), next = place(b, std::min(i + n, slots() - 1));
+      for (; i < end; ++i, from += step(), next += step(), to += apart) {
         T* at = to;
-        for (const auto& [first, size] : parts) at = std::copy_n(first + from, size, at);
+        for (const auto& [first, size] : parts) {
+          for (int64_t j = 0; j < size; j += 64 / sizeof(T)) prefetch(first + next + j);
+          at = copy_few(first + from, size, at);
+        }
       }
     }
     return memory.data();
