@@ -1,13 +1,15 @@
 """Attention of one new token on this CPU: the ops of kernels/cpp compared with PyTorch's SDPA.
 
     python benchmarks/cpu_ops.py [--threads 1] [--slots 8192] [--dtype float32] [--dtype bfloat16]
+    python benchmarks/cpu_ops.py --pages --threads 2 --dtype bfloat16
 
 All cases take turns in one process, each over several KV caches, so that none stays in the
 processor's caches; medians. SDPA reads whole keys and values of D = 128; the ops read latents, some
 of them packed. Prints a line of JSON a case: milliseconds; speedup over SDPA; the share of the read
 bandwidth that a dot product of long vectors reaches in the same turns; and the time over the floor,
 which is the time to read the bytes, or to lift the keys at the speed of a product of two large
-matrices of the same dtype.
+matrices of the same dtype. With --pages it times SmolLM2's attention over a cache in pages instead,
+and prints milliseconds and the time over that of one long page.
 """
 
 import argparse
@@ -32,6 +34,8 @@ SHAPES = {  # query heads, kv heads
     "grouped": (32, 8),
 }
 BITS = ("16", "8", "4", "falling")  # of packed caches, but for 16; see `_latent`
+PAGES = {"pages of 16": 16, "pages of 16, in order": -16, "pages of 128": 128}  # else shuffled
+SMALL = "16x8+80x4+32x3+64x2", "32x8+96x4+32x3+32x2"  # a layer of SmolLM2-135M, a quarter of bytes
 
 
 class Case(NamedTuple):
@@ -119,6 +123,36 @@ def cases(slots: int, heads: int, kv: int, dtype: torch.dtype, caches: int) -> d
     return named
 
 
+def paged_cases(slots: int, dtype: torch.dtype, caches: int) -> dict[str, Case]:
+    """Attention of a layer of SmolLM2-135M: 9 heads of 64 numbers, one latent, blocks of 16."""
+    kept = [Latent.of_layout(f"1:{text}") for text in SMALL]
+    pairs = [[pack(torch.randn(1, 1, slots, x.width), x) for x in kept] for _ in range(caches)]
+    rows = [_in_one_row(*pair) for pair in pairs]
+    q, up = torch.randn(1, 9, 1, 64).to(dtype), torch.randn(1, kept[0].width, 3 * 64).to(dtype)
+    angle = torch.rand(1, 1, -(-slots // 16), 32)
+    rest = (torch.tensor([[0, slots]]), 0.1, angle.cos(), angle.sin(), up, None, 16, None, None)
+
+    def case(rows: list[list[Buffer]], table: Tensor | None = None) -> Case:
+        def call() -> None:
+            for z, v in rows:
+                ops.anchored_decode(q, z, v, *rest, table)
+
+        return Case(call, slots * sum(x.nbytes(dtype) for x in kept))
+
+    named = {"one long page": case(rows)}
+    for name, page in PAGES.items():
+        count = slots // abs(page)
+        order = torch.arange(count) if page < 0 else torch.randperm(count)
+
+        def paged(x: Buffer, order: Tensor = order) -> Buffer:
+            pages = x.rows[0].unflatten(0, (len(order), -1))  # type: ignore[union-attr]
+            return x._replace(rows=pages[order])  # type: ignore[union-attr]
+
+        table = order.argsort().int()[None]
+        named[name] = case([_in_one_row(*map(paged, pair)) for pair in pairs], table)
+    return named
+
+
 def _latent(heads: int, width: int, bits: str) -> Latent:
     """Of one number of bits; or of bits that fall, 4.4 on average."""
     segments = f"{width}x{bits}"
@@ -158,12 +192,21 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--caches", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pages", action="store_true", help="time a cache in pages; see above")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     register("cpu")
     x = torch.ones(1 << 26)
     for name in args.dtype or ["float32"]:
+        if args.pages:
+            times = medians(paged_cases(args.slots, getattr(torch, name), args.caches), args.rounds)
+            for case, seconds in times.items():
+                row = {"case": case, "dtype": name, "threads": args.threads, "slots": args.slots}
+                row["milliseconds"] = round(1e3 * seconds / args.caches, 3)
+                row["over_one_page"] = round(seconds / times["one long page"], 3)
+                print(json.dumps(row), flush=True)
+            continue
         for shape, (heads, kv) in SHAPES.items():
             named = cases(args.slots, heads, kv, getattr(torch, name), args.caches)
             named["dot"] = Case(lambda: torch.dot(x, x[:]), x.nbytes)

@@ -18,7 +18,7 @@ from ..zoo.models.attention import absorb
 from ..zoo.models.rope import rotate
 from . import layouts, split
 from .layouts import Row
-from .rows import begin, queries
+from .rows import begin, next_tile, pages, queries, tile_at
 from .split import attend, extent, nothing, scores, store
 
 LOG2E = tl.constexpr(split.LOG2E)
@@ -28,8 +28,9 @@ MOST_ROWS = 64  # of queries per tile; tiles shrink before they have more
 # fmt: off
 @triton.jit
 def kernel(
-    u_ptr, z_ptr, v_ptr, span_ptr, bias_ptr, position_ptr, added_ptr, part_ptr, weight_ptr,
-    z_batch, z_head, v_batch, v_head, span_batch, bias_batch, position_batch, blocks,
+    u_ptr, z_ptr, v_ptr, span_ptr, bias_ptr, position_ptr, added_ptr, table_ptr,
+    part_ptr, weight_ptr,
+    z_batch, z_head, v_batch, v_head, span_batch, bias_batch, position_batch, table_batch, blocks,
     K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr,
     SHARED: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
@@ -46,6 +47,8 @@ def kernel(
     first_head = (b * tl.num_programs(0) + group) * QUERIES
     dtype: tl.constexpr = tl.float32 if UPCAST else u_ptr.dtype.element_ty
     first, end, low, high = extent(span_ptr + b * span_batch, TILE)
+    if table_ptr is not None:
+        table_ptr += b * table_batch
     last = end - TOKENS + head % TOKENS  # the slot of a row's own token
     z_ptr, z_scales = begin(z_ptr, b, z_batch, group // K_SHARE, z_head, low, K)
     v_ptr, v_scales = begin(v_ptr, b, v_batch, group // V_SHARE, v_head, low, V)
@@ -54,6 +57,9 @@ def kernel(
     for start in range(low, high, TILE):
         slot = start + column
         there = (slot >= first) & (slot < high)
+        page = pages(table_ptr, start, there, K.page, TILE)
+        z_at, z_scales_at = tile_at(z_ptr, z_scales, page, z_batch, start, K, TILE)
+        v_at, v_scales_at = tile_at(v_ptr, v_scales, page, v_batch, start, V, TILE)
         own, low_block = slot // BLOCK, start // BLOCK
         if position_ptr is not None:
             position = position_ptr + b * position_batch
@@ -63,7 +69,7 @@ def kernel(
         known = (head < QUERIES) & (block < blocks)
         query = (first_head + head) * blocks + block
         u = queries(u_ptr, query, known, K)
-        s = scores(u, z_ptr, z_scales, column, there, K, ROWS, TILE, dtype, UPCAST)
+        s = scores(u, z_at, z_scales_at, column, there, K, ROWS, TILE, dtype, UPCAST)
         if added_ptr is not None:
             s += tl.load(added_ptr + query, mask=known, other=0.0).to(tl.float32)[:, None]
         if bias_ptr is not None:
@@ -71,10 +77,10 @@ def kernel(
         seen = there[None, :] & (own[None, :] == block[:, None]) & (slot[None, :] <= last[:, None])
         s = tl.where(seen, s * LOG2E, -float("inf"))
         peak, total, read = attend(
-            peak, total, read, s, v_ptr, v_scales, column, there, V, dtype, UPCAST
+            peak, total, read, s, v_at, v_scales_at, column, there, V, dtype, UPCAST
         )
-        z_ptr, z_scales = z_ptr + TILE * K.slot, z_scales + TILE * K.slot
-        v_ptr, v_scales = v_ptr + TILE * V.slot, v_scales + TILE * V.slot
+        z_ptr, z_scales = next_tile(z_ptr, z_scales, K, TILE)
+        v_ptr, v_scales = next_tile(v_ptr, v_scales, V, TILE)
     peak, total, read = join(peak, total, read, ROWS // SHARED, SHARED)
     head = tl.arange(0, SHARED)
     store(part_ptr, weight_ptr, first_head + head, head < QUERIES, peak, total, read, V)
@@ -108,6 +114,7 @@ def launch(
     position: Tensor | None = None,
     z_layout: Sequence[int] | None = None,
     v_layout: Sequence[int] | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Run `zoo.models.attention.anchored_decode` in Triton; see there for the arguments.
 
@@ -121,8 +128,8 @@ def launch(
     added = None
     if mean is not None:  # the mean of the keys adds one number per block and query
         added = (turned.unflatten(1, (len(mean), -1)) * mean[:, None]).sum(-1).contiguous()
-    keys = layouts.cache(z, z_layout, q)
-    values = layouts.cache(v, v_layout, q, layouts.LEAST_VALUES)
+    keys = layouts.cache(z, z_layout, q, table=table)
+    values = layouts.cache(v, v_layout, q, layouts.LEAST_VALUES, table=table)
     shared = gcd(heads // keys.heads, heads // values.heads)  # heads of one group
     groups, rows = heads // shared, (keys.row, values.row)
     shape = constants(
@@ -130,13 +137,14 @@ def launch(
         aligned=position is None,
         tokens=tokens,
     )
-    splits = split.splits_of(batch * groups, keys.x.size(-2), shape["TILE"])
+    splits = split.splits_of(batch * groups, keys.slots, shape["TILE"])
     parts = split.Parts(q, splits, values.row.width)
     kernel[(groups, splits, batch)](
-        *(u.contiguous(), keys.x, values.x, span.contiguous(), bias, position, added),
+        *(u.contiguous(), keys.x, values.x, span.contiguous(), bias, position, added, table),
         *(parts.part, parts.weight),
         *(*keys.strides, *values.strides),
-        *(split.per_sequence(span), split.per_sequence(bias), split.per_sequence(position), blocks),
+        *(split.per_sequence(span), split.per_sequence(bias), split.per_sequence(position)),
+        *(split.per_sequence(table), blocks),
         K_SHARE=groups // keys.heads,
         V_SHARE=groups // values.heads,
         UPCAST=not q.is_cuda,

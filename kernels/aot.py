@@ -88,7 +88,7 @@ class Reading(NamedTuple):
 def latent(k: int | str, v: int | str, shared: int = 1) -> Case:
     """`latent_decode` for `shared` query heads of one latent. k, v: ranks or segments."""
     shape = latent_decode.constants(shared, 1, _row(k), _row(v, layouts.LEAST_VALUES), 2)
-    shape |= {"bias_ptr": None, "slopes_ptr": None}
+    shape |= {"bias_ptr": None, "slopes_ptr": None, "table_ptr": None}
     return Case(f"latent {k}/{v} x{shared}", latent_decode.kernel, shape)
 
 
@@ -96,7 +96,8 @@ def anchored(k: int | str, v: int | str, shared: int, block: int, padded: bool =
     """`anchored_decode` for blocks of `block` positions. padded: positions and a bias are given."""
     rows = _row(k), _row(v, layouts.LEAST_VALUES)
     shape = anchored_decode.constants(shared, block, *rows, 2, aligned=not padded)
-    shape |= dict.fromkeys(("added_ptr",) if padded else ("bias_ptr", "position_ptr", "added_ptr"))
+    absent = ("added_ptr",) if padded else ("bias_ptr", "position_ptr", "added_ptr")
+    shape |= dict.fromkeys((*absent, "table_ptr"))
     name = f"{'padded ' * padded}anchored {k}/{v} x{shared} {block}"
     return Case(name, anchored_decode.kernel, shape)
 
@@ -105,8 +106,15 @@ def rotary(k: int | str, v: int | str, shared: int, lifted: int) -> Case:
     """`rotary_decode` for a latent of `lifted` kv heads of 128 numbers."""
     rows = _row(k, loop=True), _row(v, layouts.LEAST_VALUES)
     shape = rotary_decode.constants(shared, 1, *rows, 128, 2, False)
-    shape |= {"bias_ptr": None, "mean_ptr": None, "LIFTED": lifted}
+    shape |= {"bias_ptr": None, "mean_ptr": None, "table_ptr": None, "LIFTED": lifted}
     return Case(f"rotary {k}/{v} x{shared} of {lifted}", rotary_decode.kernel, shape)
+
+
+def paged(case: Case, page: int) -> Case:
+    """The same for a cache in pages of so many slots."""
+    shape = {name: x for name, x in case.constants.items() if name != "table_ptr"}
+    shape |= {name: shape[name]._replace(page=page) for name in "KV"}
+    return case._replace(name=f"paged {page} {case.name}", constants=shape)
 
 
 def _row(kept: int | str, least: int = layouts.LEAST_ROWS, loop: bool = False) -> layouts.Row:
@@ -153,6 +161,19 @@ CASES = (
     *(rotary(f"96x{n}", f"96x{n}", 1, 1) for n in (8, 4, 2)),
     *(rotary(f"160x{n}", f"96x{n}", 4, 2) for n in (8, 4)),
     rotary("96x4+64x2", "64x4+32x2", 4, 2),
+    *(
+        paged(case, page)
+        for page in (16, 128)
+        for case in (
+            latent(80, 80, 4),
+            latent("16x16+48x8+128x4+128x2", "16x8+96x4+48x2", 4),
+            anchored(320, 80, 4, 16),
+            anchored("48x8+96x4+64x2", "16x8+96x4+48x2", 4, 32),
+            anchored(320, 80, 4, 16, padded=True),
+            rotary(80, 80, 1, 1),
+            rotary("96x4+64x2", "64x4+32x2", 4, 2),
+        )
+    ),
     merge(32, 80),
     merge(128, 320),
 )
@@ -185,7 +206,7 @@ def _type(name: str, case: Case) -> str:
     own = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[case.dtype]
     if name == "span_ptr":
         return "*i64"
-    if name == "position_ptr":
+    if name in ("position_ptr", "table_ptr"):
         return "*i32"
     if name in ("k_ptr", "z_ptr", "v_ptr"):
         packed = case.constants["V" if name == "v_ptr" else "K"].codes

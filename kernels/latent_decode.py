@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import layouts, split
 from .layouts import Row
-from .rows import begin, queries
+from .rows import begin, next_tile, pages, queries, tile_at
 from .split import attend, extent, nothing, scores, store
 
 LOG2E = tl.constexpr(split.LOG2E)
@@ -24,8 +24,9 @@ LOG2E = tl.constexpr(split.LOG2E)
 # fmt: off
 @triton.jit
 def kernel(
-    q_ptr, k_ptr, v_ptr, span_ptr, bias_ptr, slopes_ptr, part_ptr, weight_ptr, scale,
-    k_batch, k_head, v_batch, v_head, span_batch, bias_batch,
+    q_ptr, k_ptr, v_ptr, span_ptr, bias_ptr, slopes_ptr, table_ptr,
+    part_ptr, weight_ptr, scale,
+    k_batch, k_head, v_batch, v_head, span_batch, bias_batch, table_batch,
     K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
 ):
@@ -45,6 +46,8 @@ def kernel(
         head = (group * QUERIES + rows) // TOKENS
         slope = tl.load(slopes_ptr + head, mask=valid, other=0.0).to(tl.float32)[:, None]
     first, end, low, high = extent(span_ptr + b * span_batch, TILE)
+    if table_ptr is not None:
+        table_ptr += b * table_batch
     k_ptr, k_scales = begin(k_ptr, b, k_batch, group // K_SHARE, k_head, low, K)
     v_ptr, v_scales = begin(v_ptr, b, v_batch, group // V_SHARE, v_head, low, V)
     last = end - TOKENS + rows % TOKENS  # the slot of a row's own token
@@ -53,7 +56,10 @@ def kernel(
     for start in range(low, high, TILE):
         slot = start + column
         there = (slot >= first) & (slot < high)
-        s = scores(q, k_ptr, k_scales, column, there, K, ROWS, TILE, dtype, UPCAST)
+        page = pages(table_ptr, start, there, K.page, TILE)
+        k_at, k_scales_at = tile_at(k_ptr, k_scales, page, k_batch, start, K, TILE)
+        v_at, v_scales_at = tile_at(v_ptr, v_scales, page, v_batch, start, V, TILE)
+        s = scores(q, k_at, k_scales_at, column, there, K, ROWS, TILE, dtype, UPCAST)
         s *= scale * LOG2E
         if bias_ptr is not None:
             far = tl.load(bias_ptr + b * bias_batch + slot, mask=there, other=0.0)[None, :]
@@ -62,10 +68,10 @@ def kernel(
             s += slope * (slot - end + 1).to(tl.float32)[None, :] * LOG2E
         s = tl.where(there[None, :] & (slot[None, :] <= last[:, None]), s, -float("inf"))
         peak, total, read = attend(
-            peak, total, read, s, v_ptr, v_scales, column, there, V, dtype, UPCAST
+            peak, total, read, s, v_at, v_scales_at, column, there, V, dtype, UPCAST
         )
-        k_ptr, k_scales = k_ptr + TILE * K.slot, k_scales + TILE * K.slot
-        v_ptr, v_scales = v_ptr + TILE * V.slot, v_scales + TILE * V.slot
+        k_ptr, k_scales = next_tile(k_ptr, k_scales, K, TILE)
+        v_ptr, v_scales = next_tile(v_ptr, v_scales, V, TILE)
     store(part_ptr, weight_ptr, row, valid, peak, total, read, V)
 
 
@@ -79,6 +85,7 @@ def launch(
     slopes: Tensor | None = None,
     k_layout: Sequence[int] | None = None,
     v_layout: Sequence[int] | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Run `zoo.models.attention.latent_decode` in Triton; see there for the arguments.
 
@@ -86,17 +93,17 @@ def launch(
     and bits of every segment.
     """
     batch, heads, tokens, _ = q.shape
-    keys = layouts.cache(k, k_layout, q)
-    values = layouts.cache(v, v_layout, q, layouts.LEAST_VALUES)
+    keys = layouts.cache(k, k_layout, q, table=table)
+    values = layouts.cache(v, v_layout, q, layouts.LEAST_VALUES, table=table)
     shared = gcd(heads // keys.heads, heads // values.heads)  # heads of one group
     groups, rows = heads // shared, (keys.row, values.row)
     shape = constants(shared, tokens, *rows, q.element_size())
-    splits = split.splits_of(batch * groups, keys.x.size(-2), shape["TILE"])
+    splits = split.splits_of(batch * groups, keys.slots, shape["TILE"])
     parts = split.Parts(q, splits, values.row.width)
     kernel[(groups, splits, batch)](
-        *(q.contiguous(), keys.x, values.x, span.contiguous(), bias, slopes),
+        *(q.contiguous(), keys.x, values.x, span.contiguous(), bias, slopes, table),
         *(parts.part, parts.weight, scale, *keys.strides, *values.strides),
-        *(split.per_sequence(span), split.per_sequence(bias)),
+        *(split.per_sequence(span), split.per_sequence(bias), split.per_sequence(table)),
         K_SHARE=groups // keys.heads,
         V_SHARE=groups // values.heads,
         UPCAST=not q.is_cuda,

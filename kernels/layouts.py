@@ -51,7 +51,8 @@ class Row(NamedTuple):
     width: numbers of a latent; slot: elements from one slot to the next; codes: bytes of a latent;
     scales_at, scales: the first scale and the number of scales of a latent; aligned: whether
     ALIGN divides the stride from one sequence to the next; ptx: whether instructions of
-    NVIDIA's GPUs unpack it, to bf16.
+    NVIDIA's GPUs unpack it, to bf16; page: slots of a page, which are there in place of sequences,
+    or 0.
     """
 
     chunks: tuple[Chunk, ...]
@@ -62,18 +63,21 @@ class Row(NamedTuple):
     scales: int = 0
     aligned: bool = False
     ptx: bool = False
+    page: int = 0
 
 
 class Cache(NamedTuple):
     """Keys or values as a kernel takes them.
 
-    strides: from one sequence to the next, and from one latent to the next if it is not packed.
+    strides: from one sequence or page to the next, and from one latent to the next if it is not
+    packed; slots: of a sequence.
     """
 
     x: Tensor
     heads: int
     row: Row
     strides: tuple[int, ...]
+    slots: int
 
 
 def powers(width: int, least: int = LEAST_ROWS) -> tuple[int, ...]:
@@ -91,24 +95,29 @@ def cache(
     q: Tensor,
     least: int = LEAST_ROWS,
     loop: bool = False,
+    table: Tensor | None = None,
 ) -> Cache:
     """What a kernel reads of keys or values: (B, S, bytes) with a layout, or (B, L, S, R).
 
-    q: the queries; layout, least, loop: see `row`. A cache of latents that are not contiguous is
-    copied. Raises ValueError if numbers of 16 bits are at odd addresses, which no GPU reads.
+    q: the queries; layout, least, loop: see `row`; table: of pages, see the definitions. A cache of
+    latents that are not contiguous is copied. Raises ValueError if numbers of 16 bits are at odd
+    addresses, which no GPU reads.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     ptx = q.is_cuda and q.dtype == torch.bfloat16 and not torch.version.hip
+    page = 0 if table is None else x.size(-2)
+    slots = x.size(-2) if table is None else page * table.size(1)
     if layout is None:
-        return Cache(x, x.size(1), row(None, x.size(3), x.stride(2), least, loop), x.stride()[:2])
+        kept = row(None, x.size(3), x.stride(2), least, loop)._replace(page=page)
+        return Cache(x, x.size(1), kept, x.stride()[:2], slots)
     if 16 in layout[2::2] and any(n % 2 for n in (x.data_ptr(), *x.stride()[:2])):
         raise ValueError(
             f"rows of {x.size(2)} bytes with strides {x.stride()} hold numbers of 16 bits at odd "
             "addresses: expected an even start and even strides; copy the rows"
         )
     packed = row(tuple(layout), 0, x.stride(1), least, loop)
-    packed = packed._replace(aligned=x.stride(0) % ALIGN == 0, ptx=ptx)
-    return Cache(x, layout[0], packed, (x.stride(0), 0))
+    packed = packed._replace(aligned=x.stride(0) % ALIGN == 0, ptx=ptx, page=page)
+    return Cache(x, layout[0], packed, (x.stride(0), 0), slots)
 
 
 @lru_cache

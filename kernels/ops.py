@@ -17,16 +17,17 @@ from ..zoo.models.packing import Latent
 SCHEMAS = {
     "latent_decode": (
         "Tensor q, Tensor k, Tensor v, Tensor span, float scale, Tensor? bias=None, "
-        "Tensor? slopes=None, int[]? k_layout=None, int[]? v_layout=None"
+        "Tensor? slopes=None, int[]? k_layout=None, int[]? v_layout=None, Tensor? table=None"
     ),
     "anchored_decode": (
         "Tensor q, Tensor z, Tensor v, Tensor span, float scale, Tensor cos, Tensor sin, "
         "Tensor up, Tensor? mean, int block, Tensor? bias=None, Tensor? position=None, "
-        "int[]? z_layout=None, int[]? v_layout=None"
+        "int[]? z_layout=None, int[]? v_layout=None, Tensor? table=None"
     ),
     "rotary_decode": (
         "Tensor q, Tensor z, Tensor v, Tensor span, float scale, Tensor cos, Tensor sin, "
-        "Tensor up, Tensor? mean, Tensor? bias=None, int[]? z_layout=None, int[]? v_layout=None"
+        "Tensor up, Tensor? mean, Tensor? bias=None, int[]? z_layout=None, int[]? v_layout=None, "
+        "Tensor? table=None"
     ),
     "linear_decode": "Tensor x, Tensor weight, Tensor? scale, Tensor? bias",
 }
@@ -86,10 +87,13 @@ def latent_decode(
     scale: float,
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """The op for `zoo.models.attention.latent_decode`; see there for the arguments."""
     (k, k_layout), (v, v_layout) = _parts(k, q), _parts(v, q)
-    return torch.ops.eigenzoo.latent_decode(q, k, v, span, scale, bias, slopes, k_layout, v_layout)
+    return torch.ops.eigenzoo.latent_decode(
+        q, k, v, span, scale, bias, slopes, k_layout, v_layout, table
+    )
 
 
 def anchored_decode(
@@ -105,11 +109,12 @@ def anchored_decode(
     block: int,
     bias: Tensor | None = None,
     position: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """The op for `zoo.models.attention.anchored_decode`; see there for the arguments."""
     (z, z_layout), (v, v_layout) = _parts(z, q), _parts(v, q)
     return torch.ops.eigenzoo.anchored_decode(
-        q, z, v, span, scale, cos, sin, up, mean, block, bias, position, z_layout, v_layout
+        q, z, v, span, scale, cos, sin, up, mean, block, bias, position, z_layout, v_layout, table
     )
 
 
@@ -124,11 +129,12 @@ def rotary_decode(
     up: Tensor,
     mean: Tensor | None,
     bias: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """The op for `zoo.models.attention.rotary_decode`; see there for the arguments."""
     (z, z_layout), (v, v_layout) = _parts(z, q), _parts(v, q)
     return torch.ops.eigenzoo.rotary_decode(
-        q, z, v, span, scale, cos, sin, up, mean, bias, z_layout, v_layout
+        q, z, v, span, scale, cos, sin, up, mean, bias, z_layout, v_layout, table
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import layouts, split
 from .layouts import Row
-from .rows import begin, columns, numbers, scale_of
+from .rows import begin, columns, next_tile, numbers, pages, scale_of, tile_at
 from .split import attend, extent, load, nothing, product, store
 
 MOST_HELD = 48 << 10  # bytes: a larger lift of a head does not stay in shared memory
@@ -26,8 +26,8 @@ LOG2E = tl.constexpr(split.LOG2E)
 @triton.jit
 def kernel(
     q_ptr, z_ptr, v_ptr, span_ptr, bias_ptr, cos_ptr, sin_ptr, up_ptr, mean_ptr,
-    part_ptr, weight_ptr, scale,
-    z_batch, z_head, v_batch, v_head, span_batch, bias_batch, angle_batch,
+    table_ptr, part_ptr, weight_ptr, scale,
+    z_batch, z_head, v_batch, v_head, span_batch, bias_batch, angle_batch, table_batch,
     K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, LIFTED: tl.constexpr, QUERIES: tl.constexpr,
     TOKENS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr,
     HELD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
@@ -50,6 +50,8 @@ def kernel(
         mean_ptr += kv * 2 * HALF
     up_ptr += (kv // LIFTED) * K.width * LIFTED * 2 * HALF + kv % LIFTED * 2 * HALF
     first, end, low, high = extent(span_ptr + b * span_batch, TILE)
+    if table_ptr is not None:
+        table_ptr += b * table_batch
     z_ptr, z_scales = begin(z_ptr, b, z_batch, kv // LIFTED, z_head, low, K)
     v_ptr, v_scales = begin(v_ptr, b, v_batch, group // V_SHARE, v_head, low, V)
     last = end - TOKENS + rows % TOKENS  # the slot of a row's own token
@@ -59,8 +61,11 @@ def kernel(
     for start in range(low, high, TILE):
         slot = start + column
         there = (slot >= first) & (slot < high)
+        page = pages(table_ptr, start, there, K.page, TILE)
+        z_at, z_scales_at = tile_at(z_ptr, z_scales, page, z_batch, start, K, TILE)
+        v_at, v_scales_at = tile_at(v_ptr, v_scales, page, v_batch, start, V, TILE)
         a, c = lifted(
-            z_ptr, z_scales, up_ptr, mean_ptr, column, there,
+            z_at, z_scales_at, up_ptr, mean_ptr, column, there,
             K, LIFTED * 2 * HALF, HALF, D, HELD, TILE, dtype, UPCAST,
         )
         cos = load(cos_ptr + angle, column, there, HALF, HALF, D)
@@ -73,10 +78,10 @@ def kernel(
             s += bias[None, :] * LOG2E
         s = tl.where(there[None, :] & (slot[None, :] <= last[:, None]), s, -float("inf"))
         peak, total, read = attend(
-            peak, total, read, s, v_ptr, v_scales, column, there, V, dtype, UPCAST
+            peak, total, read, s, v_at, v_scales_at, column, there, V, dtype, UPCAST
         )
-        z_ptr, z_scales = z_ptr + TILE * K.slot, z_scales + TILE * K.slot
-        v_ptr, v_scales = v_ptr + TILE * V.slot, v_scales + TILE * V.slot
+        z_ptr, z_scales = next_tile(z_ptr, z_scales, K, TILE)
+        v_ptr, v_scales = next_tile(v_ptr, v_scales, V, TILE)
         angle += TILE * HALF
     store(part_ptr, weight_ptr, row, valid, peak, total, read, V)
 
@@ -159,27 +164,29 @@ def launch(
     bias: Tensor | None = None,
     z_layout: Sequence[int] | None = None,
     v_layout: Sequence[int] | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Run `zoo.models.attention.rotary_decode` in Triton; see there for the arguments.
 
     Layouts: see `latent_decode.launch`.
     """
     batch, heads, tokens, d = q.shape
-    keys = layouts.cache(z, z_layout, q, loop=True)
-    values = layouts.cache(v, v_layout, q, layouts.LEAST_VALUES)
+    keys = layouts.cache(z, z_layout, q, table=table, loop=True)
+    values = layouts.cache(v, v_layout, q, layouts.LEAST_VALUES, table=table)
     lifted = up.size(2) // d  # kv heads of a latent
     shared = gcd(heads // (keys.heads * lifted), heads // values.heads)  # query heads of one group
     groups, rows = heads // shared, (keys.row, values.row)
     shape = constants(shared, tokens, *rows, d, q.element_size(), bool(torch.version.hip))
-    splits = split.splits_of(batch * groups, keys.x.size(-2), shape["TILE"])
+    splits = split.splits_of(batch * groups, keys.slots, shape["TILE"])
     parts = split.Parts(q, splits, values.row.width)
     mean = None if mean is None else mean.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     kernel[(groups, splits, batch)](
         *(q.contiguous(), keys.x, values.x, span.contiguous(), bias, cos, sin),
-        *(up.contiguous(), mean, parts.part, parts.weight, scale),
+        *(up.contiguous(), mean, table, parts.part, parts.weight, scale),
         *(*keys.strides, *values.strides),
         *(split.per_sequence(span), split.per_sequence(bias), split.per_sequence(cos)),
+        split.per_sequence(table),
         K_SHARE=groups // (keys.heads * lifted),
         V_SHARE=groups // values.heads,
         LIFTED=lifted,

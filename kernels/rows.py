@@ -43,12 +43,54 @@ PTX = tl.constexpr(tuple(ptx(n, i) if n > 1 else "" for n in range(5) for i in r
 
 @triton.jit
 def begin(ptr, b, batch, latent, head, slot, ROW: tl.constexpr):
-    """Where a latent of a sequence and a slot begins, and its scales. batch, head: strides."""
-    if ROW.aligned:
-        batch = tl.multiple_of(batch, STEP)
-    ptr += b * batch + slot.to(tl.int64) * ROW.slot
+    """Where a latent of a sequence and a slot begins, and its scales. batch, head: strides.
+
+    With pages: where a latent of the first slot of page 0 does.
+    """
+    if ROW.page == 0:
+        if ROW.aligned:
+            batch = tl.multiple_of(batch, STEP)
+        ptr += b * batch + slot.to(tl.int64) * ROW.slot
     latent = latent.to(tl.int64)
     return ptr + latent * head + latent * ROW.codes, ptr + ROW.scales_at + latent * ROW.scales
+
+
+@triton.jit
+def pages(table_ptr, start, there, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """The page of a tile of slots from `start` on, or that of each slot; 0 without pages."""
+    if PAGE == 0:
+        page = 0
+    elif PAGE % TILE == 0:  # tiles begin at multiples of their size
+        page = tl.load(table_ptr + start // PAGE).to(tl.int64)
+    else:
+        slot = start + tl.arange(0, TILE)
+        page = tl.load(table_ptr + slot // PAGE, mask=there, other=0).to(tl.int64)
+    return page
+
+
+@triton.jit
+def tile_at(ptr, scales, page, stride, start, ROW: tl.constexpr, TILE: tl.constexpr):
+    """Where the rows and the scales of a tile are: two pointers, or two for each slot.
+
+    ptr, scales: from `begin` and `next_tile`; page: from `pages`; stride: from a page to the next.
+    """
+    if ROW.page > 0:
+        if ROW.aligned:
+            stride = tl.multiple_of(stride, STEP)
+        slot = start if ROW.page % TILE == 0 else start + tl.arange(0, TILE)
+        at = page * stride + slot % ROW.page * ROW.slot
+        ptr += at
+        scales += at
+    return ptr, scales
+
+
+@triton.jit
+def next_tile(ptr, scales, ROW: tl.constexpr, TILE: tl.constexpr):
+    """The pointers of `begin` for the tile that follows; with pages they stay."""
+    if ROW.page == 0:
+        ptr += TILE * ROW.slot
+        scales += TILE * ROW.slot
+    return ptr, scales
 
 
 @triton.jit
@@ -74,7 +116,8 @@ def queries(ptr, rows, there, ROW: tl.constexpr):
 def numbers(ptr, rows, there, ROW: tl.constexpr, CHUNK: tl.constexpr, TYPE: tl.constexpr, start=0):
     """Numbers of a chunk, `start` elements further, not yet scaled, in TYPE: (rows, size * parts).
 
-    TYPE must be fp32 under the interpreter, which converts integers to bf16 wrongly.
+    ptr: where the first row begins, or each of them; see `tile_at`. TYPE must be fp32 under the
+    interpreter, which converts integers to bf16 wrongly.
     """
     element = CHUNK.start + start + tl.arange(0, CHUNK.size)
     mask = there[:, None]
@@ -82,10 +125,14 @@ def numbers(ptr, rows, there, ROW: tl.constexpr, CHUNK: tl.constexpr, TYPE: tl.c
         mask &= (element < CHUNK.width)[None, :]
     if CHUNK.bits == 16:
         to = (ptr + CHUNK.at).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-        to += (rows * (ROW.slot // 2))[:, None] + element[None, :]
+        if ptr.type.is_block():
+            to = to[:, None] + element[None, :]
+        else:
+            to += (rows * (ROW.slot // 2))[:, None] + element[None, :]
         x = tl.load(to, mask=mask, other=0).to(TYPE)
     else:
-        row = ptr + CHUNK.at + (rows * ROW.slot)[:, None]
+        row = ptr + CHUNK.at
+        row = row[:, None] if ptr.type.is_block() else row + (rows * ROW.slot)[:, None]
         kept = tl.load(row + element[None, :], mask=mask, other=0)
         if CHUNK.parts > 1:
             high = kept
@@ -137,5 +184,7 @@ def beside(a, b):
 @triton.jit
 def scale_of(ptr, rows, there, ROW: tl.constexpr, CHUNK: tl.constexpr):
     """The scales, in fp32, of the segment of a chunk in some rows."""
-    code = tl.load(ptr + rows * ROW.slot + CHUNK.scale, mask=there, other=0)
+    if not ptr.type.is_block():
+        ptr += rows * ROW.slot
+    code = tl.load(ptr + CHUNK.scale, mask=there, other=0)
     return tl.cast((code.to(tl.int32) << 20) + SCALE, tl.float32, bitcast=True)

@@ -100,6 +100,16 @@ def test_cpu_ops_are_timed_beside_sdpa():
 
 
 @pytest.mark.slow
+def test_a_cache_in_pages_is_timed_beside_one_long_page():
+    words = FILES / "cpu_ops.py", "--pages", "--slots", "256", "--caches", "1", "--rounds", "1"
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["over_one_page"] > 0 for row in printed] == [True] * 4
+    assert printed[0]["over_one_page"] == 1
+
+
+@pytest.mark.slow
 def test_prompts_are_timed_with_and_without_a_matrix():
     words = [FILES / "prompts.py", "--slots", "64", "--part", "16", "--rounds", "1"]
     done = fresh.python(*words)

@@ -57,14 +57,14 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
                        double scale, const Tensor& cos, const Tensor& sin, const Tensor& up,
                        const OptionalTensor& mean, int64_t block, const OptionalTensor& bias,
                        const OptionalTensor& position, const Layouts& z_layout,
-                       const Layouts& v_layout) {
-  const Keys keys(z, z_layout);
-  const Cache values(v, v_layout);
+                       const Layouts& v_layout, const OptionalTensor& table) {
+  const Keys keys(z, z_layout, table);
+  const Cache values(v, v_layout, table);
   check_attention(q, keys, values, span, bias, std::nullopt);
   check_rotation(q, keys, up, mean, cos, sin, q.size(2));
   if (position) {
     expect(q.size(2) == 1, "one new token, if there are positions", q);
-    check_positions(*position, keys);
+    check_positions(*position, q, keys);
   }
   const int64_t K = keys.latents(), rows = q.size(1) / K * q.size(2);
   const int64_t latents = K / std::gcd(K, values.latents());  // of a unit
@@ -91,7 +91,7 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
             absorb(task.b, l * lifted + g, first, N,
                    &absorbed[g * (size / lifted) * absorb.width()], &added[g * (size / lifted)]);
           float* scores = out + i * rows * TILE;
-          keys.with_rows<scalar_t>(task.b, l, t, [&](const auto& latent) {
+          keys.with_rows<scalar_t>(task.b, l, t, n, [&](const auto& latent) {
             using A = typename std::decay_t<decltype(latent)>::Factor;
             thread_local std::vector<A> u;
             const int64_t each = latent.factors();

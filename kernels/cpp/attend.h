@@ -60,12 +60,12 @@ void add_values(const Cache& v, const Layout& layout, const Task& task, int64_t 
     const int64_t first = l * rows, latent = task.unit * layout.latents + l;
 #ifdef MULTIPLIES_BYTES
     if (v.packed && sums_bytes<T>()) {
-      weighted_sum(weights.data() + first * TILE, rows, v.codes(task.b, latent, t), n, keep + first,
-                   sums + first * layout.padded, layout.padded);
+      weighted_sum(weights.data() + first * TILE, rows, v.codes(task.b, latent, t, n), n,
+                   keep + first, sums + first * layout.padded, layout.padded);
       continue;
     }
 #endif
-    v.with_rows<T>(task.b, latent, t, [&](const auto& values) {
+    v.with_rows<T>(task.b, latent, t, n, [&](const auto& values) {
       using A = typename std::decay_t<decltype(values)>::Factor;
       const A* p;
       if constexpr (std::is_same_v<A, float>)

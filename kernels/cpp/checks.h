@@ -25,17 +25,33 @@ inline void check_dense(const char* what, const Tensor& x, int64_t dimensions) {
 inline bool one_or(int64_t size, int64_t batch) { return size == 1 || size == batch; }
 
 // A cache (B, L, S, R), or its rows (B, S, bytes), for queries q (B, H, T, ...), where L divides H,
-// with slots up to `end`
+// with slots up to `end`; with a table, pages in place of sequences
 inline void check_cache(const char* what, const Cache& cache, const Tensor& q, int64_t end) {
   const Tensor& x = cache.x;
   check_dense(what, x, cache.packed ? 3 : 4);
   const int64_t last = x.dim() - 1;
-  expect(x.size(0) == q.size(0) && q.size(1) % cache.latents() == 0 && end <= cache.slots() &&
-             (x.stride(last) == 1 || x.size(last) == 1),
+  expect((cache.table || x.size(0) == q.size(0)) && q.size(1) % cache.latents() == 0 &&
+             end <= cache.slots() && (x.stride(last) == 1 || x.size(last) == 1),
          what, x);
   if (cache.packed)
     expect(x.scalar_type() == at::kByte && x.size(2) >= cache.packing.nbytes(),
            "rows (B, S, bytes) in uint8, as long as their layout", x);
+}
+
+// A table of pages for each sequence of queries q. Entries that are not used may be anything.
+inline void check_table(const Tensor& table, const Tensor& q, const Cache& keys,
+                        const Cache& values, const Tensor& span) {
+  expect(values.page() == keys.page() && values.x.size(0) == keys.x.size(0),
+         "as many pages, as large, of values as of keys", values.x);
+  const int64_t page = keys.page(), pages = keys.x.size(0);
+  for (int64_t b = 0; b < q.size(0); ++b) {
+    const int64_t* bound = span.const_data_ptr<int64_t>() + (span.size(0) == 1 ? 0 : 2 * b);
+    const int* entry = table.const_data_ptr<int>() + b * table.size(1);
+    for (int64_t i = bound[0] / page; i <= (bound[1] - 1) / page; ++i)
+      TORCH_CHECK(0 <= entry[i] && entry[i] < pages, "the table has page ", entry[i],
+                  " for slots from ", i * page, " on of sequence ", b, ", but there are ", pages,
+                  " pages");
+  }
 }
 
 // The arguments that all attention shares. Before any of them is read.
@@ -56,11 +72,19 @@ inline void check_attention(const Tensor& q, const Cache& keys, const Cache& val
                 bound[1]);
     last = std::max(last, bound[1]);
   }
+  if (keys.table) {
+    const char* pages = "a table of pages (B, P) in int32, contiguous";
+    check_dense(pages, *keys.table, 2);
+    expect(keys.table->size(0) == batch && keys.table->scalar_type() == at::kInt &&
+               keys.table->is_contiguous(),
+           pages, *keys.table);
+  }
   check_cache("keys (B, K, S, R), rows contiguous, K a divisor of H, S up to the span's end", keys,
               q, last);
   check_cache("values (B, L, S, W), rows contiguous, L a divisor of H, S up to the span's end",
               values, q, last);
   expect(values.slots() == keys.slots(), "as many slots of values as of keys", values.x);
+  if (keys.table) check_table(*keys.table, q, keys, values, span);
   if (bias) {
     check_dense("a bias (B or 1, S)", *bias, 2);
     expect(one_or(bias->size(0), batch) && bias->size(1) == keys.slots() &&
@@ -77,9 +101,9 @@ inline void check_attention(const Tensor& q, const Cache& keys, const Cache& val
 }
 
 // The position of every slot of the cache of latents, for each sequence
-inline void check_positions(const Tensor& position, const Cache& latents) {
+inline void check_positions(const Tensor& position, const Tensor& q, const Cache& latents) {
   check_dense("positions (B or 1, S)", position, 2);
-  expect(one_or(position.size(0), latents.x.size(0)) && position.size(1) == latents.slots() &&
+  expect(one_or(position.size(0), q.size(0)) && position.size(1) == latents.slots() &&
              position.is_contiguous() && position.scalar_type() == at::kInt,
          "positions (B or 1, S) in int32, contiguous", position);
 }

@@ -19,7 +19,8 @@ namespace {
 struct Keys : Cache {
   const Words words;
 
-  Keys(const Tensor& x, const Layouts& layout) : Cache(x, layout), words(packing) {}
+  Keys(const Tensor& x, const Layouts& layout, const OptionalTensor& table)
+      : Cache(x, layout, table), words(packing) {}
 
   // Queries in bf16 have fewer digits than two bytes keep, those in fp32 more
   template <class T>
@@ -27,11 +28,11 @@ struct Keys : Cache {
     return packed && std::is_same_v<T, at::BFloat16>;
   }
 
-  // Calls use(rows) with the rows of latent l from slot t on, in a model of T
+  // Calls use(rows) with the rows of latent l in n slots from t on, in a model of T
   template <class T, class Use>
-  void with_rows(int64_t b, int64_t l, int64_t t, const Use& use) const {
-    if (!rounds<T>()) return Cache::with_rows<T>(b, l, t, use);
-    use(RoundedCodes{codes(b, l, t), &words, x.size(2) - l * packing.code_bytes});
+  void with_rows(int64_t b, int64_t l, int64_t t, int64_t n, const Use& use) const {
+    if (!rounds<T>()) return Cache::with_rows<T>(b, l, t, n, use);
+    use(RoundedCodes{codes(b, l, t, n), &words});
   }
 
   // What rows are multiplied with, for queries (..., R)

@@ -159,7 +159,7 @@ struct Codes {
 
   const Packing* packing;
   const uint8_t *codes, *scales;
-  int64_t step;  // bytes from a slot to the next
+  int64_t step, room;  // bytes from a slot to the next, and of a row from the first of codes on
 
   int64_t vectors() const { return packing->vectors; }
 
@@ -170,7 +170,7 @@ struct Codes {
     for (int64_t j = 0; j < packing->width; ++j) y[packing->columns[j]] = query[j];
   }
   Codes skip(int64_t slots) const {
-    return {packing, codes + slots * step, scales + slots * step, step};
+    return {packing, codes + slots * step, scales + slots * step, step, room};
   }
 
   // Calls use(i, numbers) for vectors `begin` to `end` of the latent in slot t. It is inlined, so

@@ -88,8 +88,9 @@ void unpack(const Codes& rows, int64_t n, int64_t size, L* tile) {
 Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Tensor& span,
                      double scale, const Tensor& cos, const Tensor& sin, const Tensor& up,
                      const OptionalTensor& mean, const OptionalTensor& bias,
-                     const Layouts& z_layout, const Layouts& v_layout) {
-  const Cache latent(z, z_layout), values(v, v_layout);
+                     const Layouts& z_layout, const Layouts& v_layout,
+                     const OptionalTensor& table) {
+  const Cache latent(z, z_layout, table), values(v, v_layout, table);
   check_attention(q, latent, values, span, bias, std::nullopt);
   check_rotation(q, latent, up, mean, cos, sin, 1);
   expect(cos.size(2) == latent.slots(), "angles of all slots", cos);
@@ -117,7 +118,7 @@ Tensor rotary_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Te
             const int64_t l = task.unit * latents + i;
             const L* numbers = nullptr;
             int64_t step = size;
-            latent.with_rows<scalar_t>(task.b, l, t, [&](const auto& cached) {
+            latent.with_rows<scalar_t>(task.b, l, t, n, [&](const auto& cached) {
               if constexpr (std::is_same_v<std::decay_t<decltype(cached)>, Numbers<L>>) {
                 // The product compiles a kernel per shape, so it always takes LIFTED rows: read in
                 // place where so many are there, otherwise from a tile that has space for them

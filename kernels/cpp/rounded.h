@@ -28,9 +28,8 @@ struct RoundedCodes {
 
   Codes rows;
   const Words* words;
-  int64_t room;  // bytes of a row from the first of these codes on
 
-  RoundedCodes skip(int64_t slots) const { return {rows.skip(slots), words, room}; }
+  RoundedCodes skip(int64_t slots) const { return {rows.skip(slots), words}; }
   int64_t factors() const { return words->size; }
   void make_factors(const float* query, int* y) const { round_query(query, *words, y); }
 };
@@ -125,7 +124,7 @@ inline void third_bits(const Bytes* x, int64_t eighth, int64_t words, Bytes* y) 
 template <int BITS>
 void unpack_codes(const RoundedCodes& x, const Words::Range& s, int64_t last, Unpacked& y) {
   const uint8_t* p = x.rows.codes + s.offset;
-  const int64_t n = s.words(), room = x.room - s.offset;
+  const int64_t n = s.words(), room = x.rows.room - s.offset;
   const Bytes table = doubled_levels<BITS>();
   Bytes *to = &y.codes[s.begin], *third = y.bytes.data();
   if constexpr (BITS == 3) {
@@ -154,7 +153,7 @@ inline void unpack_tile(const RoundedCodes& x, int64_t last, Unpacked& y) {
     const Words::Range& s = words.ranges[i];
     if (s.bits == 16) {
       const int64_t n = s.words();
-      for_each_word(x.rows.codes + s.offset, x.rows.step, last, s.bytes, x.room - s.offset,
+      for_each_word(x.rows.codes + s.offset, x.rows.step, last, s.bytes, x.rows.room - s.offset,
                     [&](int64_t w, Bytes bytes) {
                       y.codes[s.begin + w] = up(bytes, 16);
                       y.codes[s.begin + n + w] = bytes & repeat(0xffff0000);
@@ -176,7 +175,7 @@ inline void unpack_tile(const RoundedCodes& x, int64_t last, Unpacked& y) {
     y.starts[i] = minus(repeat(0), up(sum, DIGITS - 1));
     if (scale % 16 == 0)
       load_columns(x.rows.scales + scale, x.rows.step, last,
-                   std::min<int64_t>(16, x.room - from - scale), scales);
+                   std::min<int64_t>(16, x.rows.room - from - scale), scales);
     const Bytes code = down(scales[scale % 16 / 4], scale % 4 * 8) & repeat(255);
     y.scales[i] = as_floats(plus(up(code, 20), repeat(107 << 23))) * V(unit);  // as `scale_of`
     ++scale;

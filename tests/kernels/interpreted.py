@@ -93,8 +93,20 @@ def kept(x: torch.Tensor, segments: str) -> tuple[Buffer, torch.Tensor, list[int
     return packed, rows, [latent.heads, *chain(*latent.segments)]
 
 
-def check(definition, q, k, v, span, *rest, segments=("", "")):
-    """The launcher agrees with the definition, and reads no slot outside of the span."""
+def in_pages(x: torch.Tensor, layout, table: torch.Tensor, page: int) -> torch.Tensor:
+    """A static cache in these pages, among others and in longer rows; NaN or 255 elsewhere."""
+    rows = x if layout else x.transpose(1, 2)  # (2, S, ...)
+    shape = table.numel() + 3, page + 1, *rows.shape[2:-1], rows.size(-1) + 8
+    pages = torch.full(shape, 255 if layout else torch.nan, dtype=x.dtype)[:, :-1, ..., :-8]
+    pages[table.long()] = rows.unflatten(1, (-1, page))
+    return pages if layout else pages.transpose(1, 2)
+
+
+def check(definition, q, k, v, span, *rest, segments=("", ""), page=0):
+    """The launcher agrees with the definition, and reads no slot outside of the span.
+
+    page: the launcher reads the cache in pages of so many slots, unless it is 0.
+    """
     wide = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rest]
     (k, k_rows, k_layout), (v, v_rows, v_layout) = map(kept, (k, v), segments)
     want = definition(q.float(), k, v, span, *wide)
@@ -104,6 +116,13 @@ def check(definition, q, k, v, span, *rest, segments=("", "")):
         (x if layout else x.transpose(1, 2))[outside] = 255 if layout else torch.nan
     name = "k" if definition is attention.latent_decode else "z"
     layouts = {f"{name}_layout": k_layout, "v_layout": v_layout}
+    if page:
+        table = (1 + torch.randperm(2 * k_rows.size(-2) // page)).view(2, -1).int()
+        k_rows = in_pages(k_rows, k_layout, table, page)
+        v_rows = in_pages(v_rows, v_layout, table, page)
+        first = torch.arange(table.size(1)) * page  # slots
+        unused = (first + page <= span[:, :1]) | (first >= span[:, 1:])
+        layouts["table"] = table.masked_fill(unused, 2**31 - 1)
     got = LAUNCH[definition](q, k_rows, v_rows, span, *rest, **layouts)
     assert got.dtype == q.dtype
     torch.testing.assert_close(got.float(), want, atol=TOLERANCE[q.dtype], rtol=0)
@@ -329,6 +348,18 @@ def test_packed_latents_of_any_rank_are_lifted(segments, held, monkeypatch):
     rank = sum(s.width for s in parse_segments(segments))
     arguments = rotary(40, {"mean", "tokens"}, rank)
     check(attention.rotary_decode, *arguments, segments=(segments, "24x4+8x2"))
+
+
+@pytest.mark.parametrize("segments", [("", ""), (MIXED, "48x4+24x3+8x2")], ids=["", "segments"])
+@pytest.mark.parametrize("page", [16, 32, 48])
+@pytest.mark.parametrize("given", [{"bias"}, {"spans", "padding"}, {"spans", "tokens", "mean"}])
+@pytest.mark.parametrize("made", [latent, anchored, rotary], ids=lambda f: f.__name__)
+def test_a_cache_in_pages_is_read_through_a_table(made, given, page, segments):
+    wide = {anchored: {"block": 32, "rank": 80}, latent: {"rk": 80}, rotary: {"rank": 80}}[made]
+    arguments = list(made(96, given, **wide))
+    arguments[2] = cache(2, 96, 80)
+    definition = getattr(attention, f"{made.__name__}_decode")
+    check(definition, *arguments, segments=segments, page=page)
 
 
 def test_numbers_of_16_bits_at_odd_addresses_are_refused():

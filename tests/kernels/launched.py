@@ -60,9 +60,14 @@ for module in (latent_decode, anchored_decode, rotary_decode):
 k, k_layout = kept(80, "16x16+16x8+32x4+16x2")
 v, v_layout = kept(96, "64x4+32x3")
 layouts = [None, k_layout, v_layout]
-latent_decode.launch(torch.randn(2, 8, 1, 80, dtype=BF16), k, v, SPAN, 0.1, None, *layouts)
 q, up = torch.randn(2, 8, 1, 128, dtype=BF16), torch.randn(2, 80, 128, dtype=BF16)
-angles = [torch.rand(1, 1, 2, 64)] * 2
-anchored_decode.launch(q, k, v, SPAN, 0.1, *angles, up, None, 32, None, *layouts)
 angles = [torch.rand(1, 1, SLOTS, 64)] * 2
-rotary_decode.launch(q, k, v, SPAN, 0.1, *angles, up, None, *layouts)
+ahead = [x[:, :, ::32] for x in angles]
+for table in (
+    None,
+    torch.zeros(2, 3, dtype=torch.int32),
+):  # without pages, and as if in pages of 41
+    rest = *layouts, table
+    latent_decode.launch(torch.randn(2, 8, 1, 80, dtype=BF16), k, v, SPAN, 0.1, None, *rest)
+    anchored_decode.launch(q, k, v, SPAN, 0.1, *ahead, up, None, 32, None, *rest)
+    rotary_decode.launch(q, k, v, SPAN, 0.1, *angles, up, None, *rest)

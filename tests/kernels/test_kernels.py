@@ -5,6 +5,7 @@ them with the definitions; interpreted.py and test_aot.py test the Triton kernel
 import os
 import subprocess
 import sys
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,10 +26,10 @@ pytestmark = pytest.mark.slow  # the first test builds the ops, in half a minute
 torch.manual_seed(0)
 ROOT = Path(__file__).parents[2]
 SPAN = torch.tensor([[3, 20], [0, 12]])
-Q, K, V, BIAS = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 20, 8), torch.randn(2, 1, 20, 5), None
+Q, K, V, BIAS = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 32, 8), torch.randn(2, 1, 32, 5), None
 UP, MEAN = torch.randn(2, 8, 32), torch.randn(4, 1, 16)
-ANGLES, AHEAD = torch.rand(2, 1, 20, 8), torch.rand(1, 1, 3, 8)
-POSITION = (torch.arange(20) - torch.tensor([[3], [0]])).clamp(min=0).int()
+ANGLES, AHEAD = torch.rand(2, 1, 32, 8), torch.rand(1, 1, 4, 8)
+POSITION = (torch.arange(32) - torch.tensor([[3], [0]])).clamp(min=0).int()
 CALLS = {  # op and arguments
     "latent": (ops.latent_decode, (Q[..., :8], K, V, SPAN, 0.3)),
     "alibi": (ops.latent_decode, (Q[..., :8], K, V, SPAN, 0.3, BIAS, torch.rand(4))),
@@ -45,15 +46,15 @@ CALLS = {  # op and arguments
     "few tokens": (ops.latent_decode, (torch.randn(2, 4, 3, 8), K, V, SPAN, 0.3)),
     "anchored": (
         ops.anchored_decode,
-        (Q, K, V, SPAN, 0.3, AHEAD.cos(), AHEAD.sin(), UP, MEAN, 8, torch.rand(2, 20)),
+        (Q, K, V, SPAN, 0.3, AHEAD.cos(), AHEAD.sin(), UP, MEAN, 8, torch.rand(2, 32)),
     ),
     "padded": (
         ops.anchored_decode,
-        (Q, K, V, SPAN, 0.3, AHEAD.cos(), AHEAD.sin(), UP, MEAN, 8, torch.rand(2, 20), POSITION),
+        (Q, K, V, SPAN, 0.3, AHEAD.cos(), AHEAD.sin(), UP, MEAN, 8, torch.rand(2, 32), POSITION),
     ),
     "rotary": (
         ops.rotary_decode,
-        (Q, K, V, SPAN, 0.3, ANGLES.cos(), ANGLES.sin(), UP, None, torch.rand(2, 20)),
+        (Q, K, V, SPAN, 0.3, ANGLES.cos(), ANGLES.sin(), UP, None, torch.rand(2, 32)),
     ),
 }
 call = pytest.mark.parametrize(("op", "arguments"), CALLS.values(), ids=CALLS)
@@ -85,7 +86,7 @@ packed_call = pytest.mark.parametrize("name", ["latent", "padded", "rotary"])
 def test_ops_of_packed_caches_are_registered_as_torch_expects(name):
     op, (q, _, v, *rest) = CALLS[name]
     registered = getattr(torch.ops.eigenzoo, op.__name__).default
-    rest += [None] * (len(registered._schema.arguments) - 5 - len(rest))  # before the layouts
+    rest += [None] * (len(registered._schema.arguments) - 6 - len(rest))  # before the layouts
     k_rows, v_rows = (x.rows for x in PACKED)
     opcheck(registered, (q, k_rows, v_rows, *rest, *LAYOUTS))
     opcheck(registered, (q, k_rows, v, *rest, LAYOUTS[0]))
@@ -95,6 +96,21 @@ def test_ops_of_packed_caches_are_registered_as_torch_expects(name):
 def test_ops_of_packed_caches_compile_in_one_graph_and_export(name):
     op, (q, _, _, *rest) = CALLS[name]
     compile_and_export(op, (q, *PACKED, *rest))
+
+
+K_PAGES, V_PAGES = (x.unflatten(2, (2, 16)).transpose(1, 2).flatten(0, 1) for x in (K, V))
+TABLE = torch.tensor([[0, 1], [2, -1]]).int()  # the second sequence ends in its first page
+
+
+@packed_call
+def test_ops_of_caches_in_pages_are_registered_compile_and_export(name):
+    op, (q, k, v, *rest) = CALLS[name]
+    registered = getattr(torch.ops.eigenzoo, op.__name__).default
+    opcheck(registered, (q, K_PAGES, V_PAGES, *rest), {"table": TABLE})
+    rest += [None] * (len(signature(op).parameters) - 4 - len(rest))  # before the table
+    compile_and_export(op, (q, K_PAGES, V_PAGES, *rest, TABLE))
+    got = op(q, K_PAGES, V_PAGES, *rest, table=TABLE)
+    torch.testing.assert_close(got, op(q, k, v, *rest))
 
 
 @call

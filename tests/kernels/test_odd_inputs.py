@@ -12,7 +12,7 @@ from eigenzoo.zoo.models import attention, linear
 from eigenzoo.zoo.models.packing import Latent, Packed, pack
 
 pytestmark = pytest.mark.slow  # the ops are built
-BATCH, HEADS, SLOTS, RANK, WIDTH, SIZE = 2, 4, 40, 16, 24, 8
+BATCH, HEADS, SLOTS, RANK, WIDTH, SIZE = 2, 4, 48, 16, 24, 8
 
 HALVES = {torch.float16, torch.bfloat16}
 
@@ -44,15 +44,26 @@ def calls() -> dict[str, tuple]:
     place = (torch.arange(SLOTS) - span[:, :1]).clamp(min=0).int()
     product = ops.linear_decode, linear.linear_decode
     row, scale = torch.randn(BATCH, 1, 12), torch.rand(7)
+    table = torch.tensor([[4, 0, 2], [5, 1, 3]]).int()
+    pages = [torch.randn(6, x.size(1), 16, x.size(3)) for x in (k, v)]
     weight, codes = torch.randn(7, 12), torch.randint(-127, 128, (7, 12)).char()
     return {
         "latent": (*latent, (q, k, v, span, 0.2, bias, slopes)),
         "latent, some tokens": (*latent, (torch.cat([q] * 3, 2), k, v, span, 0.2, None, slopes)),
         "latent, packed": (*latent, (q, few(k, "8x8+8x3"), few(v, "8x16+8x4+8x2"), span, 0.2)),
+        "latent, in pages": (*latent, (q, *pages, span, 0.2, bias, slopes, table)),
+        "latent, packed, in pages": (
+            *latent,
+            (q, few(pages[0], "16x4"), few(pages[1], "24x8"), span, 0.2, None, None, table),
+        ),
         "rotary": (*rotary, (narrow, k, v, span, 0.2, *rotation, bias)),
         "rotary, packed": (*rotary, (narrow, few(k, "16x4"), v, span, 0.2, *rotation)),
         "anchored": (*anchored, (narrow, k, v, span, 0.2, *ahead, *maps, 16, bias)),
         "anchored, padded": (*anchored, (narrow, k, v, span, 0.2, *ahead, *maps, 16, bias, place)),
+        "anchored, in pages": (
+            *anchored,
+            (narrow, *pages, span, 0.2, *ahead, *maps, 16, bias, place, table),
+        ),
         "anchored, packed": (
             *anchored,
             (narrow, few(k, "8x4+8x2"), few(v, "24x8"), span, 0.2, *ahead, *maps, 16),

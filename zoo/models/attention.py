@@ -4,6 +4,11 @@ Shapes: B batch, T new tokens, S cache slots, H query heads, G kv heads, D head 
 token (each shared by G / L kv heads), R rank: the width of a latent.
 
 Arguments k, v and z may be `Packed`: they are unpacked to the dtype of the queries first.
+
+With a `table` (B, P), in int32 and contiguous, a decoding op reads a cache in pages: k, v and z are
+(pages, heads, page, width), or rows (pages, page, bytes), where `page` is a multiple of 16. Slot t
+of sequence b is slot t % page of page table[b, t // page]. span, bias and position count slots t,
+of which there are S = P * page. Entries for pages without a slot of the span may be anything.
 """
 
 import math
@@ -14,6 +19,7 @@ from torch import Tensor
 
 from .cache import Buffer, unpacked
 from .mask import CausalMask, add_mask_columns, causal_matrix
+from .packing import Packed
 from .rope import rotate
 
 
@@ -99,13 +105,15 @@ def latent_decode(
     scale: float,
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of one or a few new tokens over the slots of `span` in a static cache.
 
     q: (B, H, T, R), k: (B, K, S, R), v: (B, L, S, W) -> (B, H, T, W); K and L divide H.
-    span, bias, slopes: see `DecodeMask`. The T tokens are in the last T slots of the span.
+    span, bias, slopes: see `DecodeMask`. The T tokens are in the last T slots of the span. table:
+    of pages, see above.
     """
-    k, v = unpacked(k, q.dtype), unpacked(v, q.dtype)
+    k, v = (unpacked(_in_order(x, span, table), q.dtype) for x in (k, v))
     grouped = (q * scale).unflatten(1, (k.size(1), -1)).flatten(2, 3)  # queries of one key head
     # not k.mT: to a layer that is compiled separately it would be a second input that aliases k
     scores = grouped @ k.transpose(2, 3)
@@ -126,19 +134,21 @@ def anchored_decode(
     block: int,
     bias: Tensor | None = None,
     position: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Attention of one or a few new tokens over keys rotated relative to their block's center.
 
     Let c be the center of a block and i the position of a new token. For a key k_j in the block,
     R_i q · R_j k_j = R_(i - c) q · φ_j with φ_j = R_(j - c) k_j = lift(z_j) + mean. So one rotated
     and absorbed query per block reads all latents of the block.
-    q: (B, H, T, D), not rotated; z: (B, L, S, R) latents of φ; v, span, bias: as in
+    q: (B, H, T, D), not rotated; z: (B, L, S, R) latents of φ; v, span, bias, table: as in
     `latent_decode`; cos, sin: of the angles of i - c, (B or 1, T, N, D / 2) for N = ceil(S / block)
     blocks; up: (L, R, G / L * D); mean: (G, 1, D); position: (B or 1, S) in int32, below N * block,
     only for T = 1: the positions of the slots, where padding makes them differ from 0, 1, 2...:
     slot j is in block position[j] // block. Fused ops expect that, inside the span, positions never
     fall, and rise by at most 1 from slot to slot. Returns (B, H, T, W).
     """
+    z, v = (_in_order(x, span, table) for x in (z, v))
     if position is not None:  # a block's slots may be anywhere: R_(i - c) q · φ = q · R_(c - i) φ
         own = (position // block).long()[:, None, :, None]
         cos, sin = (x.take_along_dim(own, 2) for x in (cos, sin))  # (B or 1, 1, S, D / 2)
@@ -170,14 +180,29 @@ def rotary_decode(
     up: Tensor,
     mean: Tensor | None,
     bias: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Attention of one or a few new tokens over latents of keys, which are lifted and rotated here.
 
-    q: (B, H, T, D), rotated; z: (B, L, S, R) latents of keys before the rotation; v, span, bias: as
-    in `latent_decode`; cos, sin: of the angles of all slots, (B or 1, 1, S, D / 2); up:
+    q: (B, H, T, D), rotated; z: (B, L, S, R) latents of keys before the rotation; v, span, bias,
+    table: as in `latent_decode`; cos, sin: of the angles of all slots, (B or 1, 1, S, D / 2); up:
     (L, R, G / L * D); mean: (G, 1, D), added before the rotation. Returns (B, H, T, W).
     """
+    z, v = (_in_order(x, span, table) for x in (z, v))
     return latent_decode(q, rebuild(z, cos, sin, up, mean), v, span, scale, bias)
+
+
+def _in_order(x: Buffer, span: Tensor, table: Tensor | None) -> Buffer:
+    """A cache without a table, from one with it. Slots outside of the span are copies of its ends,
+    so that nothing else is read."""
+    if table is None:
+        return x
+    if isinstance(x, Packed):
+        return x._replace(rows=_in_order(x.rows[:, None], span, table)[:, 0])
+    page = x.size(2)
+    slot = torch.arange(table.size(1) * page, device=x.device)
+    slot = slot.clamp(span[:, :1], span[:, 1:] - 1)  # (B or 1, S)
+    return x[table.take_along_dim(slot // page, 1).long(), :, slot % page].transpose(1, 2)
 
 
 def rebuild(z: Buffer, cos: Tensor, sin: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
