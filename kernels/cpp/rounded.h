@@ -200,6 +200,6 @@ inline void multiply(const int* a, int64_t rows, int64_t lda, const RoundedCodes
     }
   }
 }
-#endif
 
 }  // namespace
+#endif
