@@ -1,6 +1,6 @@
 // Rows of codes, as zoo/models/packing.py defines them: up to a few segments of falling bits, with
 // a scale each. Here they are unpacked in registers, to fp32. In models of bf16 some processors
-// have faster ways: see rounded.h for keys, and paired.h for values.
+// have faster ways: see rounded.h for keys, and weighted_bytes.h for values.
 //
 // Numbers are unpacked in an order of their own, in which those that share a byte follow one
 // another: then vectors are full however narrow a segment is, and no lane needs a byte of another.

@@ -41,8 +41,8 @@ struct Unpacked {
   std::vector<V> scales;
 };
 
-// Adds the products of words of queries, high bytes at y and low ones at z, with those of slots. Sums
-// stay in registers, since all their indices are constants.
+// Adds the products of words of queries, high bytes at y and low ones at z, with those of slots.
+// Sums stay in registers, since all their indices are constants.
 template <size_t... M>
 void add_words(const int* y, const int* z, int64_t lda, const Bytes* codes, int64_t count,
                Bytes* high, Bytes* low, std::index_sequence<M...>) {
@@ -104,8 +104,8 @@ C10_ALWAYS_INLINE void for_each_word(const uint8_t* p, int64_t step, int64_t las
   }
 }
 
-// The third bits of a segment of 3 bits: word w has those of bytes 4 w to 4 w + 3 of every quarter, a
-// quarter's in bit 2 * quarter. x: the words of their `eighth` bytes, which hold even eighths in
+// The third bits of a segment of 3 bits: word w has those of bytes 4 w to 4 w + 3 of every quarter,
+// a quarter's in bit 2 * quarter. x: the words of their `eighth` bytes, which hold even eighths in
 // even bits and odd ones beside them
 inline void third_bits(const Bytes* x, int64_t eighth, int64_t words, Bytes* y) {
   const int64_t n = eighth / 4;

@@ -79,7 +79,7 @@ void sum_quads(int64_t n, const uint8_t* weights, const Bytes* x, int64_t quads,
 
 // The third bits of numbers i to i + count of every quarter of a segment of 3 bits, a quarter's in
 // bit 2 * quarter. p: their bytes, `eighth` of them, which hold the numbers of every eighth.
-inline __m128i third_bits(const uint8_t* p, int64_t i, int64_t eighth, int64_t count) {
+inline __m128i third_bits_of_row(const uint8_t* p, int64_t i, int64_t eighth, int64_t count) {
   const int64_t cut = std::clamp<int64_t>(eighth - i, 0, count);  // those of even eighths
   const __m128i even = load_bytes(p + i, cut);
   if (cut == count) return even;
@@ -87,8 +87,8 @@ inline __m128i third_bits(const uint8_t* p, int64_t i, int64_t eighth, int64_t c
   return _mm_or_si128(even, _mm_and_si128(odd, _mm_set1_epi8(127)));
 }
 
-// The codes of `slots` slots in columns of bytes from `begin` up to `end` of a segment, all parts of
-// W bytes after one another: x (quads, vectors). Returns the number of vectors.
+// The codes of `slots` slots in columns of bytes from `begin` up to `end` of a segment, all parts
+// of W bytes after one another: x (quads, vectors). Returns the number of vectors.
 template <int BITS>
 int64_t unpack_quads(const Codes& v, const Segment& s, int64_t begin, int64_t end, int64_t slots,
                      Bytes* x) {
@@ -103,9 +103,10 @@ int64_t unpack_quads(const Codes& v, const Segment& s, int64_t begin, int64_t en
       Bytes high = codes;
       if constexpr (BITS == 3)
         high = quads([&](int64_t j) {
-          return third_bits(at(j) + s.width / 4, i, s.width / 8, count);
+          return third_bits_of_row(at(j) + s.width / 4, i, s.width / 8, count);
         });
-      for (int part = 0; part < PARTS<BITS>; ++part) *x++ = signed_codes<BITS>(codes, high, part, table);
+      for (int part = 0; part < PARTS<BITS>; ++part)
+        *x++ = signed_codes<BITS>(codes, high, part, table);
     }
   return vectors;
 }
@@ -145,8 +146,10 @@ inline void sum_halves(const float* p, int64_t rows, const Codes& v, const Segme
   for (int64_t i = 0; i < s.width; i += W) {
     const int64_t count = std::min(W, s.width - i);
     V x[TILE];
-    for (int64_t t = 0; t < slots; ++t)
-      x[t] = load(reinterpret_cast<const at::BFloat16*>(v.codes + t * v.step + s.offset) + i, count);
+    for (int64_t t = 0; t < slots; ++t) {
+      const uint8_t* row = v.codes + t * v.step + s.offset;
+      x[t] = load(reinterpret_cast<const at::BFloat16*>(row) + i, count);
+    }
     for (int64_t m = 0; m < rows; ++m) {
       V sum = load(out + m * ldo + i, count) * V(keep[m]);
       for (int64_t t = 0; t < slots; ++t) sum = at::vec::fmadd(V(p[m * TILE + t]), x[t], sum);

@@ -14,15 +14,14 @@
 namespace {
 
 // How a query is kept: as words of 32 bits that are multiplied with the lanes of slots. Words hold
-// four high bytes; with 16 bits, they hold a number in fp32, first every even number, then every odd
-// one. Behind them are as many words of low bytes, then what its numbers were divided by.
+// four high bytes; with 16 bits, they hold a number in fp32, first every even number, then every
+// odd one. Behind them are as many words of low bytes, then what its numbers were divided by.
 struct Words {
   struct Range {  // of a segment
-    int64_t bits, width;
-    int64_t first;       // of its numbers
-    int64_t begin, end;  // its words
-    int64_t offset;      // of its bytes in the latent
-    int64_t parts, bytes;  // of a part; with 3 bits, of the lowest two
+    int64_t bits, first, width;  // its numbers
+    int64_t begin, end;          // its words
+    int64_t offset;              // of its bytes in the latent
+    int64_t parts, bytes;        // of a part; with 3 bits, of the lowest two
 
     int64_t words() const { return (end - begin) / parts; }  // of a part
   };
@@ -39,8 +38,9 @@ struct Words {
       for (int64_t i = 0; i < s.width; ++i)
         places.push_back(s.bits == 16 ? 4 * (count + i % 2 * words + i / 2)
                                       : 4 * (count + i / bytes * words) + i % bytes);
-      ranges.push_back({s.bits, s.width, first, count, count + parts * words, s.offset, parts, bytes});
+      const int64_t begin = count;
       count += parts * words;
+      ranges.push_back({s.bits, first, s.width, begin, count, s.offset, parts, bytes});
     }
     for (size_t i = 0; i < places.size(); ++i) in_order &= places[i] == int64_t(i);
     size = 2 * count + 1;
