@@ -28,7 +28,12 @@ CASES = (
     "padded anchored 320x4",
     "rotary 160x4/",
     "rotary 96x4+64x2/",
-    *(f"paged {page} {x}" for page in (16, 128) for x in ("latent", "anchored", "rotary")),
+    "paged 16 latent 80/80 x4",
+    "paged 16 latent 16x16+48x8+128x4+128x2/",
+    "paged 16 anchored 320/",
+    "paged 16 rotary 80/",
+    "paged 128 latent 80/80 x4",
+    "paged 128 anchored 320/",
 )
 WITHOUT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
@@ -40,9 +45,7 @@ def test_kernels_compile_to_what_a_gpu_runs_well(target):
     done = fresh.python("-c", code, "--json", "--targets", target, "--only", *CASES, env=WITHOUT)
     assert done.returncode == 0, done.stderr
     read = [json.loads(line) for line in done.stdout.splitlines()]
-    assert (
-        len({r["case"] for r in read}) == len(read) == len(CASES) + 6
-    )  # with numbers or in few bits
+    assert len(read) == len(CASES)
     for r in read:
         bits = [int(n) for n in re.findall(r"\d+x(\d+)", r["case"])]
         rotary, mixed = "rotary" in r["case"], "+" in r["case"]
