@@ -152,5 +152,5 @@ def test_a_table_of_another_form_and_pages_that_differ_are_refused():
         with pytest.raises(RuntimeError, match="expected"):
             ops.latent_decode(q, k, v, span, 0.2, table=wrong)
     for less in (v[:3], v[:, :, :8]):
-        with pytest.raises(RuntimeError, match="expected (as many|values)"):
+        with pytest.raises(RuntimeError, match=r"expected (as many|values)"):
             ops.latent_decode(q, k, less, span, 0.2, table=table)

@@ -197,12 +197,12 @@ def _in_order(x: Buffer, span: Tensor, table: Tensor | None) -> Buffer:
     so that nothing else is read."""
     if table is None:
         return x
-    if isinstance(x, Packed):
-        return x._replace(rows=_in_order(x.rows[:, None], span, table)[:, 0])
-    page = x.size(2)
-    slot = torch.arange(table.size(1) * page, device=x.device)
+    pages = x.rows[:, None] if isinstance(x, Packed) else x  # (pages, heads, page, ...)
+    page = pages.size(2)
+    slot = torch.arange(table.size(1) * page, device=pages.device)
     slot = slot.clamp(span[:, :1], span[:, 1:] - 1)  # (B or 1, S)
-    return x[table.take_along_dim(slot // page, 1).long(), :, slot % page].transpose(1, 2)
+    y = pages[table.take_along_dim(slot // page, 1).long(), :, slot % page].transpose(1, 2)
+    return x._replace(rows=y[:, 0]) if isinstance(x, Packed) else y
 
 
 def rebuild(z: Buffer, cos: Tensor, sin: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
