@@ -101,6 +101,17 @@ def bench(
             "compiled with its static cache.",
         ),
     ] = False,
+    llama_cpp: Annotated[
+        str | None,
+        typer.Option(
+            "--llama-cpp",
+            metavar="FILE.gguf|auto",
+            help="Measure the first model in llama.cpp as well, from this file; auto: from the "
+            "first model itself, where it is a GGUF file. Takes `llama-bench` on the PATH, else "
+            "the package llama-cpp-python. On a CPU, one sequence.",
+            show_default="not measured",
+        ),
+    ] = None,
     context: Annotated[
         list[int] | None,
         typer.Option(
@@ -174,6 +185,8 @@ def bench(
     contestants = contestants.with_bits(kv_bits or [])
     if transformers:
         contestants = contestants.with_transformers()
+    if llama_cpp is not None:
+        contestants = contestants.with_llama_cpp(llama_cpp, grid.batches, place)
     if out is not None:
         from ..measure.plots import save_decoding
 

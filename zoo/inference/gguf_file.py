@@ -4,6 +4,7 @@ The package gguf dequantizes. Its reader is not used: a damaged length sends it 
 loop, and it takes seconds for a large vocabulary.
 """
 
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -50,6 +51,11 @@ class Stored(NamedTuple):
                 f"a row of {self.shape[-1]} numbers is not made of blocks of {numbers}"
             )
         return self.shape[-1] // numbers * size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.row_bytes * math.prod(self.shape[:-1])
 
     def read(self) -> Tensor:
         """The tensor in fp32. Raises ValueError for a type that gguf cannot dequantize."""
@@ -190,7 +196,7 @@ def _parse(path: Path, cursor: _Cursor) -> GGUF:
     start = -(-cursor.at // step) * step
     tensors = {name: x._replace(start=start + x.start) for name, x in infos.items()}
     for name, x in tensors.items():
-        if x.start + x.row_bytes * int(np.prod(x.shape[:-1], dtype=object)) > len(cursor.data):
+        if x.start + x.nbytes > len(cursor.data):
             raise ValueError(f"it ends before the end of {name}")
     return GGUF(metadata, tensors)
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..utils.interrupt import interruptible
 from ..utils.memory import peak, reset_peak
-from ..utils.records import BenchCell, BenchResult
+from ..utils.records import BenchCell, BenchExtra, BenchResult
 from .timed_models import Cell, Contestant
 
 
@@ -24,6 +24,8 @@ class Figures(NamedTuple):
     weight_bytes: int
     kv_bytes: int
     start_seconds: float  # of loading, and of the first round, which compiles
+    dtype: str | None = None
+    extra: BenchExtra | None = None
 
 
 def bench(contestants: Sequence[Contestant], cell: Cell, rounds: int = 3) -> list[BenchResult]:
@@ -113,7 +115,7 @@ class _Worker:
             "context": cell.context,
             "batch": cell.batch,
             "slots": cell.slots,
-            "dtype": str(cell.dtype).removeprefix("torch."),
+            "dtype": self.figures.dtype or str(cell.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "device": cell.device.type,
         }
@@ -132,6 +134,7 @@ class _Worker:
             "bandwidth": bandwidth,
             "peak_memory": self.memory,
             "start_seconds": figures.start_seconds,
+            **(figures.extra or {}),
         }
 
 
@@ -142,10 +145,11 @@ def _serve(pipe: Connection, contestant: Contestant, cell: Cell) -> None:
             start = time.perf_counter()
             run = contestant.start(cell)
             run.round()
-            pipe.send(Figures(run.weight_bytes, run.kv_bytes, time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+            pipe.send(Figures(run.weight_bytes, run.kv_bytes, seconds, run.dtype, run.extra))
             reset_peak(cell.device)
             for _ in _orders(pipe):
-                pipe.send((run.round(), peak(cell.device)))
+                pipe.send((run.round(), run.peak() if run.peak else peak(cell.device)))
     except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, sent to all processes or to the other
         return
     except Exception as error:

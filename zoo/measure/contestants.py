@@ -14,10 +14,15 @@ from ..models.bits import check_bits
 from ..models.config import Config
 from ..models.model import Model
 from ..utils.provenance import fingerprint
+from .llama_cpp import CACHES, LlamaCpp, find_program
 from .shapes import shaped, uniform
 from .timed_models import Contestant, Native, Transformers
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")  # how the names of their files end
+SIZES_OF_A_MODEL = (
+    *("family", "num_hidden_layers", "hidden_size", "vocab_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
 Prepare = Callable[[Model], Model]
 
 
@@ -52,6 +57,7 @@ class Contestants(NamedTuple):
         """A fingerprint of the models: of their configs, and of all bytes of their weights."""
         sources = dict.fromkeys(m.source for m in self.natives if isinstance(m.source, str))
         places = [locate(source, self.revision) for source in sources]
+        places += {model.path: None for model in self.others if isinstance(model, LlamaCpp)}
         files = [path for place in places for path in _weight_files(place)]
         return fingerprint(*map(repr, self.configs.values()), *files)
 
@@ -85,6 +91,44 @@ class Contestants(NamedTuple):
             for cache in ("dynamic", "static")
         ]
         return self._replace(others=[*self.others, *others])
+
+    def with_llama_cpp(
+        self, given: str, batches: Sequence[int], device: torch.device
+    ) -> "Contestants":
+        """The first model in llama.cpp as well, once for each type of its cache in `CACHES`.
+
+        given: its GGUF file; auto: what the first model was read from. Raises ValueError without
+        llama.cpp, without a GGUF file, if the file holds another model, and for batches or a device
+        that are not measured there.
+        """
+        if device.type != "cpu" or {*batches} != {1}:
+            raise ValueError(
+                f"--llama-cpp with --device {device} and batches {[*batches]}: expected cpu and "
+                "one sequence, which is all that is measured in llama.cpp"
+            )
+        source = self.source if given == "auto" else given
+        path = locate(source, self.revision) if isinstance(source, str) else Path(self.title)
+        if path.suffix != ".gguf":
+            raise ValueError(
+                f"--llama-cpp: {path} is no GGUF file: make one with convert_hf_to_gguf.py, which "
+                "comes with llama.cpp, and give --llama-cpp FILE.gguf"
+            )
+        _check_same_sizes(path, next(iter(self.configs.values())))
+        program = find_program()
+        others = [LlamaCpp(path, cache, program) for cache in CACHES]
+        return self._replace(others=[*self.others, *others])
+
+
+def _check_same_sizes(path: Path, config: Config) -> None:
+    """Raise ValueError if a GGUF file holds a model of other sizes than those in `config`."""
+    held = native_config(read_config(path))
+    for size in SIZES_OF_A_MODEL:
+        one, other = getattr(config, size), getattr(held, size)
+        if one != other:
+            raise ValueError(
+                f"--llama-cpp: {path} holds another model: its {size} is {other}, and that of the "
+                f"first model is {one}"
+            )
 
 
 def _weight_files(place: Path) -> list[Path]:

@@ -120,7 +120,9 @@ def changes(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def bench(rows: Sequence[BenchResult]) -> None:
     """Print what `bench.bench` measured."""
-    heads = "model", "tok/s", "ms/step", "floor", "KV read", "speed", "bound", "peak MiB"
+    heads = ["model", "tok/s", "ms/step", "floor", "KV read", "speed", "bound", "peak MiB"]
+    prompts = any("prompt_tokens_per_second" in x for x in rows)
+    heads += ["prompt tok/s"] if prompts else []
     places = dict.fromkeys((x["context"], x["batch"], x["slots"]) for x in rows)
     for context, batch, slots in places:
         table, reasons = Table(*heads, title=f"context {context}, batch {batch}, {slots} slots"), []
@@ -139,6 +141,7 @@ def bench(rows: Sequence[BenchResult]) -> None:
                 f"{x['speedup']:.2f}x" if "speedup" in x else "",
                 f"{x['bound']:.2f}x" if "bound" in x else "",
                 f"{x['peak_memory'] / 2**20:.0f}",
+                f"{x['prompt_tokens_per_second']:.1f}" if "prompt_tokens_per_second" in x else "",
             )
         _show(table)
         for reason in reasons:

@@ -30,6 +30,7 @@ from ..inference.generate import Generator
 from ..inference.sampling import Sampling, choose
 from ..models.config import Config
 from ..models.model import Model
+from ..utils.records import BenchExtra
 from .shapes import random_model
 
 
@@ -51,6 +52,9 @@ class Run(NamedTuple):
     round: Callable[[], list[float]]  # seconds of every decoding step of a round
     weight_bytes: int  # read in a step
     kv_bytes: int  # read in a step, at the full context
+    dtype: str | None = None  # where it is not the cell's
+    extra: BenchExtra | None = None  # more fields of the row
+    peak: Callable[[], int] | None = None  # bytes, where a program of its own decodes
 
 
 class Contestant(Protocol):

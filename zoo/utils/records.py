@@ -71,7 +71,15 @@ class BenchCell(TypedDict):
     device: str  # cpu or cuda
 
 
-class BenchFigures(TypedDict):
+class BenchExtra(TypedDict, total=False):
+    """What only llama.cpp's rows have. tool: which program, of which version."""
+
+    prompt_tokens_per_second: float  # of a prompt that fills the cache up to the steps
+    cache_type: str  # of ggml
+    tool: str
+
+
+class BenchFigures(BenchExtra):
     """What `measure.bench.bench` measures; speedup and bound need a first model that decoded."""
 
     tokens_per_second: float
