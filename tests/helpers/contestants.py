@@ -4,6 +4,8 @@ import os
 import signal
 from dataclasses import dataclass
 
+from eigenzoo.zoo.measure.timed_models import Run
+
 
 @dataclass
 class Killed:
@@ -11,11 +13,9 @@ class Killed:
 
     last: int
     name: str = "killed"
-    weight_bytes: int = 1
-    kv_bytes: int = 1
 
     def start(self, cell):
-        return self
+        return Run(self.round, weight_bytes=1, kv_bytes=1)
 
     def round(self):
         if self.last == 0:
