@@ -117,6 +117,8 @@ def test_pages_are_read_as_one_long_page(bounds, segments, page, shuffled, new, 
             want = op(q, k, v, span, 0.3, *rest)
             got = op(q, k_pages, v_pages, span, 0.3, *rest, table=table)
             assert torch.equal(got, want), name
+            if page != 16 or not shuffled:
+                continue
             want = definition(q, k, v, span, 0.3, *rest)
             got = definition(q, k_pages, v_pages, span, 0.3, *rest, table=table)
             torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
