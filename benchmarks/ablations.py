@@ -1,7 +1,8 @@
 """What each choice of the method is worth in few bits, on the texts of `rivals.py`.
 
     python benchmarks/ablations.py MODEL --wiki FILE --speech FILE --cache FOLDER
-        [--keep 0.16 --keep 0.12] [--only NAME] [--minutes 30]
+        [--keep 0.16 --keep 0.12] [--only NAME]
+        [--minutes 30] [--lr 2e-4] [--precision bfloat16]
 
 Prints a line for every variant and share: the increase of perplexity in % over the uncompressed
 model, on four texts, their mean and worst. A variant is the default in all but one choice.
@@ -23,6 +24,7 @@ from rival_bench import SAMPLES, Bench, arguments, flat, unflat
 from rivals import figures
 from torch import Tensor
 
+from eigenzoo.zoo.compression.choices import PRECISIONS
 from eigenzoo.zoo.compression.compress import compress, gather
 from eigenzoo.zoo.compression.moments import Statistics
 from eigenzoo.zoo.compression.refine import refine
@@ -47,6 +49,7 @@ VARIANTS = {
     "no refit": Variant(),
     "refit": Variant(Settings(kv_bits=BITS)),
     "refined": Variant(Settings(kv_bits=BITS), refined=True),
+    "no refit, refined": Variant(refined=True),
     "damping 0.1": Variant(PLAIN._replace(damping=0.1)),
     "damping 1": Variant(PLAIN._replace(damping=1.0)),
     "damping 3": Variant(PLAIN._replace(damping=3.0)),
@@ -54,6 +57,9 @@ VARIANTS = {
     "drawn labels, damping 0.1": Variant(PLAIN._replace(damping=0.1), drawn=True),
     "more tokens": Variant(samples=2 * SAMPLES),
     "no 3 bits": Variant(PLAIN._replace(kv_bits=(16, 8, 4, 2))),
+    "blocks of 32": Variant(PLAIN._replace(keys="anchored", anchor_block=32)),
+    "blocks of 64": Variant(PLAIN._replace(keys="anchored", anchor_block=64)),
+    "one block": Variant(PLAIN._replace(keys="rotated")),
 }
 
 
@@ -88,11 +94,19 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--keep", type=float, action="append", help="again for more; else 0.16")
     parser.add_argument("--minutes", type=float, default=30.0, help="of refinement")
+    parser.add_argument("--lr", type=float, default=RefineSettings().lr, help="of refinement")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16")
     parser.add_argument("--only", action="append", choices=VARIANTS, help="again for more")
     args = parser.parse_args()
 
     bench = Bench(args)
-    training = RefineSettings(10_000, every=10, minutes=args.minutes, precision="bfloat16")
+    training = RefineSettings(
+        *(10_000, 2, args.lr),
+        every=20,
+        patience=10_000,
+        minutes=args.minutes,
+        precision=args.precision,
+    )
     for name in args.only or VARIANTS:
         variant = VARIANTS[name]
         rows = bench.mixed(variant.samples)
