@@ -1,17 +1,22 @@
 """How long the first compiled step of decoding takes, in a first process and in a second one.
 
     python benchmarks/compile.py [--layers 24] [--pairs 1] [--pairs 8]
+    python benchmarks/compile.py --source OUT
 
-A small Llama of random weights, with so many distinct pairs of ranks among its layers. `nested`
-compiles layers of equal shapes once, as `Generator` does; `whole` compiles all layers as one graph.
+A checkpoint, or a small Llama of random weights, with so many distinct pairs of ranks among its
+layers. `nested` compiles layers of equal shapes once, as `Generator` does; `whole` compiles all
+layers as one graph.
 Each runs in two processes, one after the other, that share an empty cache directory: the first is
-cold, the second warm. One compile thread. Prints one line of JSON per process: seconds to the first
-decoded token, how many of them in the compiler, and milliseconds of a later step.
+cold, the second warm. One compile thread, unless --threads says otherwise. Prints one line of JSON
+per process: seconds from its start to the first token, which a prompt of 16 tokens gives; of the
+first step of decoding, and how many of them in the compiler; milliseconds of a later step; and
+seconds of the processor that all took, compilers included.
 """
 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -21,13 +26,14 @@ from tempfile import TemporaryDirectory
 import torch
 
 from eigenzoo.kernels.install import install
+from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.inference.steps import compile_seconds, decode_step
 from eigenzoo.zoo.measure.shapes import random_model
 from eigenzoo.zoo.models.llama import LlamaConfig
 from eigenzoo.zoo.models.model import Model
 
-STEPS = 64
+STEPS, PROMPT = 64, 16
 WAYS = "nested", "whole"
 
 
@@ -55,17 +61,19 @@ def model(layers: int, pairs: int) -> Model:
     )
 
 
-def measure(layers: int, pairs: int, way: str) -> dict[str, float]:
-    """Times of the first step of this process, and of the others."""
-    generator = Generator(model(layers, pairs), 1, STEPS + 1, compile_prefill=False)
+def measure(model: Model, way: str, began: float) -> dict[str, float]:
+    """Times of the first tokens and steps of this process. began: when it did, by the clock."""
+    generator = Generator(model, 1, PROMPT + STEPS + 1, compile_prefill=False)
     if way == "whole":
         generator.decode = torch.compile(decode_step, fullgraph=True)
-    times = []
-    for slot in range(STEPS + 1):
+    generator.advance(torch.full((1, PROMPT), 7), 0)
+    first_token, times = time.time() - began, []
+    for slot in range(PROMPT, PROMPT + STEPS + 1):
         start = time.perf_counter()
         generator.advance(torch.tensor([[7]]), slot)
         times.append(time.perf_counter() - start)
     return {
+        "token_seconds": round(first_token, 2),
         "first_seconds": round(times[0], 2),
         "compile_seconds": round(compile_seconds(), 2),
         "step_milliseconds": round(1e3 * median(times[1:]), 2),
@@ -77,25 +85,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--pairs", type=int, action="append")
+    parser.add_argument("--source", help="a checkpoint, only as `nested`")
+    parser.add_argument("--threads", default="1", help="of the compiler")
     parser.add_argument("--way", choices=WAYS, help="measure here and now")
+    parser.add_argument("--began", type=float, help="with --way: when the process did")
     args = parser.parse_args()
     if args.way:
-        print(json.dumps(measure(args.layers, args.pairs[0], args.way)))
+        measured = install(load(args.source).model) if args.source else None
+        print(
+            json.dumps(measure(measured or model(args.layers, args.pairs[0]), args.way, args.began))
+        )
         return
-    for pairs in args.pairs or [1, 8]:
-        for way in WAYS:
+    for pairs in [0] if args.source else args.pairs or [1, 8]:
+        for way in WAYS[:1] if args.source else WAYS:
             words = ["--layers", args.layers, "--pairs", pairs, "--way", way]
+            words += ["--source", args.source] if args.source else []
+            about = {"source": args.source} if args.source else {"pairs": pairs}
             with TemporaryDirectory() as folder:
                 for start in ("cold", "warm"):
+                    took = processor_seconds()
                     done = subprocess.run(
-                        [sys.executable, __file__, *map(str, words)],
+                        [sys.executable, __file__, *map(str, words), "--began", str(time.time())],
                         env=os.environ
-                        | {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+                        | {
+                            "TORCHINDUCTOR_CACHE_DIR": folder,
+                            "TORCHINDUCTOR_COMPILE_THREADS": args.threads,
+                        },
                         stdout=subprocess.PIPE,
                         check=True,
                     )
-                    row = {"pairs": pairs, "way": way, "start": start} | json.loads(done.stdout)
+                    row = about | {"way": way, "start": start} | json.loads(done.stdout)
+                    row["processor_seconds"] = round(processor_seconds() - took, 1)
                     print(json.dumps(row), flush=True)
+
+
+def processor_seconds() -> float:
+    """What the processes that this one started and waited for have taken, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":
