@@ -10,6 +10,7 @@ from torch import nn
 
 from ..zoo.models import attention
 from ..zoo.models.linear import linear_decode
+from ..zoo.models.packing import pack
 from . import cpu, ops
 
 FUSED = {  # definition: fused op
@@ -69,13 +70,15 @@ def install(model: AnyModel) -> AnyModel:
                 setattr(module, op.__name__, op)
         if "cpu" in devices and _calls(module, linear_decode):
             vars(module).update(linear_decode=ops.linear_decode, rows=LINEAR_ROWS)
+        if "cpu" in devices and _calls(module, pack):
+            vars(module).update(pack=ops.pack)
     return model
 
 
 def remove(model: nn.Module) -> None:
     """Make a model decode with the reference ops again."""
     for module in model.modules():
-        for definition in (*FUSED, linear_decode):
+        for definition in (*FUSED, linear_decode, pack):
             if _calls(module, definition):
                 vars(module).pop(definition.__name__, None)
         if _calls(module, linear_decode):

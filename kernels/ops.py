@@ -1,8 +1,8 @@
 """The decoding ops as PyTorch knows them: `torch.ops.eigenzoo.*`.
 
-`zoo/models/attention.py` and `zoo/models/linear.py` define what they compute. This file declares
-their arguments and the shapes of their results, and needs only torch. `install.py` chooses the
-implementation for a device.
+`attention.py`, `linear.py` and `packing.py` in zoo/models define what they compute. This file
+declares their arguments and the shapes of their results, and needs only torch. `install.py` chooses
+the implementation for a device.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..zoo.models.bits import Segment
 from ..zoo.models.cache import Buffer
-from ..zoo.models.packing import Latent
+from ..zoo.models.packing import Latent, Packed
 
 SCHEMAS = {
     "latent_decode": (
@@ -30,6 +31,7 @@ SCHEMAS = {
         "Tensor? table=None"
     ),
     "linear_decode": "Tensor x, Tensor weight, Tensor? scale, Tensor? bias",
+    "pack": "Tensor x, int[] layout",
 }
 
 
@@ -58,11 +60,17 @@ def _product(x: Tensor, weight: Tensor, *more: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.size(0))
 
 
+def _rows(x: Tensor, layout: list[int]) -> Tensor:
+    heads, width, bits = layout[0], layout[1::2], layout[2::2]
+    segments = tuple(Segment(*pair) for pair in zip(width, bits, strict=True))
+    latent = Latent(heads, sum(width), segments)
+    return x.new_empty(x.size(0), x.size(2), latent.nbytes(x.dtype), dtype=torch.uint8)
+
+
+SHAPES = {"linear_decode": _product, "pack": _rows}
 for _name, _arguments in SCHEMAS.items():
     torch.library.define(f"eigenzoo::{_name}", f"({_arguments}) -> Tensor")
-    torch.library.register_fake(
-        f"eigenzoo::{_name}", _product if _name == "linear_decode" else _attended(_name)
-    )
+    torch.library.register_fake(f"eigenzoo::{_name}", SHAPES.get(_name) or _attended(_name))
 
 
 def _parts(x: Buffer, q: Tensor) -> tuple[Tensor, list[int] | None]:
@@ -75,8 +83,11 @@ def _parts(x: Buffer, q: Tensor) -> tuple[Tensor, list[int] | None]:
         return x, None
     if not hasattr(x, "rows"):
         return x.unpack(q.dtype), None
-    latent = Latent.of_layout(x.layout)
-    return x.rows, [latent.heads, *(number for s in latent.segments for number in s)]
+    return x.rows, _numbers(Latent.of_layout(x.layout))
+
+
+def _numbers(latent: Latent) -> list[int]:
+    return [latent.heads, *(number for s in latent.segments for number in s)]
 
 
 def latent_decode(
@@ -141,3 +152,8 @@ def rotary_decode(
 def linear_decode(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """The op for `zoo.models.linear.linear_decode`; see there for the arguments. CPUs only."""
     return torch.ops.eigenzoo.linear_decode(x, weight, scale, bias)
+
+
+def pack(x: Tensor, latent: Latent) -> Packed:
+    """The op for `zoo.models.packing.pack`; see there for the arguments. CPUs only."""
+    return Packed(torch.ops.eigenzoo.pack(x, _numbers(latent)), latent.layout)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ...zoo.models.cache import Buffer
+from ...zoo.models.cache import Buffer, Pack
 from ...zoo.models.config import Config
 from ...zoo.models.packing import Latent, Packed, pack
 
@@ -35,7 +35,7 @@ class LatentLayer:
     def __init__(self, cache: Cache, index: int, latents: tuple[Latent, Latent]):
         self.cache, self.index, self.latents = cache, index, latents
 
-    def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Buffer, Buffer]:
+    def update(self, pos: Tensor, k: Tensor, v: Tensor, pack: Pack = pack) -> tuple[Buffer, Buffer]:
         """Append k and v (B, heads, T, width); return all slots of the layer. pos is not used."""
         packed = any(latent.segments for latent in self.latents)
         if not packed and k.size(1) == v.size(1):
@@ -44,12 +44,12 @@ class LatentLayer:
         of_k, of_v = (
             x._replace(heads=y.size(1)) for x, y in zip(self.latents, (k, v), strict=True)
         )
-        rows = _row(k, of_k, packed), _row(v, of_v, packed)
+        rows = _row(k, of_k, packed, pack), _row(v, of_v, packed, pack)
         keys, values = self.cache.update(*rows, self.index)
         return _buffer(keys[:, 0], of_k, k.dtype), _buffer(values[:, 0], of_v, k.dtype)
 
 
-def _row(x: Tensor, latent: Latent, packed: bool) -> Tensor:
+def _row(x: Tensor, latent: Latent, packed: bool, pack: Pack) -> Tensor:
     """Vectors (B, heads, T, width) as one head: (B, 1, T, n), in uint8 if `packed`."""
     if latent.segments:
         return pack(x, latent).rows[:, None]

@@ -1,4 +1,4 @@
-// The decoding ops for CPUs: attention over latents, and linear layers of a few rows.
+// The decoding ops for CPUs: attention over latents, linear layers of a few rows, and packing.
 //
 // Two products do most of the work: rows by rows (multiply.h) and weights by rows (weighted_sum.h).
 // Both read memory once, in the dtype in which it is kept, and sum in fp32. For rows of codes in
@@ -14,6 +14,7 @@
 #include "anchored_decode.h"
 #include "latent_decode.h"
 #include "linear_decode.h"
+#include "pack.h"
 #include "rotary_decode.h"
 
 TORCH_LIBRARY_IMPL(eigenzoo, CPU, m) {
@@ -21,9 +22,11 @@ TORCH_LIBRARY_IMPL(eigenzoo, CPU, m) {
   m.impl("anchored_decode", anchored_decode);
   m.impl("rotary_decode", rotary_decode);
   m.impl("linear_decode", linear_decode);
+  m.impl("pack", pack);
 }
 
 TORCH_LIBRARY_IMPL(eigenzoo, Autograd, m) {  // backward raises an error: there is no gradient
-  for (const char* op : {"latent_decode", "anchored_decode", "rotary_decode", "linear_decode"})
+  for (const char* op : {"latent_decode", "anchored_decode", "rotary_decode", "linear_decode",
+                         "pack"})
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }

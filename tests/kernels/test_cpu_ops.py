@@ -12,6 +12,7 @@ import torch
 
 from eigenzoo.kernels import cpu, ops
 from eigenzoo.zoo.models import attention
+from eigenzoo.zoo.models.bits import parse_segments
 from eigenzoo.zoo.models.packing import Latent, Packed, pack
 
 pytestmark = pytest.mark.slow  # the first test builds the ops, in half a minute
@@ -311,6 +312,21 @@ def wide_product(x, weight, scale, bias):
     y = x @ weight.double().T
     y = y if scale is None else y * scale
     return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "text", ["48x16", "33x8", "48x4", "48x3", "48x2", "16x16+16x8+16x4+16x2", "16x8+24x3+8x2"]
+)
+def test_packed_rows_are_those_of_the_definition(text, dtype):
+    segments = parse_segments(text)
+    latent = Latent(3, sum(s.width for s in segments), segments)
+    x = torch.randn(2, 5, 3, latent.width) * torch.logspace(-8, 4, 5)[:, None, None]
+    x[0, 0, 0] = 0
+    x = x.to(dtype).transpose(1, 2)
+    made, want = ops.pack(x, latent), pack(x, latent)
+    assert made.layout == want.layout
+    torch.testing.assert_close(made.rows, want.rows, rtol=0, atol=0)
 
 
 def test_backward_through_an_op_is_an_error():

@@ -118,6 +118,16 @@ def test_ops_compile_in_one_graph_and_export(op, arguments):
     compile_and_export(op, arguments)
 
 
+@pytest.mark.parametrize("width", [8, 13])
+def test_packing_is_registered_as_torch_expects_and_compiles(width):
+    torch._dynamo.reset()
+    layout, x = [3, width, 8, 8, 3], torch.randn(2, 3, 4, width + 8)
+    opcheck(torch.ops.eigenzoo.pack.default, (x, layout))
+    latent = Latent.of_layout(f"3:{width}x8+8x3")
+    packing = torch.compile(ops.pack, fullgraph=True, backend="aot_eager")
+    assert torch.equal(packing(x, latent).rows, pack(x, latent).rows)
+
+
 def compile_and_export(op, arguments) -> None:
     """Both give what a call gives."""
     torch._dynamo.reset()

@@ -178,3 +178,19 @@ def test_rows_without_a_layout_and_numbers_with_one_are_refused():
     for given, layout in ((few(x, "16x4").rows, None), (x, [2, 16, 4]), (x.byte(), [2, 16, 4])):
         with pytest.raises(RuntimeError, match="expected"):
             torch.ops.eigenzoo.latent_decode(q, x, given, span, 0.2, None, None, None, layout)
+
+
+@pytest.mark.parametrize(
+    ("x", "layout"),
+    [
+        (torch.ones(1, 2, 3, 8), [1, 8, 4]),
+        (torch.ones(1, 2, 3, 8), [2, 16, 4]),
+        (torch.ones(1, 2, 3, 8, dtype=torch.long), [2, 8, 4]),
+        (torch.ones(2, 3, 8), [2, 8, 4]),
+        (torch.ones(1, 2, 3, 8), [2, 8, 5]),
+        (torch.ones(1, 2, 3, 3), [2, 3, 4]),
+    ],
+)
+def test_vectors_that_do_not_fit_a_layout_are_not_packed(x, layout):
+    with pytest.raises(RuntimeError, match="expected"):
+        torch.ops.eigenzoo.pack(x, layout)

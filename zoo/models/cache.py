@@ -1,6 +1,6 @@
 """The compressed KV cache: fixed buffers, written in place, safe for CUDA graphs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from .bits import check_bits
 from .packing import Latent, Packed, pack
 
 Buffer = Tensor | Packed
+Pack = Callable[[Tensor, Latent], Packed]
 
 
 def unpacked(x: Buffer, dtype: torch.dtype) -> Tensor:
@@ -24,9 +25,9 @@ class LayerCache(NamedTuple):
     keys: Buffer
     values: Buffer
 
-    def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Buffer, Buffer]:
+    def update(self, pos: Tensor, k: Tensor, v: Tensor, pack: Pack = pack) -> tuple[Buffer, Buffer]:
         """Write k and v (B, heads, T, width) to slots pos (T,); return the buffers."""
-        return _write(self.keys, pos, k), _write(self.values, pos, v)
+        return _write(self.keys, pos, k, pack), _write(self.values, pos, v, pack)
 
 
 class Rounding(NamedTuple):
@@ -38,19 +39,19 @@ class Rounding(NamedTuple):
     keys: Latent
     values: Latent
 
-    def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, pos: Tensor, k: Tensor, v: Tensor, pack: Pack = pack) -> tuple[Tensor, Tensor]:
         """k and v (B, heads, T, width), rounded; they must be all that is attended to."""
-        return _straight_through(k, self.keys), _straight_through(v, self.values)
+        return _straight_through(k, self.keys, pack), _straight_through(v, self.values, pack)
 
 
-def _straight_through(x: Tensor, latent: Latent) -> Tensor:
+def _straight_through(x: Tensor, latent: Latent, pack: Pack) -> Tensor:
     if not latent.segments:
         return x
     rounded = pack(x.detach(), latent).unpack(x.dtype)
     return x + (rounded - x.detach())
 
 
-def _write(buffer: Buffer, pos: Tensor, x: Tensor) -> Buffer:
+def _write(buffer: Buffer, pos: Tensor, x: Tensor, pack: Pack) -> Buffer:
     if not isinstance(buffer, Packed):
         return buffer.index_copy_(2, pos, x)
     new = pack(x, Latent.of_layout(buffer.layout))

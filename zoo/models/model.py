@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .attention import latent_attention, latent_decode
-from .cache import Buffer, LayerCache, StaticCache
+from .cache import Buffer, LayerCache, Pack, StaticCache
 from .config import Config
 from .linear import Projector
 from .mask import CausalMask, DecodeMask, Mask, causal_matrix, counted, decode_mask
-from .packing import Latent
+from .packing import Latent, pack
 
 
 class LatentAttention(Projector):
@@ -24,6 +24,7 @@ class LatentAttention(Projector):
 
     # the definition of attention in a decoding step; `kernels.install` replaces it by a fused op
     latent_decode: Callable[..., Tensor] = staticmethod(latent_decode)
+    pack: Pack = staticmethod(pack)  # likewise
 
     layer: int
     heads: int  # query heads
@@ -85,7 +86,7 @@ class LatentAttention(Projector):
         """
         k = k if self.k_shift is None else k + self.k_shift
         v = v if self.v_shift is None else v + self.v_shift
-        return (k, v) if cache is None else cache.update(pos, k, v)
+        return (k, v) if cache is None else cache.update(pos, k, v, self.pack)
 
     def attend(self, q: Tensor, k: Buffer, v: Buffer, mask: Mask) -> Tensor:
         """Attention of q (B, H, T, R) over k (B, K, S, R) and v (B, L, S, W): (B, H, T, W)."""
