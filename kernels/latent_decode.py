@@ -18,6 +18,7 @@ from .layouts import Row
 from .rows import begin, next_tile, pages, queries, tile_at
 from .split import attend, extent, nothing, scores, store
 
+MOST_NARROW = 256  # numbers of keys and values
 LOG2E = tl.constexpr(split.LOG2E)
 
 
@@ -115,17 +116,18 @@ def launch(
 def constants(shared: int, tokens: int, k: Row, v: Row, itemsize: int) -> dict:
     """Constants of the kernel that depend on shapes only; `aot.py` uses them too.
 
-    shared: query heads of a group; itemsize: bytes per number of the queries. Packed caches get no
-    larger tiles, because a tile is unpacked before it is used.
+    shared: query heads of a group; itemsize: bytes per number of the queries. Tiles of narrow
+    packed latents are twice as large, not more: a tile is unpacked before it is used.
     """
-    queries = shared * tokens
+    queries, numbers = shared * tokens, k.width + v.width
+    narrow = k.codes > 0 and v.codes > 0 and numbers <= MOST_NARROW
     return {
         "QUERIES": queries,
         "TOKENS": tokens,
         "K": k,
         "V": v,
         "ROWS": max(layouts.LEAST_ROWS, triton.next_power_of_2(queries)),
-        "TILE": split.tile_of(k.width + v.width, itemsize),
+        "TILE": split.tile_of(numbers, itemsize // 2 if narrow else itemsize),
         "num_warps": 4,
         "num_stages": 2,
     }

@@ -84,12 +84,13 @@ def plot(report: Row, out: Path) -> None:
     batches = sorted({row["batch"] for row in rows})
     figure = Figure(figsize=(4 * len(batches) + 4, 5), layout="constrained", dpi=150)
     *panels, last = figure.subplots(1, len(batches) + 1, squeeze=False)[0]
-    names = list(dict.fromkeys(row["case"] for row in rows))
+    names, named = list(dict.fromkeys(row["case"] for row in rows)), set[str]()
     for axes, batch in zip(panels, batches, strict=True):
         for i, name in enumerate(names):
             here = [x for x in rows if (x["batch"], x["case"]) == (batch, name)]
             points = sorted((x["slots"], 100 * x["share"]) for x in here)
-            label = name if batch == batches[0] else None
+            label = name if points and name not in named else None
+            named |= {name} if points else set()
             style: dict[str, Any] = {"color": f"C{i % 10}", "marker": "os^vD"[i // 10 % 5]}
             axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
         axes.set_xscale("log", base=2)
@@ -99,7 +100,7 @@ def plot(report: Row, out: Path) -> None:
     if panels:
         panels[0].set_ylabel("% of the bandwidth at which a sum reads")
         figure.legend(loc="outside lower center", ncols=4)
-    titles = [f"{x['model']}\n{x['context']} x {x['batch']}" for x in models]
+    titles = [f"{x['model']}\n{x['context']} x {x['batch']}".replace("/", "/\n") for x in models]
     last.barh(titles, [x["tokens_per_second"] for x in models])
     last.set(title="whole models", xlabel="tokens per second")
     last.invert_yaxis()
