@@ -9,6 +9,7 @@ grid, so that they find it in the L2 cache.
 from collections.abc import Sequence
 from math import gcd
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -98,7 +99,7 @@ def launch(
     values = layouts.cache(v, v_layout, q, layouts.LEAST_VALUES, table=table)
     shared = gcd(heads // keys.heads, heads // values.heads)  # heads of one group
     groups, rows = heads // shared, (keys.row, values.row)
-    shape = constants(shared, tokens, *rows, q.element_size())
+    shape = constants(shared, tokens, *rows, q.element_size(), bool(torch.version.hip))
     splits = split.splits_of(batch * groups, keys.slots, shape["TILE"])
     parts = split.Parts(q, splits, values.row.width)
     kernel[(groups, splits, batch)](
@@ -113,14 +114,18 @@ def launch(
     return parts.merge()
 
 
-def constants(shared: int, tokens: int, k: Row, v: Row, itemsize: int) -> dict:
+def constants(
+    shared: int, tokens: int, k: Row, v: Row, itemsize: int, amd: bool = False
+) -> dict:
     """Constants of the kernel that depend on shapes only; `aot.py` uses them too.
 
     shared: query heads of a group; itemsize: bytes per number of the queries. Tiles of narrow
-    packed latents are twice as large, not more: a tile is unpacked before it is used.
+    packed latents are twice as large, not more: a tile is unpacked before it is used. amd: not
+    there, where such tiles take half again as many registers.
     """
     queries, numbers = shared * tokens, k.width + v.width
     narrow = k.codes > 0 and v.codes > 0 and numbers <= MOST_NARROW
+    narrow = narrow and not k.page and not amd  # several pages a tile cost more
     return {
         "QUERIES": queries,
         "TOKENS": tokens,
