@@ -146,7 +146,7 @@ def numbers(ptr, rows, there, ROW: tl.constexpr, CHUNK: tl.constexpr, TYPE: tl.c
             x = kept.to(tl.int8, bitcast=True).to(TYPE)
         else:
             x = kept.to(TYPE)
-        if ROW.ptx and ROW.held and CHUNK.size * CHUNK.parts <= MOST_HELD:
+        if CHUNK.bits > 0 and ROW.ptx and ROW.held and CHUNK.size * CHUNK.parts <= MOST_HELD:
             x = held(x)
     return x
 
