@@ -188,6 +188,8 @@ def compiled(case: Case, target: GPUTarget) -> Any:
         constants |= {"K_SHARE": 1, "V_SHARE": 1, "UPCAST": False}
     if target.backend == "hip" and "HELD" in constants:
         constants["HELD"] = False
+    if target.backend == "hip" and case.kernel is latent_decode.kernel:
+        constants["TILE"] = split.tile_of(constants["K"].width + constants["V"].width, 2)
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
     names = case.kernel.arg_names
     types = {n: "constexpr" if n in constants else _type(n, case) for n in names}

@@ -9,6 +9,7 @@ grid, so that they find it in the L2 cache.
 from collections.abc import Sequence
 from math import gcd
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +19,7 @@ from .layouts import Row
 from .rows import begin, next_tile, pages, queries, tile_at
 from .split import attend, extent, nothing, scores, store
 
+MOST_NARROW = 256  # numbers of keys and values
 LOG2E = tl.constexpr(split.LOG2E)
 
 
@@ -97,7 +99,7 @@ def launch(
     values = layouts.cache(v, v_layout, q, layouts.LEAST_VALUES, table=table)
     shared = gcd(heads // keys.heads, heads // values.heads)  # heads of one group
     groups, rows = heads // shared, (keys.row, values.row)
-    shape = constants(shared, tokens, *rows, q.element_size())
+    shape = constants(shared, tokens, *rows, q.element_size(), bool(torch.version.hip))
     splits = split.splits_of(batch * groups, keys.slots, shape["TILE"])
     parts = split.Parts(q, splits, values.row.width)
     kernel[(groups, splits, batch)](
@@ -112,20 +114,25 @@ def launch(
     return parts.merge()
 
 
-def constants(shared: int, tokens: int, k: Row, v: Row, itemsize: int) -> dict:
+def constants(
+    shared: int, tokens: int, k: Row, v: Row, itemsize: int, amd: bool = False
+) -> dict:
     """Constants of the kernel that depend on shapes only; `aot.py` uses them too.
 
-    shared: query heads of a group; itemsize: bytes per number of the queries. Packed caches get no
-    larger tiles, because a tile is unpacked before it is used.
+    shared: query heads of a group; itemsize: bytes per number of the queries. Tiles of narrow
+    packed latents are twice as large, not more: a tile is unpacked before it is used. amd: not
+    there, where such tiles take half again as many registers.
     """
-    queries = shared * tokens
+    queries, numbers = shared * tokens, k.width + v.width
+    narrow = k.codes > 0 and v.codes > 0 and numbers <= MOST_NARROW
+    narrow = narrow and not k.page and not amd  # several pages a tile cost more
     return {
         "QUERIES": queries,
         "TOKENS": tokens,
         "K": k,
         "V": v,
         "ROWS": max(layouts.LEAST_ROWS, triton.next_power_of_2(queries)),
-        "TILE": split.tile_of(k.width + v.width, itemsize),
+        "TILE": split.tile_of(numbers, itemsize // 2 if narrow else itemsize),
         "num_warps": 4,
         "num_stages": 2,
     }

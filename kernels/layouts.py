@@ -51,8 +51,8 @@ class Row(NamedTuple):
     width: numbers of a latent; slot: elements from one slot to the next; codes: bytes of a latent;
     scales_at, scales: the first scale and the number of scales of a latent; aligned: whether
     ALIGN divides the stride from one sequence to the next; ptx: whether instructions of
-    NVIDIA's GPUs unpack it, to bf16; page: slots of a page, which are there in place of sequences,
-    or 0.
+    NVIDIA's GPUs unpack it, to bf16; held: whether `rows.held` is used there; page: slots of a
+    page, which are there in place of sequences, or 0.
     """
 
     chunks: tuple[Chunk, ...]
@@ -63,6 +63,7 @@ class Row(NamedTuple):
     scales: int = 0
     aligned: bool = False
     ptx: bool = False
+    held: bool = True
     page: int = 0
 
 

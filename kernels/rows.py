@@ -6,6 +6,7 @@ import triton.language as tl
 from ..zoo.models.bits import LEVELS
 from ..zoo.models.packing import ALIGN, LOWEST
 
+MOST_HELD = tl.constexpr(128)  # numbers of a chunk: more would take too many registers
 SCALE = tl.constexpr(LOWEST)
 STEP = tl.constexpr(ALIGN)
 MIDDLES = tl.constexpr(tuple(LEVELS.get(bits, 0.0) for bits in range(5)))  # of codes, by bits
@@ -145,7 +146,27 @@ def numbers(ptr, rows, there, ROW: tl.constexpr, CHUNK: tl.constexpr, TYPE: tl.c
             x = kept.to(tl.int8, bitcast=True).to(TYPE)
         else:
             x = kept.to(TYPE)
+        if CHUNK.bits > 0 and ROW.ptx and ROW.held and CHUNK.size * CHUNK.parts <= MOST_HELD:
+            x = held(x)
     return x
+
+
+@triton.jit
+def held(x):
+    """The same numbers, behind instructions that Triton does not look through.
+
+    For operands of a product Triton searches the loads that they come from. If one is of bytes, it
+    lays out both operands for bytes, and every tile then moves most of their registers.
+    """
+    if x.dtype == tl.float32:
+        y = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [x], tl.float32, is_pure=False, pack=1
+        )
+    else:
+        y = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], tl.bfloat16, is_pure=False, pack=2
+        )
+    return y
 
 
 @triton.jit
@@ -187,4 +208,5 @@ def scale_of(ptr, rows, there, ROW: tl.constexpr, CHUNK: tl.constexpr):
     if not ptr.type.is_block():
         ptr += rows * ROW.slot
     code = tl.load(ptr + CHUNK.scale, mask=there, other=0)
-    return tl.cast((code.to(tl.int32) << 20) + SCALE, tl.float32, bitcast=True)
+    x = tl.cast((code.to(tl.int32) << 20) + SCALE, tl.float32, bitcast=True)
+    return held(x) if ROW.ptx and ROW.held else x

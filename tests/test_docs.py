@@ -91,7 +91,8 @@ def test_options_alone_belong_to_some_command_or_script():
     known = {"--version", "--debug", "--no-deps"}  # of eigenzoo itself and of pip
     for command in COMMANDS.values():
         known |= options(command)
-    for script in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]:
+    bench = ROOT / "kernels/bench/__main__.py"
+    for script in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py"), bench]:
         known |= {*re.findall(r'"(--[a-z-]+)"', script.read_text())}
     for page in PAGES:
         words = [span.split()[0] for span in SPAN.findall(prose(page)) if span.startswith("--")]

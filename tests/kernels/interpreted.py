@@ -6,6 +6,7 @@ kernels on a GPU.
 """
 
 import os
+from functools import partial
 from itertools import chain, combinations
 
 import pytest
@@ -13,7 +14,9 @@ import tiny
 import torch
 from triton.runtime import interpreter
 
-from eigenzoo.kernels import anchored_decode, latent_decode, rotary_decode, split
+from eigenzoo.kernels import anchored_decode, latent_decode, ops, rotary_decode, split
+from eigenzoo.kernels.bench import checks
+from eigenzoo.kernels.bench.setup import Setup
 from eigenzoo.kernels.install import FUSED
 from eigenzoo.zoo.compression.compress import compress
 from eigenzoo.zoo.compression.settings import Settings
@@ -376,6 +379,24 @@ def test_halves_are_added_up_in_fp32(made, dtype):
     block = {"block": 32} if made is anchored else {}
     definition = getattr(attention, f"{made.__name__}_decode")
     check(definition, *made(90, {"spans", "mean", "slopes"}, dtype=dtype, **block))
+
+
+@pytest.mark.parametrize("name", checks.OPS)
+@pytest.mark.parametrize(("tokens", "segments"), [(1, ""), (4, checks.MIXED)])
+def test_the_checks_of_the_bench_pass(name, tokens, segments):
+    kernels = {
+        definition.__name__: partial(with_layouts, LAUNCH[definition]) for definition in FUSED
+    }
+    setup = Setup(torch.device(DEVICE), "", 0, 0, 1.0, len, kernels, str)
+    error = checks.error_of(setup, checks.Check(name, tokens, segments))
+    assert error <= checks.TOLERANCE
+
+
+def with_layouts(launch, q, k, v, *rest):
+    """Call a launcher as `ops` does."""
+    (k, k_layout), (v, v_layout) = ops._parts(k, q), ops._parts(v, q)
+    name = "k_layout" if launch is latent_decode.launch else "z_layout"
+    return launch(q, k, v, *rest, **{name: k_layout, "v_layout": v_layout})
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def test_kernels_compile_to_what_a_gpu_runs_well(target):
             assert rotary or "LDG.U16" not in loads  # its tiles are small
             assert r["loop"]["LDG.U8"] <= 4 * len(bits)
             # unpacking is the limit: this only tells when it gets slower
-            assert rotary or mixed or r["ratio"] < most * 8 / min(bits)
+            limit = 7 if "anchored" in r["case"] else 5.6
+            assert rotary or mixed or r["ratio"] < most * limit / min(bits)
             continue
         if "padded" in r["case"]:  # a position and a bias of 4 bytes for each slot
             loads -= {"LDG.32", "LDGSTS.32"}

@@ -14,7 +14,7 @@ from eigenzoo.zoo.measure import tables as report
 from eigenzoo.zoo.measure.bench import _serve, bench
 from eigenzoo.zoo.measure.bench_grid import BenchGrid, bench_cells, rows_left
 from eigenzoo.zoo.measure.contestants import from_checkpoints, from_shape
-from eigenzoo.zoo.measure.shapes import SHAPES, random_model, shaped, uniform
+from eigenzoo.zoo.measure.shapes import SHAPES, random_model, segmented, shaped, uniform
 from eigenzoo.zoo.measure.timed_models import Cell, Native, Transformers, weight_bytes
 from eigenzoo.zoo.models.families import new_model
 from eigenzoo.zoo.utils.jsonl import append
@@ -84,6 +84,32 @@ def test_random_models_decode_with_every_key_scheme(keys):
     assert run.kv_bytes == 20 * 4 * low.kv_width  # the slots that a step reads, not all
     assert len(run.round()) == 3
     assert model(tiny.tokens(1, 20)).isfinite().all()
+
+
+def test_random_models_decode_with_segments():
+    config = tiny.native(head_dim=16).config
+    settings = Settings(heads_per_latent=(2, 2)).fit(config)
+    low = segmented(config, settings, "8x8+16x4/16x3")
+    layers = low.num_hidden_layers
+    assert (low.k_ranks, low.v_ranks) == ((24,) * layers, (16,) * layers)
+    assert low.k_segments == ("8x8+16x4",) * layers
+    run = Native("low", low, same).start(cell(20, 1, 30))
+    assert run.kv_bytes == 20 * sum(x.nbytes(torch.float32) for x in low.latents(0)) * layers
+    assert len(run.round()) == 3
+    for wrong in ("8x8", "8x8/", "64x8/16x4"):
+        with pytest.raises(ValueError, match=r"64x4/32x8|k_ranks"):
+            segmented(config, settings, wrong)
+
+
+def test_cuda_graphs_are_asked_of_torch_and_of_transformers(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda step, **given: asked.append(given) or step)
+    graphs = cell()._replace(compile=True, graphs=True)
+    Native("low", tiny.native().config, same).start(graphs)
+    assert [given["mode"] for given in asked[:2]] == ["reduce-overhead"] * 2
+    asked.clear()
+    Native("low", tiny.native().config, same).start(graphs._replace(graphs=False))
+    assert not any("mode" in given for given in asked)
 
 
 def test_whole_keys_are_more_than_half_of_the_bytes():

@@ -73,6 +73,17 @@ def bench(
             metavar="<float>",
         ),
     ] = None,
+    segments: Annotated[
+        list[str] | None,
+        option(
+            "--segments",
+            help="Segments of keys and of values, as 32x8+64x4/64x4: one more compressed model; "
+            f"{MORE}",
+            default="none",
+            panel=SHAPE,
+            metavar="<text>",
+        ),
+    ] = None,
     heads_per_latent: Annotated[
         int,
         option("--heads-per-latent", help="How many kv heads share a latent.", panel=SHAPE, min=1),
@@ -128,6 +139,14 @@ def bench(
     steps: Annotated[int, typer.Option(help="Decoding steps in a round.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds; models take turns.")] = 3,
     compile: Compile = True,
+    graphs: Annotated[
+        bool,
+        typer.Option(
+            "--graphs",
+            help="On a GPU, replay compiled steps from CUDA graphs, which a dynamic cache has none "
+            "of. Not tried on a GPU yet.",
+        ),
+    ] = False,
     ops: Ops = "auto",
     dtype: DecodingDtype = "auto",
     weights: Weights = "native",
@@ -163,12 +182,14 @@ def bench(
             f"given {len(sources or [])} checkpoints and shape {shape}: expected checkpoints, or "
             "--shape alone"
         )
-    of_shape = layers, keep or None, heads_per_latent, latent, keys, anchor_block
+    of_shape = layers, keep or segments or None, heads_per_latent, latent, keys, anchor_block
     if shape is None and of_shape != (None, None, 1, "separate", "auto", None):
         raise ValueError(
-            "--layers, --keep, --heads-per-latent, --latent, --keys and --anchor-block go with "
-            "--shape: checkpoints have their own"
+            "--layers, --keep, --segments, --heads-per-latent, --latent, --keys and --anchor-block "
+            "go with --shape: checkpoints have their own"
         )
+    if graphs and not (compile and torch_device(device).type == "cuda"):
+        raise ValueError("--graphs needs a GPU and compiled steps: leave it out")
     place, kind = torch_device(device), torch_dtype(decoding_dtype(dtype, device))
     prepare = preparation(weights, ops, compile)
     if shape is None:
@@ -178,13 +199,16 @@ def bench(
         settings = Settings(
             heads_per_latent=shared, latent=latent, keys=keys, anchor_block=anchor_block
         )
-        contestants = from_shape(shape, layers, grid.slots, keep or [0.5], settings, prepare)
+        keeps = keep or ([] if segments else [0.5])
+        contestants = from_shape(
+            *(shape, layers, grid.slots, keeps, settings, prepare), segments=segments or []
+        )
     for settings in contestants.settings:
         say_keys(settings)
     contestants.check_length(grid.slots)
     contestants = contestants.with_bits(kv_bits or [])
     if transformers:
-        contestants = contestants.with_transformers()
+        contestants = contestants.with_transformers(static=graphs)
     if llama_cpp is not None:
         contestants = contestants.with_llama_cpp(llama_cpp, grid.batches, place)
     if out is not None:
@@ -210,7 +234,7 @@ def bench(
     rows = rows_left(file, origin, [contestant.name for contestant in contestants.all])
     if compile:
         say("compiling before each first step: a minute or two for many layers")
-    cells = grid.cells(kind or contestants.dtype, place, compile)
+    cells = grid.cells(kind or contestants.dtype, place, compile, graphs)
     rows += bench_cells(contestants.all, cells, rounds, origin, rows, file)
     print(json.dumps(rows)) if as_json else tables.bench(rows)
     reasons = [row["failed"] for row in rows if "failed" in row]

@@ -53,6 +53,7 @@ class Generator:
         compile: bool = True,
         compile_prefill: bool | None = None,
         bits: int | None = None,
+        graphs: bool = False,
     ):
         """Allocate the cache. Compilation happens at the first use.
 
@@ -61,6 +62,8 @@ class Generator:
         - compile: compile decoding.
         - compile_prefill: compile prefill; None: as `compile`.
         - bits: of a number in the cache, 16, 8 or 4; None: as the model's config says.
+        - graphs: where decoding is compiled, a GPU replays it from CUDA graphs. The logits of a
+          step are overwritten by the next one.
 
         Raises ValueError if there is no C++ compiler, if the model has fewer positions, or for
         unsupported bits.
@@ -78,6 +81,7 @@ class Generator:
         self.decode, self._verify, self._cold = decode_step, verify_by_layer, compile
         if compile:
             static: Any = {"fullgraph": True, "dynamic": False, "recompile_limit": sys.maxsize}
+            static |= {"mode": "reduce-overhead"} if graphs else {}
             self.decode = torch.compile(decode_by_layer, **static)
             self._verify = torch.compile(verify_by_layer, **static)
         self.prefill = torch.compile(prefill, fullgraph=True) if compile_prefill else prefill

@@ -37,10 +37,12 @@ class BenchGrid(NamedTuple):
         """Of the largest static cache."""
         return self.buffer * max(self.contexts)
 
-    def cells(self, dtype: torch.dtype, device: torch.device, compile: bool) -> list[Cell]:
+    def cells(
+        self, dtype: torch.dtype, device: torch.device, compile: bool, graphs: bool = False
+    ) -> list[Cell]:
         """Every combination, the batches one after the other."""
         return [
-            Cell(length, batch, self.buffer * length, self.steps, dtype, device, compile)
+            Cell(length, batch, self.buffer * length, self.steps, dtype, device, compile, graphs)
             for batch in self.batches
             for length in self.contexts
         ]

@@ -15,7 +15,7 @@ from ..models.config import Config
 from ..models.model import Model
 from ..utils.provenance import fingerprint
 from .llama_cpp import CACHES, LlamaCpp, find_program
-from .shapes import shaped, uniform
+from .shapes import segmented, shaped, uniform
 from .timed_models import Contestant, Native, Transformers
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")  # how the names of their files end
@@ -84,11 +84,14 @@ class Contestants(NamedTuple):
         ]
         return self._replace(natives=[*self.natives, *rounded])
 
-    def with_transformers(self) -> "Contestants":
-        """The first model in transformers as well: with a dynamic cache, and a static one."""
+    def with_transformers(self, static: bool = False) -> "Contestants":
+        """The first model in transformers as well: with a dynamic cache, and a static one.
+
+        static: only that.
+        """
         others = [
             Transformers(f"transformers {cache}", self.source, cache == "static", self.revision)
-            for cache in ("dynamic", "static")
+            for cache in ("dynamic", "static")[static:]
         ]
         return self._replace(others=[*self.others, *others])
 
@@ -163,12 +166,13 @@ def from_shape(
     keeps: Sequence[float],
     settings: Settings,
     prepare: Prepare,
+    segments: Sequence[str] = (),
 ) -> Contestants:
     """Random weights in a published shape: dense, and compressed to every share in `keeps`.
 
     layers: so many only. context: tokens that the models must be able to read. settings: those of
-    the compressed models but for `keep`. Raises ValueError for an unknown shape and for settings
-    that do not fit it.
+    the compressed models but for `keep`. segments: of one more compressed model each, see
+    `segmented`. Raises ValueError for an unknown shape and for settings that do not fit it.
     """
     source = shaped(shape, layers, context)
     dense = native_config(source.to_dict())
@@ -178,6 +182,8 @@ def from_shape(
         asked.check()
         fitted.append(asked.fit(dense))
     configs = {"dense": dense} | {f"keep {s.keep:g}": uniform(dense, s) for s in fitted}
+    for text in segments:
+        configs[text] = segmented(dense, settings.fit(dense), text)
     natives = [Native(name, config, prepare) for name, config in configs.items()]
     title = shape + (f", {layers} layers" if layers else "")
     return Contestants(title, natives, configs, source, settings=fitted)

@@ -13,6 +13,7 @@ from ..compression.settings import Settings
 from ..models.config import Config
 from ..models.families import new_model
 from ..models.model import Model
+from ..models.packing import Latent
 
 
 def _opt(width: int, layers: int, heads: int) -> PreTrainedConfig:
@@ -96,6 +97,23 @@ def uniform(config: Config, settings: Settings) -> Config:
         ranks[0] += step
     k, v = ((rank,) * config.num_hidden_layers for rank in ranks)
     return low(Ranks(k, v), **settings.rotary(config))
+
+
+def segmented(config: Config, settings: Settings, segments: str) -> Config:
+    """The config of the same model with latents in segments, "keys/values", equal in all layers.
+
+    settings: as in `uniform`, but for `keep`. Raises ValueError for segments that do not fit.
+    """
+    texts = segments.split("/")
+    if len(texts) != 2 or not all(texts):
+        raise ValueError(
+            f"segments {segments!r}: expected those of keys and of values, as 64x4/32x8"
+        )
+    k, v = texts
+    many = config.num_hidden_layers
+    k_ranks, v_ranks = ((Latent.of_layout(f"1:{text}").width,) * many for text in texts)
+    kept = Ranks(k_ranks, v_ranks, k_segments=(k,) * many, v_segments=(v,) * many)
+    return low_config(config, kept, settings.heads_per_latent or (1, 1), **settings.rotary(config))
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Model:

@@ -44,6 +44,7 @@ class Cell(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     compile: bool
+    graphs: bool = False  # compiled steps are replayed from CUDA graphs
 
 
 class Run(NamedTuple):
@@ -90,7 +91,8 @@ class Native:
         else:
             model = random_model(self.source, cell.dtype, cell.device)
         generator = Generator(
-            self.prepare(model), cell.batch, cell.slots, cell.compile, False, self.kv_bits
+            *(self.prepare(model), cell.batch, cell.slots, cell.compile, False, self.kv_bits),
+            graphs=cell.graphs,
         )
         weights = weight_bytes(model, model.head)
 
@@ -126,7 +128,8 @@ class Transformers:
         static = StaticCache(config, max_cache_len=cell.slots) if self.static else None
         if static is not None:
             static.early_initialization(cell.batch, heads, size, cell.dtype, cell.device)
-        compiled = CompileConfig(fullgraph=True, mode="default")
+        mode = "reduce-overhead" if cell.graphs else "default"
+        compiled = CompileConfig(fullgraph=True, mode=mode)
         compiled._compile_all_devices = True  # type: ignore[assignment]  # on a CPU as well
 
         def filled() -> Cache:
