@@ -67,7 +67,7 @@ def _rows(x: Tensor, layout: list[int]) -> Tensor:
     return x.new_empty(x.size(0), x.size(2), latent.nbytes(x.dtype), dtype=torch.uint8)
 
 
-SHAPES = {"linear_decode": _product, "pack": _rows}
+SHAPES: dict[str, Callable[..., Tensor]] = {"linear_decode": _product, "pack": _rows}
 for _name, _arguments in SCHEMAS.items():
     torch.library.define(f"eigenzoo::{_name}", f"({_arguments}) -> Tensor")
     torch.library.register_fake(f"eigenzoo::{_name}", SHAPES.get(_name) or _attended(_name))
