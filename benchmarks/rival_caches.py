@@ -47,7 +47,9 @@ class RivalLayer:
         self.done: list[list[Tensor]] = [[], []]
         self.new: list[list[Tensor]] = [[], []]
 
-    def update(self, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(
+        self, pos: Tensor, k: Tensor, v: Tensor, _pack: object = None
+    ) -> tuple[Tensor, Tensor]:
         """Take in k and v (B, G, T, D) of the next tokens; return what attention reads of all."""
         rival, pairs = self.rival, zip(self.new, (k, v), strict=True)
         exact = [torch.cat((*x, y), 2) for x, y in pairs]
