@@ -32,7 +32,7 @@ from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.perplexity import mean_perplexity
 
 OURS = {  # settings and shares by name
-    "ours": (Settings(kv_bits=parse_bits("auto"), refit=()), (0.6, 0.4, 0.25, 0.16, 0.12)),
+    "ours": (Settings(kv_bits=parse_bits("auto"), refit=()), (0.6, 0.4, 0.355, 0.25, 0.16, 0.12)),
     "ranks": (Settings(refit=(), kv_bits=(16,)), (0.8, 0.6, 0.4, 0.25)),
     "eigen": (Settings("eigen", kv_bits=(16,)), (0.8, 0.6, 0.4)),
     "kv-heads": (Settings("kv-heads", kv_bits=(16,)), (1 / 2, 1 / 3, 1 / 4)),
