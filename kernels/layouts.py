@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..zoo.models.bits import Segment
 from ..zoo.models.packing import ALIGN, Latent
+from .ops import latent_of
 
 LEAST_ROWS = 16  # the fewest rows of a matrix instruction
 LEAST_VALUES = 32  # the fewest numbers of a chunk of values: 8 for each of four warps
@@ -135,17 +136,15 @@ def row(
     the fewest numbers of a chunk; loop: a segment has one chunk, of 32 or 64 numbers, and the
     kernel reads it again and again.
     """
-    heads, *pairs = layout or (1,)
-    segments = tuple(Segment(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True))
-    latent = Latent(heads, width, segments)
+    latent = latent_of(layout) if layout else Latent(1, width, ())
     chunks: list[Chunk] = []
     at = first = scales = 0
-    for segment in segments or (Segment(width, AS_IS),):
+    for segment in latent.segments or (Segment(width, AS_IS),):
         packed = segment.bits not in (AS_IS, 16)
         chunks += _chunks(segment, at, first, scales if packed else -1, least, loop)
         at, first, scales = at + segment.nbytes, first + segment.width, scales + packed
     codes = latent.code_bytes
-    return Row(tuple(chunks), first, slot, codes, heads * codes, latent.scales)
+    return Row(tuple(chunks), first, slot, codes, latent.heads * codes, latent.scales)
 
 
 def _chunks(

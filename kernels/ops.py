@@ -5,7 +5,7 @@ declares their arguments and the shapes of their results, and needs only torch. 
 the implementation for a device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,10 +61,8 @@ def _product(x: Tensor, weight: Tensor, *more: object) -> Tensor:
 
 
 def _rows(x: Tensor, layout: list[int]) -> Tensor:
-    heads, width, bits = layout[0], layout[1::2], layout[2::2]
-    segments = tuple(Segment(*pair) for pair in zip(width, bits, strict=True))
-    latent = Latent(heads, sum(width), segments)
-    return x.new_empty(x.size(0), x.size(2), latent.nbytes(x.dtype), dtype=torch.uint8)
+    nbytes = latent_of(layout).nbytes(x.dtype)
+    return x.new_empty(x.size(0), x.size(2), nbytes, dtype=torch.uint8)
 
 
 SHAPES: dict[str, Callable[..., Tensor]] = {"linear_decode": _product, "pack": _rows}
@@ -84,6 +82,13 @@ def _parts(x: Buffer, q: Tensor) -> tuple[Tensor, list[int] | None]:
     if not hasattr(x, "rows"):
         return x.unpack(q.dtype), None
     return x.rows, _numbers(Latent.of_layout(x.layout))
+
+
+def latent_of(layout: Sequence[int]) -> Latent:
+    """The latent of a layout as the ops take it: heads, then width and bits of each segment."""
+    heads, *pairs = layout
+    segments = tuple(Segment(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True))
+    return Latent(heads, sum(s.width for s in segments), segments)
 
 
 def _numbers(latent: Latent) -> list[int]:

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bytes.h"
 #include "cache.h"
 #include "lanes.h"
 #include "softmax.h"
@@ -35,16 +36,6 @@ inline void add_bias(float* scores, int64_t n, const OptionalTensor& bias,
   }
 }
 
-// Whether values of codes are summed byte by byte, in a model of T
-template <class T>
-constexpr bool sums_bytes() {
-#ifdef MULTIPLIES_BYTES
-  return std::is_same_v<T, at::BFloat16>;
-#else
-  return false;
-#endif
-}
-
 // Adds the values of n slots from t on to the sums of a task's rows. weights: (rows, TILE); keep:
 // (rows,), from Softmax::add; `narrow`: memory for a copy of the weights.
 template <class T>
@@ -59,7 +50,7 @@ void add_values(const Cache& v, const Layout& layout, const Task& task, int64_t 
   for (int64_t l = 0; l < layout.latents; ++l) {
     const int64_t first = l * rows, latent = task.unit * layout.latents + l;
 #ifdef MULTIPLIES_BYTES
-    if (v.packed && sums_bytes<T>()) {
+    if (v.packed && multiplies_bytes<T>) {
       weighted_sum(weights.data() + first * TILE, rows, v.codes(task.b, latent, t, n), n,
                    keep + first, sums + first * layout.padded, layout.padded);
       continue;
@@ -84,7 +75,7 @@ void add_values(const Cache& v, const Layout& layout, const Task& task, int64_t 
 template <class T, class Scorer>
 Tensor attend(const Tensor& q, int64_t keys, const Cache& v, const Tensor& span, double scale,
               const OptionalTensor& bias, const OptionalTensor& slopes, const Scorer& scorer) {
-  const Layout layout(q, keys, v, sums_bytes<T>());
+  const Layout layout(q, keys, v, multiplies_bytes<T>);
   const int64_t units = layout.units, rows = layout.rows, new_tokens = layout.new_tokens;
   const int64_t splits = count_splits(layout, span);
   const int64_t size = Softmax::numbers(rows, layout.padded);

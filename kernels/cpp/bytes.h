@@ -5,11 +5,23 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "vectors.h"
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 #define MULTIPLIES_BYTES
+
+// Whether codes are multiplied as bytes in a model of T: two bytes keep more digits than bf16 has,
+// and fewer than fp32
+template <class T>
+constexpr bool multiplies_bytes = std::is_same_v<T, at::BFloat16>;
+#else
+template <class T>
+constexpr bool multiplies_bytes = false;
+#endif
+
+#ifdef MULTIPLIES_BYTES
 
 namespace {
 

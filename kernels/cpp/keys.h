@@ -22,23 +22,17 @@ struct Keys : Cache {
   Keys(const Tensor& x, const Layouts& layout, const OptionalTensor& table)
       : Cache(x, layout, table), words(packing) {}
 
-  // Queries in bf16 have fewer digits than two bytes keep, those in fp32 more
-  template <class T>
-  bool rounds() const {
-    return packed && std::is_same_v<T, at::BFloat16>;
-  }
-
   // Calls use(rows) with the rows of latent l in n slots from t on, in a model of T
   template <class T, class Use>
   void with_rows(int64_t b, int64_t l, int64_t t, int64_t n, const Use& use) const {
-    if (!rounds<T>()) return Cache::with_rows<T>(b, l, t, n, use);
+    if (!packed || !multiplies_bytes<T>) return Cache::with_rows<T>(b, l, t, n, use);
     use(RoundedCodes{codes(b, l, t, n), &words});
   }
 
   // What rows are multiplied with, for queries (..., R)
   template <class T>
   Tensor factors(const Tensor& q) const {
-    if (!rounds<T>()) return Cache::factors<T>(q);
+    if (!packed || !multiplies_bytes<T>) return Cache::factors<T>(q);
     const Tensor given = q.to(at::kFloat).contiguous();
     std::vector<int64_t> shape = q.sizes().vec();
     shape.back() = words.size;

@@ -190,14 +190,14 @@ def test_every_code_stands_for_its_number_under_every_scale(bits):
 
 @pytest.mark.parametrize("text", [x for x, _ in SEGMENTS if x])
 def test_scores_in_bfloat16_are_far_more_exact_than_its_digits(text):
-    # Queries of packed keys are rounded to two bytes: by at most max|q| / 127 / 508 = 6e-5, whole
-    # numbers up to 127 not at all. A bias takes every score away again, so weights are equal only
-    # if errors of scores are below a hundredth: here about 6e-5 |k| = 6e-4
+    # Queries of packed keys are rounded to two bytes, of 7 digits at least: by at most 6e-5 of the
+    # largest, 1 / 8128 / 2, and whole numbers not at all if the largest is 127. A bias takes every
+    # score away again, so weights are equal only if errors of scores are below a hundredth
     torch.manual_seed(0)
     kept = latent(2, text)
     whole = torch.randint(-127, 128, (kept.width,)).bfloat16()
     for part in whole.split([s.width for s in kept.segments]):
-        part[len(part) // 2] = 127  # so that the step is 1
+        part[len(part) // 2] = 127  # so that steps divide 1
     for slots in (1, 16, 33, 200):
         k = packed(2, text, torch.bfloat16)
         k = k._replace(rows=k.rows[:1, :slots])

@@ -66,7 +66,7 @@ def run_command(monkeypatch, out, setup=SETUP, minutes="8"):
 
 
 def test_one_command_checks_and_times_everything(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib")  # of an extra; without it there is no plot
     code, report = run_command(monkeypatch, tmp_path / "out")
     assert code == 0
     assert len(report["checks"]) == 36
