@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from rival_bench import SAMPLES, Bench, arguments, flat, unflat
+from rival_bench import SAMPLES, Bench, arguments
 from rivals import figures
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from eigenzoo.zoo.compression.moments import Statistics
 from eigenzoo.zoo.compression.refine import refine
 from eigenzoo.zoo.compression.schedule import RefineSettings
 from eigenzoo.zoo.compression.settings import Settings
+from eigenzoo.zoo.measure.calibrator import pack
 from eigenzoo.zoo.models.bits import BITS
 from eigenzoo.zoo.models.config import kv_bytes
 
@@ -57,6 +58,7 @@ VARIANTS = {
     "drawn labels, damping 0.1": Variant(PLAIN._replace(damping=0.1), drawn=True),
     "more tokens": Variant(samples=2 * SAMPLES),
     "no 3 bits": Variant(PLAIN._replace(kv_bits=(16, 8, 4, 2))),
+    "blocks of 16": Variant(PLAIN._replace(keys="anchored", anchor_block=16)),
     "blocks of 32": Variant(PLAIN._replace(keys="anchored", anchor_block=32)),
     "blocks of 64": Variant(PLAIN._replace(keys="anchored", anchor_block=64)),
     "one block": Variant(PLAIN._replace(keys="rotated")),
@@ -84,9 +86,10 @@ def statistics(bench: Bench, variant: Variant, rows: Tensor) -> list[Statistics]
 
     def make() -> dict[str, Tensor]:
         with drawn_labels() if variant.drawn else nullcontext():
-            return flat(gather(bench.model, rows, settings))
+            return pack(gather(bench.model, rows, settings))
 
-    return unflat(bench.kept(f"statistics-{variant.drawn}-{variant.samples}", make))
+    name = f"statistics-{variant.drawn}-{variant.samples}-{settings.anchor_block}"
+    return bench.layers(bench.kept(name, make))
 
 
 def main() -> None:
@@ -110,9 +113,10 @@ def main() -> None:
     for name in args.only or VARIANTS:
         variant = VARIANTS[name]
         rows = bench.mixed(variant.samples)
-        seen = statistics(bench, variant, rows)
         for keep in args.keep or [0.16]:
-            low = compress(bench.model, rows, variant.settings._replace(keep=keep), seen).model
+            settings = variant.settings._replace(keep=keep)
+            seen = statistics(bench, variant._replace(settings=settings), rows)
+            low = compress(bench.model, rows, settings, seen).model
             if variant.refined:
                 mixed = bench.mixed(64).unflatten(0, (4, -1)).transpose(0, 1)  # source by source
                 low = refine(bench.model, low, mixed.reshape(-1, 512), training).model

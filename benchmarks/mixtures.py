@@ -19,7 +19,8 @@ from torch import Tensor
 
 from eigenzoo.zoo.cli.values import parse_bits
 from eigenzoo.zoo.compression.compress import compress, gather
-from eigenzoo.zoo.compression.settings import Settings
+from eigenzoo.zoo.compression.moments import Needs, Statistics
+from eigenzoo.zoo.compression.settings import Settings, needs
 from eigenzoo.zoo.inference.checkpoint import Checkpoint, load
 from eigenzoo.zoo.inference.data import calibration_text, encode
 from eigenzoo.zoo.inference.perplexity import perplexity
@@ -54,7 +55,7 @@ def compared(
 ) -> Iterator[dict[str, Any]]:
     """A row of the uncompressed model, and one for every calibration and share.
 
-    settings: they differ in `keep` only.
+    settings: they differ in `keep` and in what follows from it.
     """
     model, tokenizer = original.model, original.tokenizer
     size = args.windows, args.window
@@ -63,9 +64,12 @@ def compared(
     for asked in args.calibration:
         rows = calibration_text(asked, model, tokenizer, args.samples, args.seq_len, args.seed)
         told = {"calibration": asked, "sources": rows.told(len(rows.tokens))}
-        statistics = gather(model, rows.tokens, settings[0].fit(model.config))
+        seen: dict[Needs, list[Statistics]] = {}
         for choice in settings:
-            row = quality(compress(model, rows.tokens, choice, statistics).model, texts, *size)
+            fitted = choice.fit(model.config)
+            need = needs(fitted, model.config)
+            seen[need] = seen.get(need) or gather(model, rows.tokens, fitted)
+            row = quality(compress(model, rows.tokens, choice, seen[need]).model, texts, *size)
             over = dense["perplexity"]
             increase = {x: 100 * (p / over[x] - 1) for x, p in row["perplexity"].items()}
             mean, worst = sum(increase.values()) / len(increase), max(increase.values())

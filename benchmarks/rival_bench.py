@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, QuantizedCache
 
 from eigenzoo.zoo.compression.compress import compress, error_search, gather
 from eigenzoo.zoo.compression.methods import METHODS
-from eigenzoo.zoo.compression.moments import Moments, Statistics
+from eigenzoo.zoo.compression.moments import Statistics
 from eigenzoo.zoo.compression.settings import Settings, needs
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import calibration_tokens, encode
 from eigenzoo.zoo.inference.perplexity import token_losses
 from eigenzoo.zoo.inference.python_texts import python_help, python_source
+from eigenzoo.zoo.measure.calibrator import pack, unpack
 from eigenzoo.zoo.models.config import kv_bytes
 from eigenzoo.zoo.models.model import Model
 
@@ -110,7 +111,13 @@ class Bench:
         """What `gather` returns for settings that were fitted to the model."""
         need = repr(needs(settings, self.model.config)) + str(METHODS[settings.method].data)
         name = f"statistics-{hashlib.sha256(need.encode()).hexdigest()[:12]}"
-        return unflat(self.kept(name, lambda: flat(gather(self.model, self.mixture, settings))))
+        return self.layers(
+            self.kept(name, lambda: pack(gather(self.model, self.mixture, settings)))
+        )
+
+    def layers(self, tensors: dict[str, Tensor]) -> list[Statistics]:
+        """The statistics that `pack` made tensors of."""
+        return unpack(tensors, len(self.model.layers), self.model.device)
 
     def losses(self, model: Model) -> Domains:
         """Losses of a model, over its own cache."""
@@ -164,27 +171,3 @@ class Bench:
 
         cache = Rival(None, None, bits + 32 / HF_GROUP, RESIDUAL)  # type: ignore[arg-type]
         return cache.share(WINDOW), {x: losses(rows) for x, rows in self.rows.items()}
-
-
-def flat(layers: list[Statistics]) -> dict[str, Tensor]:
-    """Statistics as tensors by name."""
-    return {
-        f"{i}.{field}.{part}": x
-        for i, layer in enumerate(layers)
-        for field, moments in layer._asdict().items()
-        if moments is not None
-        for part, x in vars(moments).items()
-    }
-
-
-def unflat(tensors: dict[str, Tensor]) -> list[Statistics]:
-    """The statistics that `flat` named."""
-    layers: list[dict[str, Any]] = []
-    for name, x in tensors.items():
-        layer, field, part = name.split(".")
-        while len(layers) <= int(layer):
-            layers.append(dict.fromkeys(Statistics._fields))
-        if layers[int(layer)][field] is None:
-            layers[int(layer)][field] = Moments.__new__(Moments)
-        setattr(layers[int(layer)][field], part, x)
-    return [Statistics(**layer) for layer in layers]

@@ -288,8 +288,8 @@ def test_auto_keys_report_the_choice_and_its_reason(run, dense_folder, tmp_path)
     )
     printed = json.loads(text)
     assert code == 0
-    assert (printed["keys"], printed["anchor_block"]) == ("anchored", 16)
-    assert f"keys: anchored in blocks of 16, since {printed['keys_reason']}" in error
+    assert (printed["keys"], printed["anchor_block"]) == ("anchored", 64)
+    assert f"keys: anchored in blocks of 64, since {printed['keys_reason']}" in error
     raw = json.loads((tmp_path / "low" / "config.json").read_text())
     assert raw["compression"]["keys_reason"] == printed["keys_reason"]
     assert printed["keys_reason"] in " ".join(run("inspect", tmp_path / "low", "--json")[1].split())

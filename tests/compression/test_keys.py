@@ -493,3 +493,21 @@ def test_full_keys_leave_too_little_for_values():
 def test_pairs_of_odd_rank_are_refused():
     with pytest.raises(ValueError, match="even ranks"):
         replace(tiny.native().config, pairs=True, k_ranks=(4, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("keep", "bits", "block"),
+    [(0.25, None, 64), (0.6, (16, 4), 64), (0.24, None, 16), (0.6, (16,), 16)],
+)
+def test_blocks_are_long_where_the_cache_has_segments_and_is_not_small(keep, bits, block):
+    config = tiny.native().config
+    assert Settings(keep=keep, kv_bits=bits).fit(config).anchor_block == block
+    assert Settings(keep=keep, kv_bits=bits, keys="anchored").anchor(config) == block
+
+
+def test_statistics_of_keys_in_other_blocks_are_refused():
+    model, tokens = tiny.native(), tiny.tokens(2, 16)
+    seen = gather(model, tokens, Settings(keep=0.25).fit(model.config))
+    with pytest.raises(ValueError, match=r"blocks of 64, .* in blocks of 16: gather"):
+        compress(model, tokens, Settings(keep=0.2), seen)
+    compress(model, tokens, Settings(keep=0.2, anchor_block=64), seen)

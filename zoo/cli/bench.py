@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..compression.choices import LATENTS
-from ..compression.keys import BLOCK, KEYS
+from ..compression.keys import BLOCK_TEXT, KEYS
 from ..models.bits import BITS
 from ..utils.records import BenchOrigin
 from .options import (
@@ -92,7 +92,7 @@ def bench(
     keys: Annotated[str, choice("--keys", KEYS, KEYS_HELP, panel=SHAPE)] = "auto",
     anchor_block: Annotated[
         int | None,
-        option("--anchor-block", help=BLOCK_HELP, default=str(BLOCK), panel=SHAPE),
+        option("--anchor-block", help=BLOCK_HELP, default=BLOCK_TEXT, panel=SHAPE),
     ] = None,
     kv_bits: Annotated[
         list[int] | None,

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..compression.choices import LATENTS, REFITS, listed
-from ..compression.keys import BLOCK, KEYS
+from ..compression.keys import BLOCK_TEXT, KEYS
 from ..compression.methods import METHODS
 from ..inference.sources import NAMES
 from ..models.bits import BITS
@@ -117,7 +117,7 @@ Keep = Annotated[float, option("--keep", help=KEEP_HELP)]
 Keys = Annotated[str, choice("--keys", KEYS, KEYS_HELP)]
 AnchorBlock = Annotated[
     int | None,
-    option("--anchor-block", help=BLOCK_HELP, default=str(BLOCK)),
+    option("--anchor-block", help=BLOCK_HELP, default=BLOCK_TEXT),
 ]
 Latent = Annotated[str, choice("--latent", LATENTS, LATENT_HELP)]
 Refit = Annotated[str, choice("--refit", REFIT, "What to fit to the calibration text at the end:")]

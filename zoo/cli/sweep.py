@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..compression.choices import BUDGETS, LATENTS
-from ..compression.keys import BLOCK, KEYS
+from ..compression.keys import BLOCK_TEXT, KEYS
 from ..compression.methods import METHODS
 from .options import (
     BLOCK_HELP,
@@ -69,7 +69,7 @@ def sweep(
     ] = None,
     keys: Annotated[list[str] | None, _names("--keys", [*KEYS], "As in compress.", "auto")] = None,
     anchor_block: Annotated[
-        list[int] | None, _values("--anchor-block", BLOCK_HELP, str(BLOCK), "int")
+        list[int] | None, _values("--anchor-block", BLOCK_HELP, BLOCK_TEXT, "int")
     ] = None,
     heads_per_latent: Annotated[
         list[str] | None, _values("--heads-per-latent", "As in compress.", "auto", "str")

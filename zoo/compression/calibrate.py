@@ -113,7 +113,8 @@ def gather_sums(
             *(both if weighted else neither) * 2,
             *((one, one) if final and needs.weights else neither),
         )
-        return [Statistics(k(), *(make and make() for make in order)) for _ in blocks]
+        layers = [Statistics(k(), *(make and make() for make in order)) for _ in blocks]
+        return [layer._replace(anchor=needs.anchor) for layer in layers]
 
     def run(layers: list[Statistics], step: int, doing: str) -> list[Statistics]:
         backward = needs.gradients or needs.weights
@@ -138,8 +139,8 @@ def gather_sums(
 
 
 def _check_finite(layer: Statistics, number: int) -> None:
-    for name, moments in layer._asdict().items():
-        if moments is not None and not moments.gram.isfinite().all():
+    for name, moments in layer.moments.items():
+        if not moments.gram.isfinite().all():
             raise ValueError(
                 f"layer {number}: the statistics of {name} are not finite: the weights or the "
                 "dtype are unsound; try --dtype float32"

@@ -84,6 +84,7 @@ def compress(
     settings = settings.fit(model.config)
     method = METHODS[settings.method]
     statistics = statistics or gather(model, tokens, settings)
+    _check_blocks(statistics[0].anchor, settings.anchor(model.config))
     if method.searched:
         search = search or error_search(model, tokens, settings, statistics)
         bases = search.bases
@@ -107,6 +108,15 @@ def compress(
     else:
         low = fold(model, bases, ranks, anchor)
     return Compressed(low, cast(list[LayerRecord], layers), settings, bases)
+
+
+def _check_blocks(have: int, want: int) -> None:
+    if have != want:
+        raise ValueError(
+            f"the statistics are of keys turned within blocks of {have}, but these settings keep "
+            f"keys in blocks of {want}: gather statistics for these settings, or set the same "
+            "keys and anchor_block"
+        )
 
 
 def choose_ranks(

@@ -16,15 +16,23 @@ KEYS = {
     "auto": "anchored or rebuild, by the model and the method",
 }
 TURNED = ("anchored", "pairs", "rotated")  # cached at angles that may not change later
-BLOCK = 16  # positions in a block of anchored keys, unless told
+BLOCK_TEXT = "64; 16 below keep 0.25, and for caches of 16 bits"
 
 
 class Choice(NamedTuple):
-    """How keys are held: a name in `KEYS`, the positions in an anchored block, and why."""
+    """How keys are held: a name in `KEYS`, and why."""
 
     keys: str
-    block: int
     reason: str
+
+
+def default_block(keep: float, rounded: bool) -> int:
+    """Positions in a block of anchored keys: see `BLOCK_TEXT`.
+
+    A decoding step makes a query for each block. Longer blocks make it faster, but the keys of a
+    longer block fill more dimensions, which costs the more the smaller the cache is.
+    """
+    return 64 if rounded and keep >= 0.25 else 16
 
 
 def choose_keys(config: Config, rebuilds: bool = False) -> Choice:
@@ -33,10 +41,10 @@ def choose_keys(config: Config, rebuilds: bool = False) -> Choice:
     rebuilds: whether the method only knows rebuilt keys. Without a rotation nothing is rebuilt.
     """
     if not config.rotary:
-        return Choice("rebuild", BLOCK, "nothing rotates these keys: queries read their latents")
+        return Choice("rebuild", "nothing rotates these keys: queries read their latents")
     if rebuilds:
-        return Choice("rebuild", BLOCK, "the method is defined with keys that are rebuilt")
+        return Choice("rebuild", "the method is defined with keys that are rebuilt")
     if not config.fixed_angles:
-        return Choice("rebuild", BLOCK, "the angles of longrope change with the length of the text")
+        return Choice("rebuild", "the angles of longrope change with the length of the text")
     reason = "one query a block costs less than lifting every key, and loses little more"
-    return Choice("anchored", BLOCK, reason)
+    return Choice("anchored", reason)

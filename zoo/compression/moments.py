@@ -129,6 +129,12 @@ class Statistics(NamedTuple):
     v_grad_weighted: Moments | None
     k_weight: Moments | None  # gradients of a sequence's loss by the key weight, number by number
     v_weight: Moments | None
+    anchor: int = 1  # positions of the blocks within which the keys were turned; 1: not turned
+
+    @property
+    def moments(self) -> dict[str, Moments]:
+        """The moments that were taken, by name."""
+        return {name: m for name, m in self._asdict().items() if isinstance(m, Moments)}
 
     def split(self, k_parts: int, v_parts: int) -> "Statistics":
         """The statistics for latents that are shared by so many times fewer heads.

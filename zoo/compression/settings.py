@@ -7,7 +7,7 @@ from ..models.bits import BITS, check_bits
 from ..models.config import Config
 from .allocate import check_keep
 from .choices import BUDGETS, LATENTS, REFITS, check_choice
-from .keys import BLOCK, KEYS, TURNED, choose_keys
+from .keys import KEYS, TURNED, choose_keys, default_block
 from .methods import METHODS, methods_that
 from .moments import Needs
 
@@ -34,7 +34,7 @@ class Settings(NamedTuple):
     keys: str = "auto"
     """What the cache holds of keys: a name in `KEYS`."""
     anchor_block: int | None = None
-    """Slots in a block of anchored keys, at least 2; None stands for 16."""
+    """Positions in a block of anchored keys, at least 2; None leaves it to `keys.default_block`."""
     keys_reason: str | None = None
     """Why `keys="auto"` chose what it did; `fit` fills it in."""
     budget: str = "global"
@@ -136,9 +136,7 @@ class Settings(NamedTuple):
             raise ValueError("the model is compressed already: take the model it was made from")
         if self.keys == "auto":
             choice = choose_keys(config, METHODS[self.method].rebuilds)
-            block = self.anchor_block or choice.block
-            chosen = self._replace(keys=choice.keys, anchor_block=block, keys_reason=choice.reason)
-            return chosen.fit(config)
+            return self._replace(keys=choice.keys, keys_reason=choice.reason).fit(config)
         if self.keys in TURNED:
             if not config.rotary:
                 raise ValueError(
@@ -154,7 +152,15 @@ class Settings(NamedTuple):
         refit = METHODS[self.method].refit if self.refit is None else self.refit
         k, v = self._shared(config.num_key_value_heads)
         k = 1 if self.keys == "full" else k  # keys that stay full share no latent
-        return self._replace(heads_per_latent=(k, v), refit=refit, kv_bits=self.bits)
+        block = self.block if self.keys == "anchored" else None
+        return self._replace(
+            heads_per_latent=(k, v), refit=refit, kv_bits=self.bits, anchor_block=block
+        )
+
+    @property
+    def block(self) -> int:
+        """Positions in a block of anchored keys."""
+        return self.anchor_block or default_block(self.keep, self.rounded)
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -187,7 +193,7 @@ class Settings(NamedTuple):
         """Slots of a block within which keys are turned when cached; 1 where they are not."""
         if self.keys == "rotated":
             return config.max_position_embeddings
-        return self.anchor_block or BLOCK if self.keys == "anchored" else 1
+        return self.block if self.keys == "anchored" else 1
 
     def rotary(self, config: Config) -> dict[str, Any]:
         """The fields about keys in the config of a model with a rotation."""

@@ -157,16 +157,17 @@ def kept(
 
 def pack(statistics: Sequence[Statistics]) -> dict[str, Tensor]:
     """The sums as tensors with names, ready for a file."""
-    tensors: dict[str, Tensor] = {}
+    tensors = {"anchor": torch.tensor(statistics[0].anchor)}
     for i, layer in enumerate(statistics):
-        for field, m in layer._asdict().items():
-            if m is not None:
-                tensors |= {f"{i}.{field}.{name}": getattr(m, name) for name in SUMS}
+        for field, m in layer.moments.items():
+            tensors |= {f"{i}.{field}.{name}": getattr(m, name) for name in SUMS}
     return tensors
 
 
 def unpack(tensors: Mapping[str, Tensor], layers: int, device: torch.device) -> list[Statistics]:
     """The statistics, of `layers` layers, that `pack` was given."""
+    anchor = int(tensors["anchor"])
+    names = [name for name in Statistics._fields if name != "anchor"]
 
     def moments(name: str) -> Any:
         if f"{name}.count" not in tensors:
@@ -175,4 +176,5 @@ def unpack(tensors: Mapping[str, Tensor], layers: int, device: torch.device) -> 
         m.count, m.origin, m.sum, m.gram = (tensors[f"{name}.{x}"].to(device) for x in SUMS)
         return m
 
-    return [Statistics(*(moments(f"{i}.{f}") for f in Statistics._fields)) for i in range(layers)]
+    found = [Statistics(*(moments(f"{i}.{f}") for f in names)) for i in range(layers)]
+    return [layer._replace(anchor=anchor) for layer in found]

@@ -178,7 +178,7 @@ def from_shape(
     dense = native_config(source.to_dict())
     fitted = []
     for keep in keeps:
-        asked = settings._replace(keep=keep)
+        asked = settings._replace(keep=keep, kv_bits=(16,))
         asked.check()
         fitted.append(asked.fit(dense))
     configs = {"dense": dense} | {f"keep {s.keep:g}": uniform(dense, s) for s in fitted}
