@@ -5,7 +5,8 @@
         [--minutes 30] [--lr 2e-4] [--precision bfloat16]
 
 Prints a line for every variant and share: the increase of perplexity in % over the uncompressed
-model, on four texts, their mean and worst. A variant is the default in all but one choice.
+model, on four texts, their mean and worst. A variant is the default in blocks of 16, in all but one
+choice.
 Calibration is that of `rivals.py`, kept in FOLDER; `more tokens` takes twice as many of the same
 sources. `drawn labels` is the true Fisher information: gradients of the loss at tokens drawn from
 the model, where the default takes those of the text (arXiv 1905.12558). `refined` is trained for
@@ -34,7 +35,8 @@ from eigenzoo.zoo.measure.calibrator import pack
 from eigenzoo.zoo.models.bits import BITS
 from eigenzoo.zoo.models.config import kv_bytes
 
-PLAIN = Settings(kv_bits=BITS, refit=())
+PLAIN = Settings(kv_bits=BITS, refit=(), anchor_block=16)
+REFIT = PLAIN._replace(refit=None)
 
 
 class Variant(NamedTuple):
@@ -48,8 +50,8 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "no refit": Variant(),
-    "refit": Variant(Settings(kv_bits=BITS)),
-    "refined": Variant(Settings(kv_bits=BITS), refined=True),
+    "refit": Variant(REFIT),
+    "refined": Variant(REFIT, refined=True),
     "no refit, refined": Variant(refined=True),
     "damping 0.1": Variant(PLAIN._replace(damping=0.1)),
     "damping 1": Variant(PLAIN._replace(damping=1.0)),
@@ -58,7 +60,6 @@ VARIANTS = {
     "drawn labels, damping 0.1": Variant(PLAIN._replace(damping=0.1), drawn=True),
     "more tokens": Variant(samples=2 * SAMPLES),
     "no 3 bits": Variant(PLAIN._replace(kv_bits=(16, 8, 4, 2))),
-    "blocks of 16": Variant(PLAIN._replace(keys="anchored", anchor_block=16)),
     "blocks of 32": Variant(PLAIN._replace(keys="anchored", anchor_block=32)),
     "blocks of 64": Variant(PLAIN._replace(keys="anchored", anchor_block=64)),
     "one block": Variant(PLAIN._replace(keys="rotated")),
@@ -88,7 +89,7 @@ def statistics(bench: Bench, variant: Variant, rows: Tensor) -> list[Statistics]
         with drawn_labels() if variant.drawn else nullcontext():
             return pack(gather(bench.model, rows, settings))
 
-    name = f"statistics-{variant.drawn}-{variant.samples}-{settings.anchor_block}"
+    name = f"statistics-{variant.drawn}-{variant.samples}"
     return bench.layers(bench.kept(name, make))
 
 

@@ -102,12 +102,14 @@ def cache(
     """What a kernel reads of keys or values: (B, S, bytes) with a layout, or (B, L, S, R).
 
     q: the queries; layout, least, loop: see `row`; table: of pages, see the definitions. A cache of
-    latents that are not contiguous is copied. Raises ValueError if numbers of 16 bits are at odd
-    addresses, which no GPU reads.
+    latents that are not contiguous is copied. Raises ValueError for pages of a size
+    that no tile fits, and for numbers of 16 bits at odd addresses, which no GPU reads.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     ptx = q.is_cuda and q.dtype == torch.bfloat16 and not torch.version.hip
     page = 0 if table is None else x.size(-2)
+    if page % LEAST_ROWS:
+        raise ValueError(f"pages have {page} slots: expected a multiple of {LEAST_ROWS}")
     slots = x.size(-2) if table is None else page * table.size(1)
     if layout is None:
         kept = row(None, x.size(3), x.stride(2), least, loop)._replace(page=page)
