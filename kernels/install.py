@@ -18,6 +18,7 @@ FUSED = {  # definition: fused op
     attention.anchored_decode: ops.anchored_decode,
     attention.rotary_decode: ops.rotary_decode,
 }
+FUSED_ON_CPUS = {attention.lift_heads: ops.lift_heads, pack: ops.pack}
 LINEAR_ROWS = 8  # for more rows, PyTorch's own matrix product is as fast
 DEVICES = ("cpu", "cuda")  # devices with fused ops
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -70,15 +71,16 @@ def install(model: AnyModel) -> AnyModel:
                 setattr(module, op.__name__, op)
         if "cpu" in devices and _calls(module, linear_decode):
             vars(module).update(linear_decode=ops.linear_decode, rows=LINEAR_ROWS)
-        if "cpu" in devices and _calls(module, pack):
-            vars(module).update(pack=ops.pack)
+        for definition, op in FUSED_ON_CPUS.items():
+            if "cpu" in devices and _calls(module, definition):
+                setattr(module, op.__name__, op)
     return model
 
 
 def remove(model: nn.Module) -> None:
     """Make a model decode with the reference ops again."""
     for module in model.modules():
-        for definition in (*FUSED, linear_decode, pack):
+        for definition in (*FUSED, *FUSED_ON_CPUS, linear_decode):
             if _calls(module, definition):
                 vars(module).pop(definition.__name__, None)
         if _calls(module, linear_decode):

@@ -31,6 +31,7 @@ SCHEMAS = {
         "Tensor? table=None"
     ),
     "linear_decode": "Tensor x, Tensor weight, Tensor? scale, Tensor? bias",
+    "lift_heads": "Tensor y, Tensor up, int head_dim",
     "pack": "Tensor x, int[] layout",
 }
 
@@ -65,7 +66,16 @@ def _rows(x: Tensor, layout: list[int]) -> Tensor:
     return x.new_empty(x.size(0), x.size(2), nbytes, dtype=torch.uint8)
 
 
-SHAPES: dict[str, Callable[..., Tensor]] = {"linear_decode": _product, "pack": _rows}
+def _lifted(y: Tensor, up: Tensor, head_dim: int) -> Tensor:
+    _check_devices(y, up)
+    return y.new_empty(*y.shape[:3], head_dim)
+
+
+SHAPES: dict[str, Callable[..., Tensor]] = {
+    "linear_decode": _product,
+    "lift_heads": _lifted,
+    "pack": _rows,
+}
 for _name, _arguments in SCHEMAS.items():
     torch.library.define(f"eigenzoo::{_name}", f"({_arguments}) -> Tensor")
     torch.library.register_fake(f"eigenzoo::{_name}", SHAPES.get(_name) or _attended(_name))
@@ -157,6 +167,11 @@ def rotary_decode(
 def linear_decode(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """The op for `zoo.models.linear.linear_decode`; see there for the arguments. CPUs only."""
     return torch.ops.eigenzoo.linear_decode(x, weight, scale, bias)
+
+
+def lift_heads(y: Tensor, up: Tensor, head_dim: int) -> Tensor:
+    """The op for `zoo.models.attention.lift_heads`; see there for the arguments. CPUs only."""
+    return torch.ops.eigenzoo.lift_heads(y, up, head_dim)
 
 
 def pack(x: Tensor, latent: Latent) -> Packed:

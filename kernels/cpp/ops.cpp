@@ -13,6 +13,7 @@
 
 #include "anchored_decode.h"
 #include "latent_decode.h"
+#include "lift_heads.h"
 #include "linear_decode.h"
 #include "pack.h"
 #include "rotary_decode.h"
@@ -22,11 +23,12 @@ TORCH_LIBRARY_IMPL(eigenzoo, CPU, m) {
   m.impl("anchored_decode", anchored_decode);
   m.impl("rotary_decode", rotary_decode);
   m.impl("linear_decode", linear_decode);
+  m.impl("lift_heads", lift_heads);
   m.impl("pack", pack);
 }
 
 TORCH_LIBRARY_IMPL(eigenzoo, Autograd, m) {  // backward raises an error: there is no gradient
   for (const char* op : {"latent_decode", "anchored_decode", "rotary_decode", "linear_decode",
-                         "pack"})
+                         "lift_heads", "pack"})
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }

@@ -289,6 +289,20 @@ def test_a_cache_of_another_dtype_is_refused(kept):
         ops.latent_decode(q, kept, kept, span, 0.1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "latents", "kv_heads", "width"),  # of y; those of a latent
+    [((1, 9, 1, 192), 1, 3, 64), ((2, 8, 3, 7), 2, 2, 5), ((1, 2, 1, 20), 2, 1, 130)],
+)
+def test_outputs_of_heads_are_lifted_as_defined(shape, latents, kv_heads, width, dtype):
+    torch.manual_seed(0)
+    y = torch.randn(shape).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    up = torch.randn(latents, shape[3], kv_heads * width).to(dtype)
+    want = attention.lift_heads(y.double(), up.double(), width)
+    error = (ops.lift_heads(y, up, width).double() - want).abs().max()
+    assert error <= DTYPES[dtype] * want.abs().max()
+
+
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_layers_of_few_rows_on_a_cpu_equal_their_definition(dtype, int8):

@@ -33,6 +33,7 @@ POSITION = (torch.arange(32) - torch.tensor([[3], [0]])).clamp(min=0).int()
 CALLS = {  # op and arguments
     "latent": (ops.latent_decode, (Q[..., :8], K, V, SPAN, 0.3)),
     "alibi": (ops.latent_decode, (Q[..., :8], K, V, SPAN, 0.3, BIAS, torch.rand(4))),
+    "lift heads": (ops.lift_heads, (torch.randn(2, 4, 3, 8), torch.randn(1, 8, 32), 16)),
     "linear": (ops.linear_decode, (torch.randn(2, 1, 8), torch.randn(20, 8), None, None)),
     "int8": (
         ops.linear_decode,

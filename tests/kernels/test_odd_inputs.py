@@ -68,6 +68,7 @@ def calls() -> dict[str, tuple]:
             *anchored,
             (narrow, few(k, "8x4+8x2"), few(v, "24x8"), span, 0.2, *ahead, *maps, 16),
         ),
+        "lift heads": (ops.lift_heads, attention.lift_heads, (q, maps[0], SIZE)),
         "linear": (*product, (row, weight, None, torch.randn(7))),
         "linear, int8": (*product, (row, codes, scale, None)),
     }
@@ -145,7 +146,7 @@ def test_an_op_refuses_odd_arguments_or_gives_what_the_definition_does(name):
 
 
 @pytest.mark.parametrize("bounds", SPANS)
-@pytest.mark.parametrize("name", [n for n in calls() if "linear" not in n])
+@pytest.mark.parametrize("name", [n for n in calls() if not n.startswith(("lift", "linear"))])
 def test_a_span_outside_of_the_cache_or_of_nothing_is_refused(name, bounds):
     op, _, (q, k, v, _, *rest) = calls()[name]
     with pytest.raises(RuntimeError, match=r"expected (a span|keys)"):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import absorb, anchored_decode, lift, lift_heads, rebuild, rotary_decode
+from .attention import absorb, anchored_decode, lift, rebuild, rotary_decode
 from .cache import Buffer, LayerCache
 from .config import Config
 from .linear import Projector
@@ -177,8 +177,8 @@ class Attention(LatentAttention):
         if self.v_up is not None and prompt:
             values = lift(values, self.v_up, self.head_dim)
         y = self._attend_rotary(q, keys, values, attn_metadata)
-        if self.v_up is not None and not prompt:
-            y = lift_heads(y, self.v_up, self.head_dim)
+        if not prompt:
+            y = self.lift_output(y, attn_metadata.mask)
         y = y.transpose(1, 2).flatten(2).contiguous()  # DTensor takes no other
         return self.linear(self.o_proj, y)
 
@@ -188,7 +188,10 @@ class Attention(LatentAttention):
             heads = k.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             turned = rotate(heads, *metadata.block_angles)
             grouped = turned.unflatten(1, (self.k.heads, -1))  # (B, L, G / L, T, D)
-            return grouped.transpose(2, 3).flatten(3) @ self.k_down
+            grouped = grouped.transpose(2, 3).flatten(3)  # (B, L, T, G / L * D)
+            if isinstance(metadata.mask, DecodeMask):
+                return self.lift_heads(grouped, self.k_down, self.k.width)
+            return grouped @ self.k_down
         k = k.unflatten(-1, (self.k.heads, -1)).transpose(1, 2)
         if self.k_pairs is not None:
             pairs = self.own(self.k_pairs)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import latent_attention, latent_decode
+from .attention import latent_attention, latent_decode, lift_heads
 from .cache import Buffer, LayerCache, Pack, StaticCache
 from .config import Config
 from .linear import Projector
@@ -24,7 +24,8 @@ class LatentAttention(Projector):
 
     # the definition of attention in a decoding step; `kernels.install` replaces it by a fused op
     latent_decode: Callable[..., Tensor] = staticmethod(latent_decode)
-    pack: Pack = staticmethod(pack)  # likewise
+    lift_heads: Callable[..., Tensor] = staticmethod(lift_heads)  # likewise
+    pack: Pack = staticmethod(pack)
 
     layer: int
     heads: int  # query heads
@@ -35,6 +36,7 @@ class LatentAttention(Projector):
     k_proj: nn.Linear
     v_proj: Any  # a linear layer, or None if joint latents in k hold values too
     o_proj: nn.Linear
+    v_up: Tensor | None  # (L, R, G / L * D): from values to heads
     k_shift: Tensor | None  # (L, 1, R): added to latents before they are cached
     v_shift: Tensor | None
     scale: float
@@ -87,6 +89,13 @@ class LatentAttention(Projector):
         k = k if self.k_shift is None else k + self.k_shift
         v = v if self.v_shift is None else v + self.v_shift
         return (k, v) if cache is None else cache.update(pos, k, v, self.pack)
+
+    def lift_output(self, y: Tensor, mask: Mask) -> Tensor:
+        """Decode attention over value latents, (B, H, T, R), where the layer has a decoder."""
+        if self.v_up is None:
+            return y
+        lift = self.lift_heads if isinstance(mask, DecodeMask) else lift_heads
+        return lift(y, self.v_up, self.head_dim)
 
     def attend(self, q: Tensor, k: Buffer, v: Buffer, mask: Mask) -> Tensor:
         """Attention of q (B, H, T, R) over k (B, K, S, R) and v (B, L, S, W): (B, H, T, W)."""

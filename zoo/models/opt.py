@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import absorb, lift_heads
+from .attention import absorb
 from .cache import LayerCache
 from .config import Config
 from .linear import Projector
@@ -143,8 +143,7 @@ class Attention(LatentAttention):
             q = absorb(q, self.k_up, self.head_dim)
         keys, values = self.remember(k, v, pos, cache)
         y = self.attend(q, keys, values if self.v.width else keys, mask)
-        if self.v_up is not None:
-            y = lift_heads(y, self.v_up, self.head_dim)
+        y = self.lift_output(y, mask)
         y = y.transpose(1, 2).flatten(2).contiguous()  # DTensor takes no other
         return self.linear(self.o_proj, y)
 
