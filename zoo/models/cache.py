@@ -30,6 +30,17 @@ class LayerCache(NamedTuple):
         return _write(self.keys, pos, k, pack), _write(self.values, pos, v, pack)
 
 
+class ServedLayer:
+    """A layer's cache that a server keeps. It may hold many texts, so it attends by itself."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
+        """Keep the latents k and v (1, heads, T, width) of new tokens, and return what they read.
+
+        That is the result of `LatentAttention.read` for their queries q (1, H, T, width).
+        """
+        raise NotImplementedError
+
+
 class Rounding(NamedTuple):
     """A layer's cache for training: it keeps nothing, and gives numbers back as a cache would.
 
