@@ -22,12 +22,15 @@ ROOMS = {  # what a room may import beside itself; imports in both directions ar
     "kernels": {"zoo.models"},
     "hub_export": {"zoo.compression", "zoo.inference", "zoo.models", "zoo.utils"},
 }
+ROOMS["serving"] = {"hub_export", "kernels", "zoo.inference", "zoo.models"}  # vLLM's plugin
 ROOMS["zoo.cli"] = {*ROOMS}  # commands import everything, and nobody imports them
 TRAVELS = sorted(p for p in (ROOT / "zoo/models").glob("*.py") if p.name != "__init__.py")
 REMOTE = sorted((ROOT / "hub_export/remote").glob("*.py"))
 MODELING = ROOT / "hub_export/remote/modeling_eigen.py"  # uses the fused ops if they are there
 LAZY = ROOT / "zoo/__init__.py"  # its imports are for type checkers
-FILES = sorted(p for room in ("zoo", "kernels", "hub_export") for p in (ROOT / room).rglob("*.py"))
+FILES = sorted(
+    p for room in ("zoo", "kernels", "hub_export", "serving") for p in (ROOT / room).rglob("*.py")
+)
 
 
 def room(name: str) -> str:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ...zoo.models.cache import Buffer, Pack
+from ...zoo.models.cache import Buffer, Pack, as_bytes, of_bytes
 from ...zoo.models.config import Config
-from ...zoo.models.packing import Latent, Packed, pack
+from ...zoo.models.packing import Latent, pack
 
 
 class LatentCache:
@@ -51,18 +51,15 @@ class LatentLayer:
 
 def _row(x: Tensor, latent: Latent, packed: bool, pack: Pack) -> Tensor:
     """Vectors (B, heads, T, width) as one head: (B, 1, T, n), in uint8 if `packed`."""
-    if latent.segments:
-        return pack(x, latent).rows[:, None]
-    row = x.transpose(1, 2).flatten(2)[:, None]
-    return row.contiguous().view(torch.uint8) if packed and row.size(-1) else row
+    if packed:
+        return as_bytes(x, latent, pack)[:, None]
+    return x.transpose(1, 2).flatten(2)[:, None]
 
 
 def _buffer(row: Tensor, latent: Latent, dtype: torch.dtype) -> Buffer:
     """The inverse of `_row`, without unpacking: what eigenzoo's own cache would hold."""
-    if latent.segments:
-        return Packed(row, latent.layout)
-    if row.dtype == torch.uint8 and row.size(-1):
-        row = row.view(dtype)
+    if row.dtype == torch.uint8:
+        return of_bytes(row, latent, dtype)
     return row.unflatten(-1, (latent.heads, -1)).transpose(1, 2)
 
 

@@ -48,6 +48,25 @@ def build(
     return model_of(config, {key: _cast(key, x, main, device) for key, x in weights.items()})
 
 
+def fill(model: Model, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy the weights of a compressed checkpoint into a model as they are read, one by one.
+
+    Raises ValueError as `build`, but compares nothing with a tied head.
+    """
+    own = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del own["head.weight"]
+    missing = own.keys() | set()
+    for key, tensor in tensors:
+        for name, part in _native_parts(key, tensor):
+            if name == "head.weight" and name not in own:
+                continue
+            _check_part(key, part, own.get(name))
+            own[name].copy_(_cast(key, part, own[name].dtype, own[name].device))
+            missing.discard(name)
+    _check_missing(missing)
+
+
 def _expected(config: Config) -> dict[str, Tensor]:
     """The weights that a checkpoint must have, by native name, on meta."""
     with torch.device("meta"):

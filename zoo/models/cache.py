@@ -19,6 +19,22 @@ def unpacked(x: Buffer, dtype: torch.dtype) -> Tensor:
     return x.unpack(dtype) if isinstance(x, Packed) else x
 
 
+def as_bytes(x: Tensor, latent: Latent, pack: Pack = pack) -> Tensor:
+    """Vectors x (B, heads, T, width) as rows of bytes (B, T, n): packed, or in their dtype."""
+    if latent.segments:
+        return pack(x, latent).rows
+    row = x.transpose(1, 2).flatten(2).contiguous()
+    return row.view(torch.uint8) if latent.width else row.to(torch.uint8)
+
+
+def of_bytes(rows: Tensor, latent: Latent, dtype: torch.dtype) -> Buffer:
+    """The inverse of `as_bytes`, without unpacking: rows (B, S, n) as the ops read them."""
+    if latent.segments:
+        return Packed(rows, latent.layout)
+    numbers = rows.view(dtype) if latent.width else rows.to(dtype)
+    return numbers.unflatten(-1, (latent.heads, -1)).transpose(1, 2)
+
+
 class LayerCache(NamedTuple):
     """The buffers of one layer. It has no layer index, so layers of equal shapes compile once."""
 
@@ -28,6 +44,17 @@ class LayerCache(NamedTuple):
     def update(self, pos: Tensor, k: Tensor, v: Tensor, pack: Pack = pack) -> tuple[Buffer, Buffer]:
         """Write k and v (B, heads, T, width) to slots pos (T,); return the buffers."""
         return _write(self.keys, pos, k, pack), _write(self.values, pos, v, pack)
+
+
+class ServedLayer:
+    """A layer's cache that a server keeps. It may hold many texts, so it attends by itself."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
+        """Keep the latents k and v (1, heads, T, width) of new tokens, and return what they read.
+
+        That is the result of `LatentAttention.read` for their queries q (1, H, T, width).
+        """
+        raise NotImplementedError
 
 
 class Rounding(NamedTuple):

@@ -26,7 +26,7 @@ from .attention import absorb, anchored_decode, lift, rebuild, rotary_decode
 from .cache import Buffer, LayerCache
 from .config import Config
 from .linear import Projector
-from .mask import DecodeMask, Mask
+from .mask import CausalMask, DecodeMask, Mask, at
 from .model import LatentAttention, Model, parameter
 from .rope import check_rope, frequencies, rotate
 
@@ -110,7 +110,8 @@ Angles = tuple[Tensor, Tensor]  # cos, sin: (B or 1, 1, positions, D / 2)
 class AttentionMetadata(NamedTuple):
     """Rotation angles and the mask of one step, made once and used by all layers.
 
-    slot_angles: of every slot; for a prompt with anchored keys, of the center of the slot's block.
+    slot_angles: of every slot; for a prompt with anchored keys, of the center of the slot's block;
+    where no key is rebuilt, not used.
     new_angles: of the T new tokens. mask: which slots each new token sees. block_angles: of the
     new tokens, measured from the centers of their blocks. center_angles: of the new tokens,
     measured from the center of every block, (B or 1, T, blocks, D / 2). slot_position: (B or 1, S)
@@ -168,19 +169,21 @@ class Attention(LatentAttention):
         self, x: Tensor, pos: Tensor, attn_metadata: AttentionMetadata, cache: LayerCache | None
     ) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
+        attn_metadata = self.own_metadata(attn_metadata)
         q = self.project(self.q_proj, x, self.heads)  # (B, H, T, D)
         k = self._keys_to_cache(self.linear(self.k_proj, x), attn_metadata)  # (B, L, T, R)
         v = self.project(self.v_proj, x, self.v.heads)  # (B, L, T, R)
-        keys, values = self.remember(k, v, pos, cache)
-        # for few tokens, lifting the output costs less than lifting values
-        prompt = x.size(1) > 1 and not isinstance(attn_metadata.mask, DecodeMask)
-        if self.v_up is not None and prompt:
-            values = lift(values, self.v_up, self.head_dim)
-        y = self._attend_rotary(q, keys, values, attn_metadata)
-        if not prompt:
-            y = self.lift_output(y, attn_metadata.mask)
+        y = self.recall(q, k, v, pos, attn_metadata, cache)
         y = y.transpose(1, 2).flatten(2).contiguous()  # DTensor takes no other
         return self.linear(self.o_proj, y)
+
+    def read(self, q: Tensor, k: Buffer, v: Buffer, attn_metadata: AttentionMetadata) -> Tensor:
+        """As in `LatentAttention`, of queries (B, H, T, D) that are not yet rotated."""
+        mask = attn_metadata.mask
+        if self.v_up is not None and q.size(2) > 1 and not isinstance(mask, DecodeMask):
+            # for few tokens, lifting the output costs less than lifting values
+            return self._attend_rotary(q, k, lift(v, self.v_up, self.head_dim), attn_metadata)
+        return self.lift_output(self._attend_rotary(q, k, v, attn_metadata), mask)
 
     def _keys_to_cache(self, k: Tensor, metadata: AttentionMetadata) -> Tensor:
         """From projected keys (B, T, width) to what the cache keeps of them, (B, L, T, R)."""
@@ -208,14 +211,15 @@ class Attention(LatentAttention):
         if self.k_down is not None and angles is not None and isinstance(mask, DecodeMask):
             return self.anchored_decode(
                 *(q, k, v, mask.span, self.scale, *angles, up, mean, self.anchor, mask.bias),
-                metadata.slot_position,
+                *(metadata.slot_position, mask.table),
             )
         q = rotate(q, *metadata.new_angles)
         if self.k_pairs is not None and up is not None:
             q = absorb(q, up, self.head_dim)
         elif up is not None and isinstance(mask, DecodeMask):
             return self.rotary_decode(
-                *(q, k, v, mask.span, self.scale, *metadata.slot_angles, up, mean, mask.bias)
+                *(q, k, v, mask.span, self.scale, *metadata.slot_angles, up, mean, mask.bias),
+                mask.table,
             )
         elif up is not None:
             k = rebuild(k, *metadata.slot_angles, up, mean)
@@ -241,10 +245,12 @@ class MLP(Projector):
 class Block(nn.Module):
     """One layer: attention and MLP, each after a norm and with a residual connection."""
 
+    attention: ClassVar[Callable[..., LatentAttention]] = Attention
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = Attention(config, layer)
+        self.attn = self.attention(config, layer)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -321,15 +327,13 @@ class Llama(Model):
 
     def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> AttentionMetadata:
         """Rotation angles and the mask, for all layers."""
-        new = position[:, pos]
-        cos, sin = self.rope(position, new)
-        metadata = AttentionMetadata((cos, sin), (cos[:, :, pos], sin[:, :, pos]), mask)
-        anchor = self.config.anchor
-        if anchor == 1:
+        new, anchor = at(position, pos), self.config.anchor
+        metadata = self._of_new(new)._replace(mask=mask)
+        if self.config.pairs:
             return metadata
-        metadata = metadata._replace(block_angles=self.offset(new, anchor))
-        if not isinstance(mask, DecodeMask):
-            return metadata._replace(slot_angles=self.rope(center(position, anchor), new))
+        if anchor == 1 or not isinstance(mask, DecodeMask):
+            read = position if anchor == 1 else center(position, anchor)
+            return metadata._replace(slot_angles=self.rope(read, new))
         last = position.size(1) - 1  # fused ops read the angles of the block of each position
         first = torch.arange(0, position.size(1), anchor, device=pos.device)  # of every block
         ahead = (new[:, :, None] - center(first, anchor)).flatten(1)  # (B or 1, T * blocks)
@@ -339,6 +343,15 @@ class Llama(Model):
             # without a bias there is no padding, so that slots are positions
             slot_position=None if mask.bias is None else position.clamp(max=last).int(),
         )
+
+    def encoding_metadata(self, new: Tensor) -> Any:
+        """Rotation angles of new tokens."""
+        return self._of_new(new)
+
+    def _of_new(self, new: Tensor) -> AttentionMetadata:
+        angles, anchor = self.rope(new, new), self.config.anchor
+        inside = self.offset(new, anchor) if anchor > 1 else None
+        return AttentionMetadata(angles, angles, CausalMask(), inside)
 
     def finish(self, x: Tensor) -> Tensor:
         """The final norm."""

@@ -32,12 +32,14 @@ class DecodeMask(NamedTuple):
     in the last T slots of the span, and none attends to a later one. bias: (B or 1, S) in fp32,
     added to the scores of every head, -inf where a slot inside the span holds padding; None adds
     nothing. slopes: (H,), with ALiBi; each head multiplies the bias by its slope. If bias is None,
-    it is minus the distance in slots to the last token.
+    it is minus the distance in slots to the last token. table: (B, P), the pages of each sequence
+    if the cache is in pages, as the decoding ops take it.
     """
 
     span: Tensor
     bias: Tensor | None = None
     slopes: Tensor | None = None
+    table: Tensor | None = None
 
 
 # a tensor (B or 1, H or 1, T, S) is bool, true where a token attends, or fp32, added to the scores
@@ -55,6 +57,11 @@ def causal_matrix(pos: Tensor, slots: int, valid: Tensor | None = None) -> Tenso
     if valid is None:
         return seen[None, None]
     return ((seen & valid[:, None]) | (slot == pos[:, None]))[:, None]
+
+
+def at(x: Tensor, pos: Tensor) -> Tensor:
+    """Of x (B or 1, S) the slots pos, (T,) for all sequences or (B, T): (B or 1, T)."""
+    return x[:, pos] if pos.dim() == 1 else x.expand(len(pos), -1).gather(1, pos)
 
 
 def counted(valid: Tensor) -> Tensor:

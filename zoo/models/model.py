@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import latent_attention, latent_decode, lift_heads
-from .cache import Buffer, LayerCache, Pack, StaticCache
+from .cache import Buffer, LayerCache, Pack, ServedLayer, StaticCache
 from .config import Config
 from .linear import Projector
 from .mask import CausalMask, DecodeMask, Mask, causal_matrix, counted, decode_mask
@@ -79,6 +79,36 @@ class LatentAttention(Projector):
             shift = parameter(latent.heads, 1, latent.width) if made else None
             setattr(self, f"{name}_shift", shift)
 
+    def own_metadata(self, attn_metadata: Any) -> Any:
+        """This layer's part of what `Model.attention_metadata` returns."""
+        return attn_metadata
+
+    def recall(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pos: Tensor,
+        attn_metadata: Any,
+        cache: LayerCache | ServedLayer | None,
+    ) -> Tensor:
+        """What new tokens read with queries q (B, H, T, width), after keeping their latents.
+
+        k, v, pos, cache: as in `remember`. Returns the input of `o_proj` by head, (B, H, T, n).
+        """
+        if isinstance(cache, ServedLayer):
+            return cache.attend(q, *self.shifted(k, v), self.pack)
+        return self.read(q, *self.remember(k, v, pos, cache), attn_metadata)
+
+    def read(self, q: Tensor, k: Buffer, v: Buffer, attn_metadata: Any) -> Tensor:
+        """Attention of queries over cached keys and values, lifted if `o_proj` expects heads."""
+        raise NotImplementedError
+
+    def shifted(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (B, heads, T, width), centered if they are cached so."""
+        k = k if self.k_shift is None else k + self.k_shift
+        return k, v if self.v_shift is None else v + self.v_shift
+
     def remember(
         self, k: Tensor, v: Tensor, pos: Tensor, cache: LayerCache | None
     ) -> tuple[Buffer, Buffer]:
@@ -86,8 +116,7 @@ class LatentAttention(Projector):
 
         k, v: latents of the new tokens, (B, heads, T, width); pos: their slots, (T,).
         """
-        k = k if self.k_shift is None else k + self.k_shift
-        v = v if self.v_shift is None else v + self.v_shift
+        k, v = self.shifted(k, v)
         return (k, v) if cache is None else cache.update(pos, k, v, self.pack)
 
     def lift_output(self, y: Tensor, mask: Mask) -> Tensor:
@@ -100,7 +129,8 @@ class LatentAttention(Projector):
     def attend(self, q: Tensor, k: Buffer, v: Buffer, mask: Mask) -> Tensor:
         """Attention of q (B, H, T, R) over k (B, K, S, R) and v (B, L, S, W): (B, H, T, W)."""
         if isinstance(mask, DecodeMask):
-            return self.latent_decode(q, k, v, mask.span, self.scale, mask.bias, mask.slopes)
+            how = mask.span, self.scale, mask.bias, mask.slopes, mask.table
+            return self.latent_decode(q, k, v, *how)
         return latent_attention(q, k, v, mask, self.scale)
 
 
@@ -126,11 +156,15 @@ class Model(Projector):
     def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> Any:
         """What attention needs to know about positions and mask, made once per step.
 
-        position: (B or 1, S), of every slot. pos: (T,), slots of the new tokens. mask: `DecodeMask`
-        for one token; `CausalMask` for a prompt in the last slots, else `causal_matrix`. Families
-        without rotation return a mask.
+        position: (B or 1, S), of every slot. pos: (T,), slots of the new tokens, or (B, T) if they
+        differ. mask: `DecodeMask` for one token; `CausalMask` for a prompt in the last slots, else
+        `causal_matrix`. Families without rotation return a mask.
         """
         return mask
+
+    def encoding_metadata(self, new: Tensor) -> Any:
+        """The same for a `ServedLayer`: what is needed to encode tokens at positions new (B, T)."""
+        return None
 
     def rope(self, position: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions, in families that rotate keys: see `llama.py`."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import absorb
-from .cache import LayerCache
+from .cache import Buffer, LayerCache
 from .config import Config
 from .linear import Projector
 from .mask import CausalMask, DecodeMask, Mask, alibi_slopes
@@ -231,11 +231,14 @@ class Attention(LatentAttention):
             v = _encode(v, self.v.heads, self.v_down)
         if self.k_up is not None:
             q = absorb(q, self.k_up, self.head_dim)
-        keys, values = self.remember(k, v, pos, cache)
-        y = self.attend(q, keys, values if self.v.width else keys, mask)
-        y = self.lift_output(y, mask)
+        y = self.recall(q, k, v, pos, mask, cache)
         y = y.transpose(1, 2).flatten(2).contiguous()  # DTensor takes no other
         return self.linear(self.o_proj, y)
+
+    def read(self, q: Tensor, k: Buffer, v: Buffer, attn_metadata: Mask) -> Tensor:
+        """As in `LatentAttention`, of queries (B, H, T, R)."""
+        y = self.attend(q, k, v if self.v.width else k, attn_metadata)
+        return self.lift_output(y, attn_metadata)
 
 
 def _encode(x: Tensor, heads: int, down: Tensor | None) -> Tensor:

@@ -7,10 +7,10 @@ keeps all tokens.
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
-from .cache import LayerCache
-from .llama import AttentionMetadata, Block, Llama, LlamaConfig
+from .llama import Attention, AttentionMetadata, Block, Llama, LlamaConfig
 from .mask import CausalMask, DecodeMask, Mask, causal_matrix, decode_mask, hide, whole_rows
 
 
@@ -32,22 +32,22 @@ class Qwen2Config(LlamaConfig):
         return replace(config, query_bias=True, key_bias=True, value_bias=True)
 
 
-class WindowedBlock(Block):
-    """A Llama block whose tokens attend only to the last `window` tokens."""
+class WindowedAttention(Attention):
+    """Attention to the last `window` tokens only."""
 
     def __init__(self, config: Qwen2Config, layer: int):
         super().__init__(config, layer)
         self.window = config.windows[layer]
 
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        pos: Tensor,
-        attn_metadata: dict[int, AttentionMetadata],
-        cache: LayerCache | None,
-    ) -> Tensor:
-        """x (B, T, width) -> (B, T, width). attn_metadata: by window."""
-        return super().forward(x, pos, attn_metadata[self.window], cache)
+    def own_metadata(self, attn_metadata: dict[int, AttentionMetadata]) -> AttentionMetadata:
+        """That of this layer's window."""
+        return attn_metadata[self.window]
+
+
+class WindowedBlock(Block):
+    """A Llama block with windowed attention."""
+
+    attention = WindowedAttention
 
 
 class Qwen2(Llama):
@@ -60,16 +60,20 @@ class Qwen2(Llama):
         self, position: Tensor, pos: Tensor, mask: Mask
     ) -> dict[int, AttentionMetadata]:
         """Llama's metadata by window: one for each window of the model, and for none (0)."""
-        if isinstance(mask, DecodeMask) and len(pos) > 1 and any(self.config.windows):
+        if isinstance(mask, DecodeMask) and pos.size(-1) > 1 and any(self.config.windows):
             valid = None if mask.bias is None else mask.bias == 0
             mask = causal_matrix(pos, position.size(1), valid)  # each token has a window of its own
         full = super().attention_metadata(position, pos, mask)
         by_window = {0: full}
         for window in set(self.config.windows) - {0}:
+            if isinstance(mask, DecodeMask) and mask.bias is None:  # slots are positions
+                start, end = mask.span.split(1, 1)
+                span = torch.cat((torch.maximum(start, end - window), end), 1)
+                by_window[window] = full._replace(mask=mask._replace(span=span))
+                continue
             ahead = position[:, None] - position[:, pos, None]  # (B or 1, T, S)
             if isinstance(mask, DecodeMask):
-                near = (ahead > -window)[:, 0]
-                visible = near if mask.bias is None else near & (mask.bias == 0)
+                visible = (ahead > -window)[:, 0] & (mask.bias == 0)
                 visible = whole_rows(visible[:, None, None], pos)[:, 0, 0]
                 by_window[window] = full._replace(mask=decode_mask(pos, visible))
                 continue
@@ -78,3 +82,7 @@ class Qwen2(Llama):
             near = hide(mask, (ahead <= -window)[:, None])
             by_window[window] = full._replace(mask=whole_rows(near, pos))
         return by_window
+
+    def encoding_metadata(self, new: Tensor) -> dict[int, AttentionMetadata]:
+        """Llama's, the same for all windows."""
+        return dict.fromkeys((0, *self.config.windows), super().encoding_metadata(new))
