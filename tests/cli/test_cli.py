@@ -42,6 +42,7 @@ def low(dense_folder, tmp_path_factory):
         "inspect",
         "bench",
         "demo",
+        "serve",
         "sweep",
         "report",
     ],

@@ -21,6 +21,7 @@ from . import (
     push,
     refine,
     report,
+    serve,
     sweep,
 )
 from .options import Command
@@ -68,6 +69,7 @@ for command in (
     refine.refine,
     evaluate.evaluate,
     generate.generate,
+    serve.serve,
     inspect.inspect,
     bench.bench,
     sweep.sweep,
