@@ -43,6 +43,12 @@ Tensor lift_heads(const Tensor& y, const Tensor& up, int64_t width) {
   expect(up.is_contiguous() && up.scalar_type() == y.scalar_type() && up.size(1) == size &&
              width > 0 && ld % width == 0 && heads % (latents * (ld / width)) == 0,
          "contiguous matrices (L, R, G / L * width) for these vectors", up);
+  if (y.size(0) * y.size(2) > 8) {  // tokens; for more, PyTorch's product is faster
+    const int64_t shared = ld / width;
+    const Tensor maps = up.unflatten(-1, {shared, width}).transpose(1, 2);
+    const Tensor grouped = y.unflatten(1, {latents, shared, -1}).flatten(3, 4);
+    return grouped.matmul(maps).unflatten(3, {-1, y.size(2)}).flatten(1, 3);
+  }
   const Tensor x = y.contiguous();
   Tensor out = at::empty({y.size(0), heads, y.size(2), width}, y.options());
   const int64_t of_latent = heads / latents, of_matrix = of_latent / (ld / width);

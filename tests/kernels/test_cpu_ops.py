@@ -292,7 +292,12 @@ def test_a_cache_of_another_dtype_is_refused(kept):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "latents", "kv_heads", "width"),  # of y; those of a latent
-    [((1, 9, 1, 192), 1, 3, 64), ((2, 8, 3, 7), 2, 2, 5), ((1, 2, 1, 20), 2, 1, 130)],
+    [
+        ((1, 9, 1, 192), 1, 3, 64),
+        ((2, 8, 3, 7), 2, 2, 5),
+        ((1, 2, 1, 20), 2, 1, 130),
+        ((2, 4, 5, 7), 1, 2, 5),
+    ],
 )
 def test_outputs_of_heads_are_lifted_as_defined(shape, latents, kv_heads, width, dtype):
     torch.manual_seed(0)

@@ -183,7 +183,7 @@ class Attention(LatentAttention):
         if self.v_up is not None and q.size(2) > 1 and not isinstance(mask, DecodeMask):
             # for few tokens, lifting the output costs less than lifting values
             return self._attend_rotary(q, k, lift(v, self.v_up, self.head_dim), attn_metadata)
-        return self.lift_output(self._attend_rotary(q, k, v, attn_metadata), mask)
+        return self.lift_output(self._attend_rotary(q, k, v, attn_metadata))
 
     def _keys_to_cache(self, k: Tensor, metadata: AttentionMetadata) -> Tensor:
         """From projected keys (B, T, width) to what the cache keeps of them, (B, L, T, R)."""
@@ -192,9 +192,7 @@ class Attention(LatentAttention):
             turned = rotate(heads, *metadata.block_angles)
             grouped = turned.unflatten(1, (self.k.heads, -1))  # (B, L, G / L, T, D)
             grouped = grouped.transpose(2, 3).flatten(3)  # (B, L, T, G / L * D)
-            if isinstance(metadata.mask, DecodeMask):
-                return self.lift_heads(grouped, self.k_down, self.k.width)
-            return grouped @ self.k_down
+            return self.lift(grouped, self.k_down, self.k.width)
         k = k.unflatten(-1, (self.k.heads, -1)).transpose(1, 2)
         if self.k_pairs is not None:
             pairs = self.own(self.k_pairs)

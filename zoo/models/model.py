@@ -119,12 +119,14 @@ class LatentAttention(Projector):
         k, v = self.shifted(k, v)
         return (k, v) if cache is None else cache.update(pos, k, v, self.pack)
 
-    def lift_output(self, y: Tensor, mask: Mask) -> Tensor:
+    def lift(self, x: Tensor, up: Tensor, width: int) -> Tensor:
+        """`lift_heads`, by the fused op unless gradients may be asked for, which it has not."""
+        one = lift_heads if torch.is_grad_enabled() else self.lift_heads
+        return one(x, up, width)
+
+    def lift_output(self, y: Tensor) -> Tensor:
         """Decode attention over value latents, (B, H, T, R), where the layer has a decoder."""
-        if self.v_up is None:
-            return y
-        lift = self.lift_heads if isinstance(mask, DecodeMask) else lift_heads
-        return lift(y, self.v_up, self.head_dim)
+        return y if self.v_up is None else self.lift(y, self.v_up, self.head_dim)
 
     def attend(self, q: Tensor, k: Buffer, v: Buffer, mask: Mask) -> Tensor:
         """Attention of q (B, H, T, R) over k (B, K, S, R) and v (B, L, S, W): (B, H, T, W)."""

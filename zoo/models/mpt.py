@@ -238,7 +238,7 @@ class Attention(LatentAttention):
     def read(self, q: Tensor, k: Buffer, v: Buffer, attn_metadata: Mask) -> Tensor:
         """As in `LatentAttention`, of queries (B, H, T, R)."""
         y = self.attend(q, k, v if self.v.width else k, attn_metadata)
-        return self.lift_output(y, attn_metadata)
+        return self.lift_output(y)
 
 
 def _encode(x: Tensor, heads: int, down: Tensor | None) -> Tensor:
