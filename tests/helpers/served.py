@@ -13,6 +13,7 @@ os.environ |= {  # before vllm is imported
 import tiny
 from vllm import LLM, SamplingParams
 
+from eigenzoo.kernels.install import install
 from eigenzoo.zoo.inference.generate import Generator
 
 LENGTHS = (1, 2, 15, 16, 17, 33, 70, 120)
@@ -57,6 +58,7 @@ def served(llm, texts, count: int = 24, **sampling) -> list[list[int]]:
 
 def native(model, texts, count: int = 24) -> list[list[int]]:
     """The same from the native model, each prompt alone."""
+    install(model)
     answers = []
     for text in texts:
         generator = Generator(model, 1, len(text) + count, compile=False)
