@@ -141,6 +141,10 @@ def test_a_token_takes_the_bytes_that_the_card_promises(folder, exported):
     [
         ({"enable_lora": True}, "LoRA"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size 2"),
+        (
+            {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+            "pipeline_parallel_size 2",
+        ),
         ({"quantization": "fp8"}, "quantization 'fp8'"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8'"),
     ],
