@@ -71,9 +71,7 @@ def unknown(name: str, rest: str) -> list[str]:
     if name not in COMMANDS:
         return [name]
     own = rest.partition(" -- ")[0]  # what follows is of another program
-    return [
-        f"{name} {word}" for word in OPTION.findall(own) if word not in options(COMMANDS[name])
-    ]
+    return [f"{name} {word}" for word in OPTION.findall(own) if word not in options(COMMANDS[name])]
 
 
 @every_page
