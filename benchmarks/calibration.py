@@ -56,7 +56,7 @@ def cost(model: Model, tokens: torch.Tensor, method: str) -> dict[str, float]:
     _, *before = measured(passes, model, tokens[:half])
     layers, wall, cpu, peak = measured(gather, model, tokens, settings)
     _, *after = measured(passes, model, tokens[half:])
-    sums = [x.nbytes for layer in layers for m in layer if m for x in vars(m).values()]
+    sums = [x.nbytes for layer in layers for m in layer.moments.values() for x in vars(m).values()]
     return {
         "seconds": wall,
         "passes_seconds": before[0] + after[0],

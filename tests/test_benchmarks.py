@@ -55,6 +55,20 @@ def test_calibrations_are_compared_on_every_domain(dense_folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_the_ops_round_is_measured_on_every_domain(run, dense_folder, tmp_path):
+    quick = "--samples", "4", "--seq-len", "32"
+    assert run("compress", dense_folder, tmp_path / "low", "--keep", "0.25", *quick)[0] == 0
+    words = FILES / "rounding.py", tmp_path / "low", "--prompt", "40", "--steps", "8"
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["attention"] for row in rows] == ["exact", "definition", "fused"]
+    assert rows[0]["increase"] == {"help": 0, "source": 0}
+    for row in rows[1:]:
+        assert all(0 < abs(x) < 1 for x in row["increase"].values())
+
+
+@pytest.mark.slow
 def test_every_way_of_drafting_takes_turns_at_decoding(dense_folder):
     words = [FILES / "speculative.py", dense_folder, "--draft", dense_folder, "--lookup", "3"]
     done = fresh.python(*words, "--no-compile", "--tokens", "12", "--rounds", "1")

@@ -59,7 +59,11 @@ def content(folder: Path) -> dict[str, bytes]:
             {"attention_bias": True},
             ["--keys", "rebuild", "--refit", "output"],
         ),
-        ("llama", {"tie_word_embeddings": True}, ["--keys", "pairs", "--refit", "none"]),
+        (
+            "llama",
+            {"tie_word_embeddings": True},
+            ["--keys", "pairs", "--refit", "none", "--kv-bits", "16"],
+        ),
         ("llama", {}, ["--method", "fisher-plain"]),
         ("llama", {}, ["--method", "attention", "--keys", "full"]),
         ("llama", {}, ["--method", "kq-svd", "--rank-pairs", "1"]),
