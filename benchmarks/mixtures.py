@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--domain", type=Path, action="append", default=[], help="repeat for more")
     parser.add_argument("--keep", type=float, action="append", help="repeat for more; else 0.25")
     parser.add_argument("--kv-bits", type=parse_bits, default="auto")
+    parser.add_argument("--anchor-block", type=int, help="else the default of each share")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=2)
@@ -94,7 +95,10 @@ def main() -> None:
         check_source(calibration, args.samples)
     words = domains(args.domain)
     original = load(args.model, torch.float32)
-    settings = [Settings(keep=keep, kv_bits=args.kv_bits) for keep in args.keep or [0.25]]
+    settings = [
+        Settings(keep=keep, kv_bits=args.kv_bits, anchor_block=args.anchor_block)
+        for keep in args.keep or [0.25]
+    ]
     known = original.model.config.vocab_size
     texts = {x: encode(original.tokenizer, text, known) for x, text in words.items()}
     for row in compared(original, texts, settings, args):
