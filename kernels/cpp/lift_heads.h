@@ -27,11 +27,8 @@ void lift_row(const T* x, const T* matrix, int64_t size, int64_t ld, int64_t wid
       for (int64_t j = 0; j * W < count; ++j)
         sums[j] = at::vec::fmadd(factor, load(row + j * W, std::min(W, count - j * W)), sums[j]);
     }
-    for (int64_t j = 0; j * W < count; ++j) {
-      float numbers[W];
-      sums[j].store(numbers);
-      std::copy_n(numbers, std::min(W, count - j * W), out + first + j * W);
-    }
+    for (int64_t j = 0; j * W < count; ++j)
+      store(sums[j], out + first + j * W, std::min(W, count - j * W));
   }
 }
 

@@ -65,7 +65,8 @@ inline V load(const int8_t* p, int64_t count = W) {
 #endif
 
 inline void store(V x, float* p, int64_t count) { x.store(p, count); }
-inline void store(V x, at::BFloat16* p, int64_t count) {
+template <class T>
+void store(V x, T* p, int64_t count) {
   float numbers[W];
   x.store(numbers);
   at::vec::convert(numbers, p, count);
