@@ -150,7 +150,6 @@ def test_a_constant_in_the_values_costs_nothing_at_any_rank(name):
         model.layers[0].attn.v_proj.bias += shift
         low = fold(model, solved(model, "attention", (4, 4)), Ranks((32,) * 3, (12,) * 3))
         seen, pos, attn_metadata = model.begin(x)
-        attn_metadata = attn_metadata[0] if name == "qwen2" else attn_metadata
         seen = model.layers[0].attn_norm(seen)
         return tuple(m.layers[0].attn(seen, pos, attn_metadata, None) for m in (model, low))
 

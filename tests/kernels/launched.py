@@ -13,7 +13,7 @@ from eigenzoo.kernels import anchored_decode, latent_decode, rotary_decode, spli
 from eigenzoo.zoo.models.bits import parse_segments
 from eigenzoo.zoo.models.packing import Latent, pack
 
-SLOTS = 41  # odd: the stride from one sequence to the next has few factors
+SLOTS = 48  # an odd multiple of 16: the stride from one sequence to the next has few factors
 SPAN, BF16 = torch.tensor([[0, SLOTS]]), torch.bfloat16
 
 
@@ -66,7 +66,7 @@ ahead = [x[:, :, ::32] for x in angles]
 for table in (
     None,
     torch.zeros(2, 3, dtype=torch.int32),
-):  # without pages, and as if in pages of 41
+):  # without pages, and as if in pages of 48
     rest = *layouts, table
     latent_decode.launch(torch.randn(2, 8, 1, 80, dtype=BF16), k, v, SPAN, 0.1, None, *rest)
     anchored_decode.launch(q, k, v, SPAN, 0.1, *ahead, up, None, 32, None, *rest)
