@@ -35,6 +35,8 @@ def flags() -> list[str]:
         known = [*known, "-mavx512bf16"]
     if capability == "AVX512" and torch.cpu._is_vnni_supported():
         known = [*known, "-mavx512vnni"]
+    if capability == "AVX512" and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+        known = [*known, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]  # this process may use them now
     return ["-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability if known else 'DEFAULT'}", *known]
 
 

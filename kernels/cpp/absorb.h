@@ -14,6 +14,7 @@
 
 #include "lanes.h"
 #include "tensors.h"
+#include "tiles.h"
 #include "vectors.h"
 #include "weighted_sum.h"
 
@@ -26,9 +27,18 @@ class Absorber {
   using L = Lanes<A, A>;
   static constexpr int64_t HALF = sizeof(float) / sizeof(A);  // numbers in 32 bits
 
+#ifdef MULTIPLIES_TILES
+  static constexpr bool IN_TILES = std::is_same_v<A, at::BFloat16>;
+  static constexpr int64_t DEPTH = IN_TILES ? 32 : 1;
+#else
+  static constexpr bool IN_TILES = false;
+  static constexpr int64_t DEPTH = 1;
+#endif
+
   const int64_t D, R, tokens, heads, padded;  // heads: query heads of a kv head
+  const int64_t depth;                        // D with the zeros that fill a tile
   const Tensor q, cos, sin, means;
-  Tensor maps;  // (G, D / HALF, padded), each HALF numbers that follow one another in D
+  Tensor maps;  // (G, depth / HALF, padded), each HALF numbers that follow one another in D
 
  public:
   // q: (B, H, T, D); cos, sin: (B or 1, T, n, D / 2); up: (K, R, G / K * D); mean: (G, 1, D)
@@ -39,32 +49,35 @@ class Absorber {
         tokens(q.size(2)),
         heads(q.size(1) / (up.size(0) * (up.size(2) / D))),
         padded(round_up(R)),
+        depth((D + DEPTH - 1) / DEPTH * DEPTH),
         q(q.to(at::kFloat).contiguous()),
         cos(cos.contiguous()),
         sin(sin.contiguous()),
         means(mean ? mean->to(at::kFloat).contiguous() : Tensor()) {
     const Tensor from = up.to(c10::CppTypeToScalarType<A>::value).contiguous();
     const int64_t lifted = up.size(2) / D, G = up.size(0) * lifted, words = D / HALF;
-    maps = at::zeros({G, words, padded}, at::kFloat);
+    maps = at::zeros({G, depth / HALF, padded}, at::kFloat);
     at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) {
         const float* x = static_cast<const float*>(from.const_data_ptr()) +
                          (g / lifted * R * lifted + g % lifted) * words;
-        transpose(x, lifted * words, R, words, maps.data_ptr<float>() + g * words * padded);
+        transpose(x, lifted * words, R, words, maps.data_ptr<float>() + g * maps.size(1) * padded);
       }
     });
   }
 
   int64_t width() const { return padded; }  // floats from a result to the next
+  // Results behind the last one that are written as well, with what is no result
+  static constexpr int64_t more() { return IN_TILES ? 15 : 0; }
 
   // The results for kv head g of sequence b and n blocks from number `first` on, out (heads, T, n,
-  // width()); and what the mean of the keys adds to their scores, added (heads, T, n)
+  // width()) and `more()`; and what the mean of the keys adds to their scores, added (heads, T, n)
   void operator()(int64_t b, int64_t g, int64_t first, int64_t n, float* out, float* added) const {
     const int64_t half = D / 2, rows = heads * tokens * n, blocks = cos.size(2);
     thread_local std::vector<float> rotated;
     thread_local std::vector<A> narrow;
-    rotated.resize(rows * D);
-    narrow.resize(rows * D);
+    rotated.resize(rows * depth);
+    narrow.resize((rows + more()) * depth);
     const int64_t angles = ((cos.size(0) == 1 ? 0 : b) * tokens * blocks + first) * half;
     const float* c = cos.const_data_ptr<float>() + angles;
     const float* s = sin.const_data_ptr<float>() + angles;
@@ -72,16 +85,25 @@ class Absorber {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t angle = (i / n % tokens * blocks + i % n) * half;
       const float *x0 = x + i / n * D, *x1 = x0 + half, *ci = c + angle, *si = s + angle;
-      float *y0 = &rotated[i * D], *y1 = y0 + half;
+      float *y0 = &rotated[i * depth], *y1 = y0 + half;
       for (int64_t j = 0; j < half; ++j) {
         y0[j] = x0[j] * ci[j] - x1[j] * si[j];
         y1[j] = x1[j] * ci[j] + x0[j] * si[j];
       }
+      std::fill_n(y1 + half, depth - D, 0.f);
       if (means.defined())
         added[i] = std::inner_product(y0, y0 + D, means.const_data_ptr<float>() + g * D, 0.f);
     }
-    at::vec::convert(rotated.data(), narrow.data(), rows * D);
+    at::vec::convert(rotated.data(), narrow.data(), rows * depth);
     const float* map = maps.const_data_ptr<float>() + g * maps.size(1) * padded;
+#ifdef MULTIPLIES_TILES
+    if constexpr (IN_TILES) {
+      use_tiles(TILE_ROWS);
+      multiply_halves(narrow.data(), (rows + more()) / TILE_ROWS * TILE_ROWS, depth, map, padded,
+                      out);
+      return;
+    }
+#endif
     auto get = [&](int64_t step, int64_t i) {
       const float* p = map + step * padded + i * W;
       if constexpr (std::is_same_v<typename L::X, V>)
@@ -92,7 +114,7 @@ class Absorber {
     const float none[4] = {};
     std::fill_n(out, rows * padded, 0.f);
     weighted_sum_blocks<L>(
-        narrow.data(), rows, D, get, D, padded / W, [&](int64_t) { return none; }, out, padded);
+        narrow.data(), rows, depth, get, D, padded / W, [&](int64_t) { return none; }, out, padded);
   }
 
  private:

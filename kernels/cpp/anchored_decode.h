@@ -53,6 +53,19 @@ struct Blocks {
   }
 };
 
+// Queries are absorbed for so many slots at once: reading the maps takes longer than a few products
+constexpr int64_t AHEAD_SLOTS = 4 * TILE;
+
+// Absorbed queries of blocks `first` up to `first` + `count`: (rows of a unit, count)
+struct Ahead {
+  int64_t b = 0, unit = 0, first = 0, count = 0;
+  std::vector<float> queries, added;
+
+  bool has(const Task& task, int64_t begin, int64_t last) const {
+    return task.b == b && task.unit == unit && first <= begin && last < first + count;
+  }
+};
+
 Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const Tensor& span,
                        double scale, const Tensor& cos, const Tensor& sin, const Tensor& up,
                        const OptionalTensor& mean, int64_t block, const OptionalTensor& bias,
@@ -77,36 +90,46 @@ Tensor anchored_decode(const Tensor& q, const Tensor& z, const Tensor& v, const 
   }
   return DISPATCH(q, "anchored_decode", [&] {
     const Absorber<scalar_t> absorb(q, cos, sin, up, mean);
+    const int64_t width = absorb.width();
     auto scorer = [&] {
-      return [&, absorbed = std::vector<float>(), added = std::vector<float>()](
-                 const Task& task, int64_t t, int64_t n, float* out) mutable {
+      return [&, ahead = Ahead()](const Task& task, int64_t t, int64_t n, float* out) mutable {
         const Blocks blocks(block, position, task.b);
         const auto [begin, last] = blocks.range(t, t + n);
-        const int64_t first = begin, N = last - first + 1, size = rows * N;
-        absorbed.resize(size * absorb.width());
-        added.resize(size);
+        if (!ahead.has(task, begin, last)) {
+          const int64_t end = blocks.range(t, std::min(task.end, t + AHEAD_SLOTS)).second + 1;
+          ahead.first = begin, ahead.count = end - begin;
+          ahead.b = task.b, ahead.unit = task.unit;
+          const int64_t size = rows / lifted * ahead.count;  // of a kv head
+          ahead.queries.resize((latents * lifted * size + absorb.more()) * width);
+          ahead.added.resize(latents * lifted * size);
+          for (int64_t g = 0; g < latents * lifted; ++g)
+            absorb(task.b, task.unit * latents * lifted + g, begin, ahead.count,
+                   &ahead.queries[g * size * width], &ahead.added[g * size]);
+        }
         for (int64_t i = 0; i < latents; ++i) {
-          const int64_t l = task.unit * latents + i;
-          for (int64_t g = 0; g < lifted; ++g)
-            absorb(task.b, l * lifted + g, first, N,
-                   &absorbed[g * (size / lifted) * absorb.width()], &added[g * (size / lifted)]);
           float* scores = out + i * rows * TILE;
+          // What was absorbed for row r and block b
+          auto place = [&, i](int64_t r, int64_t b) {
+            return (i * rows + r) * ahead.count + b - ahead.first;
+          };
+          const int64_t l = task.unit * latents + i;
           keys.with_rows<scalar_t>(task.b, l, t, n, [&](const auto& latent) {
             using A = typename std::decay_t<decltype(latent)>::Factor;
             thread_local std::vector<A> u;
             const int64_t each = latent.factors();
-            u.resize(size * each);
-            for (int64_t r = 0; r < size; ++r)
-              latent.make_factors(&absorbed[r * absorb.width()], &u[r * each]);
+            u.resize(rows * each);
+            int64_t of = -1;  // the block of u
             blocks.for_each_run(t, n, [&](int64_t b, int64_t from, int64_t count) {
-              multiply(&u[(b - first) * each], rows, N * each, latent.skip(from - t), count,
-                       scores + from - t, TILE);
+              for (int64_t r = 0; b != of && r < rows; ++r)
+                latent.make_factors(&ahead.queries[place(r, b) * width], &u[r * each]);
+              of = b;
+              multiply(u.data(), rows, each, latent.skip(from - t), count, scores + from - t, TILE);
             });
           });
           blocks.for_each_run(t, n, [&](int64_t b, int64_t from, int64_t count) {
             for (int64_t r = 0; mean && r < rows; ++r)
               for (int64_t j = 0; j < count; ++j)
-                scores[r * TILE + from - t + j] += added[r * N + b - first];
+                scores[r * TILE + from - t + j] += ahead.added[place(r, b)];
           });
         }
       };

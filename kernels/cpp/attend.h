@@ -15,6 +15,7 @@
 #include "softmax.h"
 #include "splits.h"
 #include "tensors.h"
+#include "tiles.h"
 #include "vectors.h"
 #include "weighted_bytes.h"
 #include "weighted_sum.h"
@@ -82,18 +83,21 @@ Tensor attend(const Tensor& q, int64_t keys, const Cache& v, const Tensor& span,
   std::vector<float> parts(layout.batch * units * splits * size);
 
   at::parallel_for(0, layout.batch * units * splits, 1, [&](int64_t begin, int64_t end) {
+#ifdef MULTIPLIES_TILES
+    const Tiles tiles;
+#endif
     auto compute_scores = scorer();
     std::vector<float> s(rows * TILE), keep(rows);
     std::vector<Factor<T>> narrow;
     for (int64_t item = begin; item < end; ++item) {
-      const Task task{item / splits / units, item / splits % units};
-      const int64_t* bound = bounds(span, task.b);
+      const int64_t b = item / splits / units, *bound = bounds(span, b);
       const int64_t each = ((bound[1] - bound[0] + splits - 1) / splits + TILE - 1) / TILE * TILE;
-      const int64_t from = bound[0] + item % splits * each, to = std::min(bound[1], from + each);
+      const int64_t from = bound[0] + item % splits * each;
+      const Task task{b, item / splits % units, from, std::min(bound[1], from + each)};
       Softmax softmax(&parts[item * size], rows, layout.padded);
       std::fill_n(softmax.peaks, rows, MASKED);
-      for (int64_t t = from; t < to; t += TILE) {
-        const int64_t n = std::min(TILE, to - t);
+      for (int64_t t = task.begin; t < task.end; t += TILE) {
+        const int64_t n = std::min(TILE, task.end - t);
         compute_scores(task, t, n, s.data());
         for (int64_t r = 0; r < rows; ++r) {
           float* row = &s[r * TILE];

@@ -176,6 +176,9 @@ C10_ALWAYS_INLINE Bytes quads(const Row& row) {
 #endif
 }
 
+// `scale_of` codes in lanes
+inline V scales_of(Bytes code) { return as_floats(plus(up(code, 20), repeat(107 << 23))); }
+
 }  // namespace
 
 #endif

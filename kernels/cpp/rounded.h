@@ -17,6 +17,7 @@
 #include "bytes.h"
 #include "codes.h"
 #include "packed.h"
+#include "tiles.h"
 #include "words.h"
 
 #ifdef MULTIPLIES_BYTES
@@ -34,12 +35,19 @@ struct RoundedCodes {
   void make_factors(const float* query, int* y) const { round_query(query, *words, y); }
 };
 
-// W slots of a latent, unpacked. By segment: what the sums of high bytes begin with, as the zero of
-// queries is QUERY_ZERO; and the scales.
+// W slots of a latent, unpacked. By segment: what the sums of high bytes begin with, see
+// `make_starts`; and the scales.
 struct Unpacked {
   std::vector<Bytes> codes, bytes, starts;
   std::vector<V> scales;
 };
+
+// What a row of queries was divided by
+inline V divisor(const int* row, const Words& words) {
+  float x;
+  std::memcpy(&x, row + 2 * words.count, sizeof x);
+  return V(x);
+}
 
 // Adds the products of words of queries, high bytes at y and low ones at z, with those of slots.
 // Sums stay in registers, since all their indices are constants.
@@ -82,11 +90,8 @@ void multiply_tile(int64_t rows, const int* a, int64_t lda, const Words& words, 
       total[m] = at::vec::fmadd(sum, x.scales[i], total[m]);
     }
   }
-  for (int m = 0; m < M; ++m) {
-    float divisor;
-    std::memcpy(&divisor, a + m * lda + 2 * words.count, sizeof divisor);
-    (total[m] * V(divisor)).store(out + m * ldo, count);
-  }
+  for (int m = 0; m < M; ++m)
+    (total[m] * divisor(a + m * lda, words)).store(out + m * ldo, count);
 }
 
 // Calls use(w, x) with every word of `bytes` bytes of W slots, of which those up to number `last`
@@ -142,9 +147,8 @@ void unpack_codes(const RoundedCodes& x, const Words::Range& s, int64_t last, Un
 // W slots of x, of which those up to number `last` exist
 inline void unpack_tile(const RoundedCodes& x, int64_t last, Unpacked& y) {
   const Words& words = *x.words;
-  y.codes.resize(words.count);
+  y.codes.resize(words.count + 15);  // tiles of 16 words are read
   y.bytes.resize(2 * words.count);
-  y.starts.resize(words.ranges.size());
   y.scales.resize(words.ranges.size());
   const int64_t from = x.rows.scales - x.rows.codes;
   Bytes scales[4];
@@ -169,36 +173,130 @@ inline void unpack_tile(const RoundedCodes& x, int64_t last, Unpacked& y) {
         unit = UNIT<bits>;
       }
     });
-    Bytes sum = repeat(0);
-    for (int64_t w = s.begin; w < s.end; ++w)
-      sum = add_products(sum, repeat(0x01010101), y.codes[w]);
-    y.starts[i] = minus(repeat(0), up(sum, DIGITS - 1));
     if (scale % 16 == 0)
       load_columns(x.rows.scales + scale, x.rows.step, last,
                    std::min<int64_t>(16, x.rows.room - from - scale), scales);
     const Bytes code = down(scales[scale % 16 / 4], scale % 4 * 8) & repeat(255);
-    y.scales[i] = as_floats(plus(up(code, 20), repeat(107 << 23))) * V(unit);  // as `scale_of`
+    y.scales[i] = scales_of(code) * V(unit);
     ++scale;
   }
 }
 
+// Sums of high bytes begin with these, because the zero of queries is QUERY_ZERO
+inline void make_starts(const Words& words, Unpacked& x) {
+  x.starts.clear();
+  for (const Words::Range& s : words.ranges) {
+    Bytes sum = repeat(0);
+    if (s.bits != 16)
+      for (int64_t w = s.begin; w < s.end; ++w)
+        sum = add_products(sum, repeat(0x01010101), x.codes[w]);
+    x.starts.push_back(minus(repeat(0), up(sum, DIGITS - 1)));
+  }
+}
+
+// The codes of W slots from number n of `cols` on, and what the processor will read next
+inline void read_tile(const RoundedCodes& b, int64_t n, int64_t cols, Unpacked& x) {
+  const RoundedCodes some = b.skip(n);
+  const int64_t count = std::min(W, cols - n);
+  for (int64_t i = 0; i < count; ++i) some.rows.fetch(i + some.rows.ahead());
+  unpack_tile(some, count - 1, x);
+}
+
+#ifdef MULTIPLIES_TILES
+// High and low bytes of queries, as tiles of 64 bytes of 16 rows, whose high bytes have signs: zero
+// is then zero, and so is what fills a tile behind the last word of a segment.
+struct TiledQueries {
+  struct alignas(64) Pair {
+    uint8_t high[TILE_ROWS][TILE_BYTES], low[TILE_ROWS][TILE_BYTES];
+  };
+  std::vector<Pair> pairs;
+
+  TwoBytes from(int64_t pair) const {
+    return {pairs[pair].high[0], pairs[pair].low[0], TILE_BYTES, sizeof(Pair)};
+  }
+
+  // a: (rows, lda), as `round_query` leaves them; at most 16 rows
+  void fill(const int* a, int64_t rows, int64_t lda, const Words& words) {
+    pairs.resize(words.count / TILE_ROWS + words.ranges.size());  // the most that there can be
+    auto pair = pairs.begin();
+    for (const Words::Range& s : words.ranges)
+      for (int64_t w = s.begin; s.bits != 16 && w < s.end; w += W) {
+        Pair& to = *pair++;
+        const __mmask16 exist = 0xffffu >> (W - std::min(W, s.end - w));
+        for (int64_t m = 0; m < rows; ++m) {
+          const int* row = a + m * lda + w;
+          const Bytes high = _mm512_maskz_loadu_epi32(exist, row);
+          _mm512_store_si512(to.high[m],
+                             _mm512_maskz_xor_epi32(exist, high, repeat(int(0x80808080))));
+          _mm512_store_si512(to.low[m], _mm512_maskz_loadu_epi32(exist, row + words.count));
+        }
+      }
+  }
+};
+
+// As `multiply`, for at most 16 rows
+inline void multiply_in_tiles(const int* a, int64_t rows, int64_t lda, const RoundedCodes& b,
+                              int64_t cols, float* out, int64_t ldo) {
+  thread_local TiledQueries queries;
+  thread_local Unpacked x[2];
+  thread_local std::vector<TileSums> sums;
+  const Words& words = *b.words;
+  queries.fill(a, rows, lda, words);
+  use_tiles(rows);
+  sums.resize(words.ranges.size());
+  for (int64_t n = 0; n < cols; n += 2 * W) {
+    const int64_t vectors = n + W < cols ? 2 : 1;
+    for (int64_t i = 0; i < vectors; ++i) read_tile(b, n + i * W, cols, x[i]);
+    int64_t pair = 0;
+    for (size_t i = 0; i < words.ranges.size(); ++i) {
+      const Words::Range& s = words.ranges[i];
+      if (s.bits == 16) continue;
+      const int64_t depth = (s.end - s.begin + TILE_ROWS - 1) / TILE_ROWS;
+      multiply_tiles<true>(queries.from(pair), &x[0].codes[s.begin],
+                           &x[vectors - 1].codes[s.begin], 1, depth, sums[i]);
+      pair += depth;
+    }
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int* row = a + m * lda;
+        V total(0.f);
+        for (size_t i = 0; i < words.ranges.size(); ++i) {
+          const Words::Range& s = words.ranges[i];
+          if (s.bits != 16) {
+            total = at::vec::fmadd(sums[i].of(v, m), x[v].scales[i], total);
+            continue;
+          }
+          for (int64_t w = s.begin; w < s.end; ++w)
+            total = at::vec::fmadd(as_floats(repeat(row[w])), as_floats(x[v].codes[w]), total);
+        }
+        const int64_t first = n + v * W;
+        (total * divisor(row, words)).store(out + m * ldo + first, std::min(W, cols - first));
+      }
+  }
+}
+#endif
+
 // out (rows, cols) = a (rows, size) bᵀ, for `cols` slots from the first of b on
 inline void multiply(const int* a, int64_t rows, int64_t lda, const RoundedCodes& b, int64_t cols,
                      float* out, int64_t ldo) {
+#ifdef MULTIPLIES_TILES
+  for (int64_t m = 0; m < rows; m += TILE_ROWS)
+    multiply_in_tiles(a + m * lda, std::min(TILE_ROWS, rows - m), lda, b, cols, out + m * ldo, ldo);
+#else
   constexpr int MOST = W == 16 ? 9 : 4;  // rows whose sums fit the registers
   thread_local Unpacked x;
   for (int64_t n = 0; n < cols; n += W) {
-    const int64_t count = std::min(W, cols - n);
-    const RoundedCodes some = b.skip(n);
-    for (int64_t i = 0; i < count; ++i) some.rows.fetch(i + some.rows.ahead());
-    unpack_tile(some, count - 1, x);
+    read_tile(b, n, cols, x);
+    make_starts(*b.words, x);
     int64_t m = 0;
     for (int64_t blocks = (rows + MOST - 1) / MOST; blocks; --blocks) {  // of nearly equal size
       const int64_t of_block = (rows - m + blocks - 1) / blocks;
-      multiply_tile<MOST>(of_block, a + m * lda, lda, *b.words, x, count, out + m * ldo + n, ldo);
+      multiply_tile<MOST>(of_block, a + m * lda, lda, *b.words, x, std::min(W, cols - n),
+                          out + m * ldo + n, ldo);
       m += of_block;
     }
   }
+#endif
 }
 
 }  // namespace

@@ -22,7 +22,8 @@ constexpr int64_t MIN_SPLIT = 4 * TILE;  // slots worth a split of their own
 // A unit is the smallest set of query heads that shares its latents with no other head. With K
 // latents of keys and L of values there are gcd(K, L) units.
 struct Task {
-  int64_t b, unit;  // a sequence, and a unit of its heads
+  int64_t b, unit;     // a sequence, and a unit of its heads
+  int64_t begin, end;  // slots
 };
 
 // Sizes of one call, for queries q (B, H, T, ...)

@@ -17,6 +17,7 @@
 #include "packed.h"
 #include "softmax.h"
 #include "splits.h"
+#include "tiles.h"
 
 #ifdef MULTIPLIES_BYTES
 namespace {
@@ -29,7 +30,7 @@ struct RoundedWeights {
   std::vector<float> peaks, scales;  // (rows,): the largest of p; and what a low byte stands for
 
   void begin(const float* p, int64_t rows, int64_t slots) {
-    bytes.resize(rows * 2 * TILE);
+    bytes.resize((rows + 15) * 2 * TILE);  // tiles of 16 rows are read
     peaks.resize(rows);
     scales.resize(rows);
     for (int64_t m = 0; m < rows; ++m) peaks[m] = row_max(p + m * TILE, slots);
@@ -50,6 +51,8 @@ struct RoundedWeights {
         store_bytes(down(x, DIGITS), high + t);
         store_bytes(x & repeat((1 << DIGITS) - 1), low + t);
       }
+      std::memset(high + round_up(slots), 0, TILE - round_up(slots));
+      std::memset(low + round_up(slots), 0, TILE - round_up(slots));
     }
   }
 };
@@ -115,28 +118,44 @@ int64_t unpack_quads(const Codes& v, const Segment& s, int64_t begin, int64_t en
 template <int BITS>
 void sum_segment(const RoundedWeights& weights, int64_t rows, const Codes& v, const Segment& s,
                  int64_t slots, const float* keep, float* out, int64_t ldo) {
-  constexpr int64_t MOST = 4, M = W == 16 ? 2 : 1;
+  constexpr int64_t MOST = 4;
   constexpr int64_t STRIP = MOST / PARTS<BITS> * W;  // bytes of a slot
-  const int64_t bytes = s.width / PARTS<BITS>, count = (slots + QUAD - 1) / QUAD;
+  const int64_t bytes = s.width / PARTS<BITS>;
   Bytes x[TILE / QUAD * MOST];
   for (int64_t begin = 0; begin < bytes; begin += STRIP) {
     const int64_t end = std::min(bytes, begin + STRIP);
     const int64_t n = unpack_quads<BITS>(v, s, begin, end, slots, x);
+    auto add_vector = [&](int64_t m, int64_t i, V sum) {
+      const int64_t byte = begin + i / PARTS<BITS> * W, some = std::min(W, end - byte);
+      float* to = out + m * ldo + i % PARTS<BITS> * bytes + byte;
+      const V scale(UNIT<BITS> * weights.scales[m]);
+      at::vec::fmadd(sum, scale, load(to, some) * V(keep[m])).store(to, some);
+    };
+#ifdef MULTIPLIES_TILES
+    TileSums sums;
+    for (int64_t first = 0; first < rows; first += TILE_ROWS) {
+      const uint8_t* high = &weights.bytes[first * 2 * TILE];
+      for (int64_t i = 0; i < n; i += 2) {
+        const int64_t vectors = std::min<int64_t>(2, n - i);
+        multiply_tiles<false>({high, high + TILE, 2 * TILE, TILE_BYTES}, x + i, x + i + vectors - 1,
+                              n, (slots + TILE_BYTES - 1) / TILE_BYTES, sums);
+        for (int64_t m = first; m < std::min(rows, first + TILE_ROWS); ++m)
+          for (int64_t j = 0; j < vectors; ++j) add_vector(m, i + j, sums.of(j, m - first));
+      }
+    }
+#else
     auto add = [&](auto of_block, int64_t first) {
       constexpr int R = decltype(of_block)::value;
       V sums[R * MOST];
-      sum_quads<R, MOST>(n, &weights.bytes[first * 2 * TILE], x, count, sums);
-      for (int64_t m = first; m < first + R; ++m)
-        for (int64_t i = 0; i < n; ++i) {
-          const int64_t byte = begin + i / PARTS<BITS> * W, some = std::min(W, end - byte);
-          float* to = out + m * ldo + i % PARTS<BITS> * bytes + byte;
-          const V sum = sums[(m - first) * n + i], scale(UNIT<BITS> * weights.scales[m]);
-          at::vec::fmadd(sum, scale, load(to, some) * V(keep[m])).store(to, some);
-        }
+      sum_quads<R, MOST>(n, &weights.bytes[first * 2 * TILE], x, (slots + QUAD - 1) / QUAD, sums);
+      for (int64_t m = 0; m < R; ++m)
+        for (int64_t i = 0; i < n; ++i) add_vector(first + m, i, sums[m * n + i]);
     };
+    constexpr int M = W == 16 ? 2 : 1;
     int64_t m = 0;
     for (; m + M <= rows; m += M) add(std::integral_constant<int, M>(), m);
     for (; m < rows; ++m) add(std::integral_constant<int, 1>(), m);
+#endif
   }
 }
 
@@ -158,21 +177,40 @@ inline void sum_halves(const float* p, int64_t rows, const Codes& v, const Segme
   }
 }
 
+// The scales of slots, (segments, TILE), in memory `scales`
+inline const float* scales_of(const Codes& v, int64_t slots, std::vector<float>& scales) {
+  const int64_t count = v.packing->scales, room = v.room - (v.scales - v.codes);
+  scales.resize((count + 3) / 4 * 4 * TILE);
+  for (int64_t t = 0; t < slots; t += W)
+    for (int64_t i = 0; i < count; i += 4) {
+      Bytes columns[4];
+      load_columns(v.scales + t * v.step + i, v.step, std::min(W, slots - t) - 1,
+                   std::min<int64_t>(4, room - i), columns);
+      for (int64_t j = 0; j < 4; ++j) {
+        const Bytes code = down(columns[0], 8 * j) & repeat(255);
+        scales_of(code).store(&scales[(i + j) * TILE + t]);
+      }
+    }
+  return scales.data();
+}
+
 // out = keep * out + p v for the codes of `slots` <= TILE slots, p (rows, TILE), out (rows, width)
 inline void weighted_sum(const float* p, int64_t rows, const Codes& v, int64_t slots,
                          const float* keep, float* out, int64_t ldo) {
   thread_local RoundedWeights weights;
-  alignas(64) float scales[TILE];
-  const uint8_t* scale = v.scales;
+  thread_local std::vector<float> scales;
+#ifdef MULTIPLIES_TILES
+  use_tiles(rows);
+#endif
   weights.begin(p, rows, slots);
+  const float* scale = scales_of(v, slots, scales);
   for (int64_t t = 0; t < slots; ++t) v.fetch(t + TILE);
   for (const Segment& s : v.packing->segments) {
     if (s.bits == 16) {
       sum_halves(p, rows, v, s, slots, keep, out, ldo);
     } else {
-      for (int64_t t = 0; t < slots; ++t) scales[t] = scale_of(scale[t * v.step]);
-      ++scale;
-      weights.round(p, rows, scales, slots);
+      weights.round(p, rows, scale, slots);
+      scale += TILE;
       with_bits(s.bits, [&](auto bits) {
         if constexpr (bits != 16)
           sum_segment<bits>(weights, rows, v, s, slots, keep, out, ldo);
