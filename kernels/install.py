@@ -10,7 +10,7 @@ from torch import nn
 
 from ..zoo.models import attention
 from ..zoo.models.linear import linear_decode
-from ..zoo.models.packing import pack
+from ..zoo.models.packing import pack, unpack
 from . import cpu, ops
 
 FUSED = {  # definition: fused op
@@ -18,7 +18,7 @@ FUSED = {  # definition: fused op
     attention.anchored_decode: ops.anchored_decode,
     attention.rotary_decode: ops.rotary_decode,
 }
-FUSED_ON_CPUS = {attention.lift_heads: ops.lift_heads, pack: ops.pack}
+FUSED_ON_CPUS = {attention.lift_heads: ops.lift_heads, pack: ops.pack, unpack: ops.unpack}
 LINEAR_ROWS = 8  # for more rows, PyTorch's own matrix product is as fast
 DEVICES = ("cpu", "cuda")  # devices with fused ops
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -53,7 +53,7 @@ def register(device: str) -> None:
 
 
 def install(model: AnyModel) -> AnyModel:
-    """Make every layer of a model decode with the fused ops. Prompts are processed as before.
+    """Make every layer of a model decode with the fused ops. On CPUs, prompts are packed by them.
 
     Returns the model, changed in place; a second call changes nothing. On a CPU, the first call
     compiles the ops, which takes half a minute. Raises ValueError for a device or a dtype (float64)

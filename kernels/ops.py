@@ -33,6 +33,7 @@ SCHEMAS = {
     "linear_decode": "Tensor x, Tensor weight, Tensor? scale, Tensor? bias",
     "lift_heads": "Tensor y, Tensor up, int head_dim",
     "pack": "Tensor x, int[] layout",
+    "unpack": "Tensor rows, int[] layout, ScalarType dtype",
 }
 
 
@@ -66,6 +67,11 @@ def _rows(x: Tensor, layout: list[int]) -> Tensor:
     return x.new_empty(x.size(0), x.size(2), nbytes, dtype=torch.uint8)
 
 
+def _numbers_of(rows: Tensor, layout: list[int], dtype: torch.dtype) -> Tensor:
+    latent = latent_of(layout)
+    return rows.new_empty(rows.size(0), latent.heads, rows.size(1), latent.width, dtype=dtype)
+
+
 def _lifted(y: Tensor, up: Tensor, head_dim: int) -> Tensor:
     _check_devices(y, up)
     return y.new_empty(*y.shape[:3], head_dim)
@@ -75,6 +81,7 @@ SHAPES: dict[str, Callable[..., Tensor]] = {
     "linear_decode": _product,
     "lift_heads": _lifted,
     "pack": _rows,
+    "unpack": _numbers_of,
 }
 for _name, _arguments in SCHEMAS.items():
     torch.library.define(f"eigenzoo::{_name}", f"({_arguments}) -> Tensor")
@@ -177,3 +184,9 @@ def lift_heads(y: Tensor, up: Tensor, head_dim: int) -> Tensor:
 def pack(x: Tensor, latent: Latent) -> Packed:
     """The op for `zoo.models.packing.pack`; see there for the arguments. CPUs only."""
     return Packed(torch.ops.eigenzoo.pack(x, _numbers(latent)), latent.layout)
+
+
+def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The op for `zoo.models.packing.unpack`; see there for the arguments. CPUs only."""
+    layout = _numbers(Latent.of_layout(packed.layout))
+    return torch.ops.eigenzoo.unpack(packed.rows, layout, dtype)

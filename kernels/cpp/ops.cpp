@@ -17,6 +17,7 @@
 #include "linear_decode.h"
 #include "pack.h"
 #include "rotary_decode.h"
+#include "unpack.h"
 
 TORCH_LIBRARY_IMPL(eigenzoo, CPU, m) {
   m.impl("latent_decode", latent_decode);
@@ -25,10 +26,11 @@ TORCH_LIBRARY_IMPL(eigenzoo, CPU, m) {
   m.impl("linear_decode", linear_decode);
   m.impl("lift_heads", lift_heads);
   m.impl("pack", pack);
+  m.impl("unpack", unpack_rows);
 }
 
 TORCH_LIBRARY_IMPL(eigenzoo, Autograd, m) {  // backward raises an error: there is no gradient
   for (const char* op : {"latent_decode", "anchored_decode", "rotary_decode", "linear_decode",
-                         "lift_heads", "pack"})
+                         "lift_heads", "pack", "unpack"})
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }

@@ -41,10 +41,9 @@ struct Packing {
       const bool known = s.bits == 16 || s.bits == 8 || (2 <= s.bits && s.bits <= 4);
       TORCH_CHECK(known && 0 < s.width && s.width < MOST && s.width % s.sharing() == 0,
                   "expected segments of 16, 8, 4, 3 or 2 bits that fill whole bytes, got ", layout);
-      for (int64_t j = 0; j < s.width; ++j) {
-        const int64_t apart = s.width / s.sharing();  // numbers of a byte
-        columns.push_back(vectors * W + j % apart * s.sharing() + j / apart);
-      }
+      for (int64_t part = 0; part < s.sharing(); ++part)  // numbers of a byte are `apart`
+        for (int64_t j = 0, apart = s.width / s.sharing(); j < apart; ++j)
+          columns.push_back(vectors * W + j * s.sharing() + part);
       width += s.width;
       code_bytes += s.width * s.bits / 8;
       scales += s.bits < 16;

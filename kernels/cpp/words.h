@@ -35,9 +35,10 @@ struct Words {
       const int64_t parts = s.bits == 16 ? 2 : s.bits == 3 ? 4 : 8 / s.bits;
       const int64_t bytes = s.bits == 16 ? 2 * s.width : s.width / parts;
       const int64_t words = (bytes + 3) / 4, first = places.size();
-      for (int64_t i = 0; i < s.width; ++i)
-        places.push_back(s.bits == 16 ? 4 * (count + i % 2 * words + i / 2)
-                                      : 4 * (count + i / bytes * words) + i % bytes);
+      for (int64_t i = 0; s.bits == 16 && i < s.width; ++i)
+        places.push_back(4 * (count + i % 2 * words + i / 2));
+      for (int64_t part = 0; s.bits < 16 && part < parts; ++part)
+        for (int64_t i = 0; i < bytes; ++i) places.push_back(4 * (count + part * words) + i);
       const int64_t begin = count;
       count += parts * words;
       ranges.push_back({s.bits, first, s.width, begin, count, s.offset, parts, bytes});

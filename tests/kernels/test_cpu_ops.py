@@ -351,6 +351,8 @@ def test_packed_rows_are_those_of_the_definition(text, dtype):
     made, want = ops.pack(x, latent), pack(x, latent)
     assert made.layout == want.layout
     torch.testing.assert_close(made.rows, want.rows, rtol=0, atol=0)
+    some = Packed(made.rows[:, 1:], made.layout)
+    assert torch.equal(ops.unpack(some, dtype), some.unpack(dtype))
 
 
 def test_backward_through_an_op_is_an_error():

@@ -126,7 +126,11 @@ def test_packing_is_registered_as_torch_expects_and_compiles(width):
     opcheck(torch.ops.eigenzoo.pack.default, (x, layout))
     latent = Latent.of_layout(f"3:{width}x8+8x3")
     packing = torch.compile(ops.pack, fullgraph=True, backend="aot_eager")
-    assert torch.equal(packing(x, latent).rows, pack(x, latent).rows)
+    packed = pack(x, latent)
+    assert torch.equal(packing(x, latent).rows, packed.rows)
+    opcheck(torch.ops.eigenzoo.unpack.default, (packed.rows, layout, torch.bfloat16))
+    unpacking = torch.compile(ops.unpack, fullgraph=True, backend="aot_eager")
+    assert torch.equal(unpacking(packed, torch.float16), packed.unpack(torch.float16))
 
 
 def compile_and_export(op, arguments) -> None:

@@ -195,3 +195,18 @@ def test_rows_without_a_layout_and_numbers_with_one_are_refused():
 def test_vectors_that_do_not_fit_a_layout_are_not_packed(x, layout):
     with pytest.raises(RuntimeError, match="expected"):
         torch.ops.eigenzoo.pack(x, layout)
+
+
+@pytest.mark.parametrize(
+    ("rows", "layout"),
+    [
+        (torch.ones(1, 3, 16), [2, 8, 4]),
+        (torch.ones(1, 3, 8, dtype=torch.uint8), [2, 8, 4]),
+        (torch.ones(3, 16, dtype=torch.uint8), [2, 8, 4]),
+        (torch.ones(1, 16, 3, dtype=torch.uint8).mT, [2, 8, 4]),
+        (torch.ones(1, 3, 16, dtype=torch.uint8), [2, 3, 4]),
+    ],
+)
+def test_rows_that_do_not_fit_a_layout_are_not_unpacked(rows, layout):
+    with pytest.raises(RuntimeError, match="expected"):
+        torch.ops.eigenzoo.unpack(rows, layout, torch.float32)

@@ -182,7 +182,8 @@ class Attention(LatentAttention):
         mask = attn_metadata.mask
         if self.v_up is not None and q.size(2) > 1 and not isinstance(mask, DecodeMask):
             # for few tokens, lifting the output costs less than lifting values
-            return self._attend_rotary(q, k, lift(v, self.v_up, self.head_dim), attn_metadata)
+            v = lift(self.numbers(v, q.dtype), self.v_up, self.head_dim)
+            return self._attend_rotary(q, k, v, attn_metadata)
         return self.lift_output(self._attend_rotary(q, k, v, attn_metadata))
 
     def _keys_to_cache(self, k: Tensor, metadata: AttentionMetadata) -> Tensor:
@@ -220,7 +221,7 @@ class Attention(LatentAttention):
                 mask.table,
             )
         elif up is not None:
-            k = rebuild(k, *metadata.slot_angles, up, mean)
+            k = rebuild(self.numbers(k, q.dtype), *metadata.slot_angles, up, mean)
         return self.attend(q, k, v, mask)
 
 

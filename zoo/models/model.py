@@ -16,7 +16,7 @@ from .cache import Buffer, LayerCache, Pack, ServedLayer, StaticCache
 from .config import Config
 from .linear import Projector
 from .mask import CausalMask, DecodeMask, Mask, causal_matrix, counted, decode_mask
-from .packing import Latent, pack
+from .packing import Latent, Packed, pack, unpack
 
 
 class LatentAttention(Projector):
@@ -26,6 +26,7 @@ class LatentAttention(Projector):
     latent_decode: Callable[..., Tensor] = staticmethod(latent_decode)
     lift_heads: Callable[..., Tensor] = staticmethod(lift_heads)  # likewise
     pack: Pack = staticmethod(pack)
+    unpack: Callable[[Packed, torch.dtype], Tensor] = staticmethod(unpack)
 
     layer: int
     heads: int  # query heads
@@ -133,7 +134,12 @@ class LatentAttention(Projector):
         if isinstance(mask, DecodeMask):
             how = mask.span, self.scale, mask.bias, mask.slopes, mask.table
             return self.latent_decode(q, k, v, *how)
+        k, v = self.numbers(k, q.dtype), self.numbers(v, q.dtype)
         return latent_attention(q, k, v, mask, self.scale)
+
+    def numbers(self, x: Buffer, dtype: torch.dtype) -> Tensor:
+        """The numbers of a buffer, (B, heads, S, width). dtype: of the result if x is packed."""
+        return self.unpack(x, dtype) if isinstance(x, Packed) else x
 
 
 class Model(Projector):

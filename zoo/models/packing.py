@@ -88,18 +88,7 @@ class Packed(NamedTuple):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The numbers, (B, heads, S, width), in a dtype."""
-        latent = Latent.of_layout(self.layout)
-        end = latent.heads * latent.code_bytes
-        codes = self.rows[..., :end].unflatten(-1, (latent.heads, -1))
-        scales = scale_of(self.rows[..., end : end + latent.heads * latent.scales])
-        scales = scales.unflatten(-1, (latent.heads, -1))
-        numbers, at = [], 0
-        for i, segment in enumerate(latent.segments):
-            x = _numbers(codes[..., at : at + segment.nbytes], segment.bits)
-            i -= latent.segments[0].bits == 16  # which has no scale
-            numbers.append(x if segment.bits == 16 else x * scales[..., i : i + 1])
-            at += segment.nbytes
-        return torch.cat(numbers, -1).to(dtype).transpose(1, 2)
+        return unpack(self, dtype)
 
 
 def pack(x: Tensor, latent: Latent) -> Packed:
@@ -121,6 +110,22 @@ def pack(x: Tensor, latent: Latent) -> Packed:
     if empty:
         parts.append(parts[0].new_zeros(*x.shape[:2], empty))
     return Packed(torch.cat(parts, -1), latent.layout)
+
+
+def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The numbers, (B, heads, S, width), in a dtype."""
+    latent = Latent.of_layout(packed.layout)
+    end = latent.heads * latent.code_bytes
+    codes = packed.rows[..., :end].unflatten(-1, (latent.heads, -1))
+    scales = scale_of(packed.rows[..., end : end + latent.heads * latent.scales])
+    scales = scales.unflatten(-1, (latent.heads, -1))
+    numbers, at = [], 0
+    for i, segment in enumerate(latent.segments):
+        x = _numbers(codes[..., at : at + segment.nbytes], segment.bits)
+        i -= latent.segments[0].bits == 16  # which has no scale
+        numbers.append(x if segment.bits == 16 else x * scales[..., i : i + 1])
+        at += segment.nbytes
+    return torch.cat(numbers, -1).to(dtype).transpose(1, 2)
 
 
 def scale_of(code: Tensor) -> Tensor:
