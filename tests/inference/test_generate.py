@@ -109,6 +109,15 @@ def test_later_parts_of_a_prompt_take_one_graph_of_any_length(model, backend):
     close(got, parts(eager, tokens, 40))
 
 
+@pytest.mark.parametrize("ends", [(20,), (9, 20)])
+def test_a_prompt_may_fill_a_compiled_cache_to_its_last_slot(ends):
+    torch._dynamo.reset()
+    model, tokens = tiny.native(num_hidden_layers=2), tiny.tokens(1, 20)
+    generator, eager = (Generator(model, 1, 20, compile=x) for x in (True, False))
+    generator.prefill = torch.compile(steps.prefill, fullgraph=True, backend="aot_eager")
+    close(parts(generator, tokens, *ends), parts(eager, tokens, 20))
+
+
 def test_a_long_prompt_is_run_in_parts(model, monkeypatch):
     tokens, generator = tiny.tokens(2, 40), Generator(model, 2, 40, compile=False)
     want = generator.advance(tokens, 0)

@@ -110,6 +110,9 @@ class Generator:
             pos = torch.arange(start, start + 1, device=tokens.device)
             return self.decode(self.model, tokens, pos, self.cache, valid)
         past = torch.empty(start, device=tokens.device)
+        # torch.compile takes a length that fills the cache for a constant
+        if start + tokens.size(1) == self.slots:
+            return prefill(self.model, tokens, past, self.cache, valid)
         if self.prefill is not prefill:  # one graph for all lengths
             torch._dynamo.mark_dynamic(tokens, 1)
             if start > 1:  # sizes 0 and 1 cannot be dynamic: they have graphs of their own
