@@ -146,6 +146,7 @@ ANSWERS = {  # kind, changes of the config, options, how much of each layer's ca
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ANSWERS)
 def test_two_processes_answer_as_the_native_model(case, tmp_path):
     kind, changes, options, held = ANSWERS[case]
