@@ -4,9 +4,11 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from ..zoo.models.config import Config
 from .native import native_config
+from .parallel import Share, new_part
 
 
 class Checks(VerifyAndUpdateConfig):
@@ -23,9 +25,19 @@ class Checks(VerifyAndUpdateConfig):
 def _refused(options: Any, config: Config) -> Any:
     """What is not supported, and what to do instead."""
     parallel, model, cache = options.parallel_config, options.model_config, options.cache_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"):
-        if getattr(parallel, name) > 1:
-            yield f"{name} {getattr(parallel, name)}", "use one device, or several servers"
+    if parallel.tensor_parallel_size > 1:
+        share = Share(config, 0, parallel.tensor_parallel_size)
+        try:
+            new_part(share)
+        except ValueError as error:
+            yield f"tensor_parallel_size {share.parts}", str(error)
+    stages, layers = parallel.pipeline_parallel_size, config.num_hidden_layers
+    if stages > layers:
+        yield f"pipeline_parallel_size {stages}", f"pass at most {layers}, one for each layer"
+    if stages > 1 and model.enforce_eager and current_platform.is_cpu():  # vLLM fails at a request
+        yield f"pipeline_parallel_size {stages} and --enforce-eager on a CPU", "omit one of them"
+    if (count := parallel.decode_context_parallel_size) > 1:
+        yield f"decode_context_parallel_size {count}", "omit it"
     if options.lora_config is not None:
         yield "LoRA", "merge the adapter into the model, then compress it"
     if model.quantization is not None:

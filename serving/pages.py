@@ -14,16 +14,16 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImplBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from ..zoo.models.cache import Buffer, Pack, ServedLayer, as_bytes, of_bytes
-from ..zoo.models.model import Model
+from ..zoo.models.model import LatentAttention, Model
 from .steps import PagedBackend, Part, Step
 
 
 class PagedLayer(ServedLayer, AttentionLayerBase):
     """A layer's cache. It is known to vLLM by its name."""
 
-    def __init__(self, model: Model, index: int, name: str, config: VllmConfig):
+    def __init__(self, model: Model, attn: LatentAttention, name: str, config: VllmConfig):
         """config: of vLLM, which learns of the layer by it."""
-        self.model, self.attn, self.name = model, model.layers[index].attn, name
+        self.model, self.attn, self.name = model, attn, name
         self.latents = self.attn.k, self.attn.v
         self.widths = [latent.nbytes(model.dtype) for latent in self.latents]
         self.impl = PagedImpl()
@@ -47,7 +47,7 @@ class PagedLayer(ServedLayer, AttentionLayerBase):
         parts = (as_bytes(x, y, pack)[0] for x, y in zip((k, v), self.latents, strict=True))
         rows = torch.cat([*parts], -1)
         queries = q[0].transpose(0, 1)  # (T, H, width)
-        width = self.attn.o_proj.in_features // self.attn.heads
+        width = self.attn.o_proj.weight.size(1) // self.attn.heads
         out = queries.new_empty(*queries.shape[:2], width)
         torch.ops.vllm.unified_attention_with_output(
             queries, rows, rows, out, _encode_layer_name(self.name)

@@ -88,7 +88,8 @@ def test_commands_have_the_options_that_are_shown(page):
 
 def test_options_alone_belong_to_some_command_or_script():
     known = {"--version", "--debug", "--no-deps"}  # of eigenzoo itself and of pip
-    known |= {"--block-size", "--quantization", "--kv-cache-dtype"}  # of vLLM
+    known |= {"--block-size", "--quantization", "--kv-cache-dtype", "--enforce-eager"}  # of vLLM
+    known |= {"--tensor-parallel-size", "--pipeline-parallel-size"}
     for command in COMMANDS.values():
         known |= options(command)
     bench = ROOT / "kernels/bench/__main__.py"

@@ -4,7 +4,17 @@ from typing import Any
 
 from torch import nn
 
-TP_PLAN: dict[str, str] = {}  # transformers' parallel style for each module
+WAYS = {  # how several processes split each module, named as transformers' parallel styles
+    "embed": "embedding_rowwise",
+    "layers.*.attn": "latents",
+    **{f"layers.*.attn.{x}_proj": "colwise" for x in "qkv"},
+    "layers.*.attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+    "head": "colwise_gather_output",
+}
+TP_PLAN: dict[str, str] = {}  # the same for transformers, if it can
 try:  # since transformers 5.23
     from torch.distributed.tensor import Shard, distribute_tensor
     from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
@@ -29,15 +39,4 @@ else:
             return super().install_forward(module, mesh)
 
     ALL_PARALLEL_STYLES.register("latents", LatentParallel())  # type: ignore[arg-type]
-    TP_PLAN = {
-        "model.embed": "embedding_rowwise",
-        "model.layers.*.attn": "latents",
-        "model.layers.*.attn.q_proj": "colwise",
-        "model.layers.*.attn.k_proj": "colwise",
-        "model.layers.*.attn.v_proj": "colwise",
-        "model.layers.*.attn.o_proj": "rowwise",
-        "model.layers.*.mlp.gate_proj": "colwise",
-        "model.layers.*.mlp.up_proj": "colwise",
-        "model.layers.*.mlp.down_proj": "rowwise",
-        "model.head": "colwise_gather_output",
-    }
+    TP_PLAN = {f"model.{name}": way for name, way in WAYS.items()}

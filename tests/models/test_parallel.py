@@ -133,7 +133,7 @@ def test_a_shared_model_is_saved_again_unchanged(folder):
 @pytest.mark.parametrize(
     ("way", "reason"),
     {
-        "llama grouped": "layer 0 has 1 latents of keys and 4 of values, which 2 processes",
+        "llama grouped": "layer 0 has 8 heads, 1 latents of keys and 4 of values, which 2",
         "foundry qk_ln": "qk_ln norms queries and keys over all heads",
     }.items(),
 )

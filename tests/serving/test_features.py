@@ -25,6 +25,7 @@ PACKED = {
     "v_segments": ("", "4x8+4x4", "3x8"),
     "centered": True,
 }
+TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +141,7 @@ def test_a_token_takes_the_bytes_that_the_card_promises(folder, exported):
     ("options", "message"),
     [
         ({"enable_lora": True}, "LoRA"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size 2"),
-        (
-            {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
-            "pipeline_parallel_size 2",
-        ),
+        (TWO | {"decode_context_parallel_size": 2}, "decode_context_parallel_size 2"),
         ({"quantization": "fp8"}, "quantization 'fp8'"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8'"),
     ],

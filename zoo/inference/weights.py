@@ -48,22 +48,28 @@ def build(
     return model_of(config, {key: _cast(key, x, main, device) for key, x in weights.items()})
 
 
-def fill(model: Model, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def fill(
+    config: Config,
+    own: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    cut: Callable[[str, Tensor], Tensor] = lambda name, x: x,
+) -> None:
     """Copy the weights of a compressed checkpoint into a model as they are read, one by one.
 
-    Raises ValueError as `build`, but compares nothing with a tied head.
+    own: the model's weights, by the names in the checkpoint. They may be those of some layers only,
+    and each the part of a weight that `cut(name, weight)` returns. Raises ValueError as `build`,
+    but compares nothing with a tied head.
     """
-    own = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del own["head.weight"]
-    missing = own.keys() | set()
+    expected = _expected(config)
+    missing = expected.keys() | set()
     for key, tensor in tensors:
-        for name, part in _native_parts(key, tensor):
-            if name == "head.weight" and name not in own:
+        for name, x in _native_parts(key, tensor):
+            if name == "head.weight" and name not in expected:
                 continue
-            _check_part(key, part, own.get(name))
-            own[name].copy_(_cast(key, part, own[name].dtype, own[name].device))
+            _check_part(key, x, expected.get(name))
             missing.discard(name)
+            if name in own:
+                own[name].copy_(_cast(key, cut(name, x), own[name].dtype, own[name].device))
     _check_missing(missing)
 
 

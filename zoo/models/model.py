@@ -43,26 +43,30 @@ class LatentAttention(Projector):
     scale: float
     share: tuple[int, int] = (0, 1)  # (i, n): this process has part i of n of heads and latents
 
-    def split(self, part: int, parts: int) -> None:
+    def split(self, part: int, parts: int, repeat: bool = False) -> None:
         """Expect projections that hold only part `part` of `parts` equal parts of the heads.
 
-        A latent and its heads stay in one part. Raises ValueError if the latents do not divide
-        evenly.
+        A latent and its heads stay in one part. repeat: a layer's only latent is in every part.
+        Raises ValueError if the latents do not divide evenly.
         """
-        if self.k.heads % parts or self.v.heads % parts:
+        latents = self.k, self.v
+        counts = [1 if repeat and x.heads == 1 else parts for x in latents]
+        if self.heads % parts or any(x.heads % n for x, n in zip(latents, counts, strict=True)):
             raise ValueError(
-                f"layer {self.layer} has {self.k.heads} latents of keys and {self.v.heads} of "
-                f"values, which {parts} processes cannot share evenly: use a number of processes "
-                "that divides both, or compress with a smaller --heads-per-latent"
+                f"layer {self.layer} has {self.heads} heads, {self.k.heads} latents of keys and "
+                f"{self.v.heads} of values, which {parts} processes cannot share evenly: use a "
+                "number of processes that divides all, or compress with another --heads-per-latent"
             )
         self.share = part, parts
         self.heads //= parts
-        self.k, self.v = (x._replace(heads=x.heads // parts) for x in (self.k, self.v))
+        self.k, self.v = (
+            x._replace(heads=x.heads // n) for x, n in zip(latents, counts, strict=True)
+        )
 
     def own(self, x: Tensor) -> Tensor:
-        """This process's rows of x, which has one row per head or per latent."""
+        """This process's rows of x, which has one row per head or per latent, or one for all."""
         part, parts = self.share
-        return x if parts == 1 else x.chunk(parts)[part]
+        return x if parts == 1 or len(x) == 1 else x.chunk(parts)[part]
 
     def source(self, name: str) -> nn.Module:
         """The module that gives all queries ("q"), keys ("k") or values ("v"), (B, T, outputs)."""
@@ -270,12 +274,12 @@ class Model(Projector):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.embed.weight.dtype
+        return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self.embed.weight.device
+        return next(self.parameters()).device
 
 
 def parameter(*shape: int) -> nn.Parameter:

@@ -210,14 +210,14 @@ class Attention(LatentAttention):
         """As in `LatentAttention`: after clips and norms."""
         return getattr(self, f"{name}_bound")
 
-    def split(self, part: int, parts: int) -> None:
+    def split(self, part: int, parts: int, repeat: bool = False) -> None:
         """As in `LatentAttention`. Raises ValueError also for `qk_ln`, a norm over all heads."""
         if self.q_bound.norm is not None:
             raise ValueError(
                 "qk_ln norms queries and keys over all heads, but each of several processes holds "
                 "only some: load this model in one process"
             )
-        super().split(part, parts)
+        super().split(part, parts, repeat)
 
     def forward(self, x: Tensor, pos: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
