@@ -110,16 +110,6 @@ def test_no_process_holds_a_whole_model_while_it_loads():
     assert len(read) > 20
 
 
-EVERYWHERE = (
-    "norm",
-    "attn_norm",
-    "mlp_norm",
-    "positions",
-    "attn.o_proj.bias",
-    "mlp.down_proj.bias",
-)
-
-
 @pytest.mark.parametrize(
     ("kind", "changes", "count", "message"),
     [
