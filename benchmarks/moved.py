@@ -13,9 +13,10 @@ then the continuation of one document, or a question about its fact. The rows of
 - shared: computed behind the first block of the beginning (a shared prefix, arXiv 2502.05431);
 
 and "+ N" means that the first N tokens of each document are recomputed in the prompt (arXiv
-2410.15332). Prints a line of JSON for each: perplexity of the continuations and its increase in %
-over the reference, the share of their tokens for which the most likely token is that of the
-reference, and how many facts greedy decoding gives.
+2410.15332). Prints a line of JSON for each: perplexity of the
+continuations, its increase in % over the reference and the standard error of that, the share of
+their tokens for which the most likely token is that of the reference, and how many facts greedy
+decoding gives.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eigenzoo.kernels.install import install
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import encode
 from eigenzoo.zoo.inference.moved import move, shift_step
@@ -146,13 +148,14 @@ def measured(model: Model, each: Iterator[Prompt], mends: Sequence[int]) -> dict
             right = bool((said == asked[-prompt.answer :]).all())
             sums.setdefault(way, []).append((loss, agree, right))
     mean = {way: torch.tensor(found, dtype=torch.float64) for way, found in sums.items()}
-    first = mean["recomputed"][:, 0].mean()
     rows = {}
     for way, found in mean.items():
         loss, agree, _ = found.mean(0)
+        more = found[:, 0] - mean["recomputed"][:, 0]
         rows[way] = {
             "perplexity": round(loss.exp().item(), 3),
-            "increase_percent": round(100 * ((loss - first).exp().item() - 1), 2),
+            "increase_percent": round(100 * more.mean().expm1().item(), 2),
+            "error_percent": round(100 * more.std().item() / len(more) ** 0.5, 2),
             "agreement": round(agree.item(), 4),
             "facts_found": int(found[:, 2].sum()),
         }
@@ -174,6 +177,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model, tokenizer = load(args.source, torch.float32)[:2]
+    install(model)
     step = shift_step(model.config)
     for name in ("document", "begin", "before"):
         if getattr(args, name) % step:

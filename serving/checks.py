@@ -6,6 +6,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ..zoo.models.config import Config
+from . import moved
 from .native import native_config
 
 
@@ -18,6 +19,9 @@ class Checks(VerifyAndUpdateConfig):
         config = native_config(vllm_config.model_config.hf_config)
         for given, advice in _refused(vllm_config, config):
             raise ValueError(f"a compressed cache is not served with {given}: {advice}")
+        transfer = vllm_config.kv_transfer_config
+        if transfer is not None and transfer.kv_connector == moved.NAME:
+            moved.check(config, vllm_config)
 
 
 def _refused(options: Any, config: Config) -> Any:
