@@ -8,7 +8,8 @@ this by naming its documents, and needs a cache salt, so that no other request r
     {"kv_transfer_params": {"documents": [64, 320, 512]}, "cache_salt": "approximate", ...}
 
 says that tokens 64 to 319 and 320 to 511 of the prompt are documents. All are multiples of the page
-size. What a document's pages are known by is the salt and the document's tokens up to their end.
+size, and above 0: a document that begins a text holds an attention sink, and loses more elsewhere.
+What a document's pages are known by is the salt and the document's tokens up to their end.
 
 vLLM computes what follows the first token that it lacks. So documents are used again only as far as
 the prompt before them is in the prefix cache, and each document before is there or used again too.
@@ -132,8 +133,8 @@ class MovedPages(KVConnectorBase_V1, SupportsHMA):
         tokens = request.prompt_token_ids or []
         if not (request.cache_salt and _rising(borders, self.page, len(tokens))):
             log.warning_once(
-                "documents of requests are computed: expected rising multiples of %d within the "
-                "prompt, and a cache_salt",
+                "documents of requests are computed: expected rising multiples of %d, above 0 and "
+                "within the prompt, and a cache_salt",
                 self.page,
             )
             return {}
@@ -172,5 +173,5 @@ def _rising(borders: Any, page: int, tokens: int) -> bool:
     """Whether borders of documents are what a request may name."""
     if not isinstance(borders, list) or not all(type(x) is int for x in borders):
         return False
-    inside = all(x % page == 0 and 0 <= x <= tokens for x in borders)
+    inside = all(x % page == 0 and 0 < x <= tokens for x in borders)
     return inside and all(x < y for x, y in pairwise(borders))

@@ -110,6 +110,14 @@ def test_borders_that_are_not_rising_multiples_of_a_page_name_no_document(llm, e
     assert copied(llm) == 0
 
 
+def test_a_document_that_began_a_text_is_not_used_elsewhere(llm, exported):
+    asked(llm, ONE + ASKED, [0, 48])
+    asked(llm, FAR)
+    exact = native(exported.model, [FAR + ONE + ASKED], COUNT)[0]
+    assert asked(llm, FAR + ONE + ASKED, [80, 128]) == exact
+    assert copied(llm) == 0
+
+
 def test_another_salt_or_none_finds_no_page(llm, exported):
     asked(llm, NEAR + ONE + ASKED, [32, 80])
     exact = native(exported.model, [FAR + ONE + ASKED], COUNT)[0]
@@ -131,7 +139,7 @@ def test_pages_that_were_given_to_another_text_are_not_read(folder, exported):
 
 
 def test_pages_are_copied_before_the_prompt_itself_takes_them(folder, exported):
-    few = {"num_gpu_blocks_override": 13, "max_model_len": 176}  # so it takes all that it copies
+    few = {"num_gpu_blocks_override": 12, "max_model_len": 176}  # it takes what it copies
     with serving(folder, **ON | few) as llm:
         asked(llm, NEAR + ONE + ASKED, [32, 80])
         asked(llm, FAR)
