@@ -7,6 +7,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from ..zoo.models.config import Config
+from . import moved
 from .native import native_config
 from .parallel import Share, new_part
 
@@ -20,6 +21,9 @@ class Checks(VerifyAndUpdateConfig):
         config = native_config(vllm_config.model_config.hf_config)
         for given, advice in _refused(vllm_config, config):
             raise ValueError(f"a compressed cache is not served with {given}: {advice}")
+        transfer = vllm_config.kv_transfer_config
+        if transfer is not None and transfer.kv_connector == moved.NAME:
+            moved.check(config, vllm_config)
 
 
 def _refused(options: Any, config: Config) -> Any:

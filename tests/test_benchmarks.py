@@ -69,6 +69,24 @@ def test_what_the_ops_round_is_measured_on_every_domain(run, dense_folder, tmp_p
 
 
 @pytest.mark.slow
+def test_every_way_of_reading_moved_documents_is_compared(run, dense_folder, tmp_path):
+    quick = "--samples", "4", "--seq-len", "32"
+    assert run("compress", dense_folder, tmp_path / "low", "--keep", "0.2", *quick)[0] == 0
+    (tmp_path / "words.txt").write_text(tiny.WORDS * 40)
+    words = ["--text", tmp_path / "words.txt", "--samples", "2", "--documents", "2"]
+    words += ["--document", "80", "--begin", "16", "--before", "16", "--tail", "16"]
+    done = fresh.python(FILES / "moved.py", tmp_path / "low", *words)
+    assert done.returncode == 0, done.stderr
+    reference, dropped, *rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (reference["way"], dropped["way"]) == ("recomputed", "dropped")
+    assert (reference["increase_percent"], reference["agreement"]) == (0, 1)
+    made = ("moved", "alone", "shared")
+    assert [row["way"] for row in rows] == [x for name in made for x in (name, f"{name} + 16")]
+    for row in rows:
+        assert 0 < abs(row["increase_percent"]) < 5
+
+
+@pytest.mark.slow
 def test_every_way_of_drafting_takes_turns_at_decoding(dense_folder):
     words = [FILES / "speculative.py", dense_folder, "--draft", dense_folder, "--lookup", "3"]
     done = fresh.python(*words, "--no-compile", "--tokens", "12", "--rounds", "1")
