@@ -26,11 +26,12 @@ KINDS = {  # family, changes of the dense config, changes of the compressed one
     "learned positions": ("opt", {}, LOW),
     "ALiBi": ("mpt", {}, LOW),
 }
+SAME_CODE = {"one window": ("mistral", {"sliding_window": 5}, LOW)}  # as a kind above runs
 
 
 def of_kind(kind: str, **changes) -> EigenForCausalLM:
     """A random model that holds its keys in one of the ways of `KINDS`."""
-    family, dense, low = KINDS[kind]
+    family, dense, low = (KINDS | SAME_CODE)[kind]
     config = replace(tiny.native(family, **dense).config, **low | changes)
     model = FAMILIES[family].model(config)
     tiny.stir(model)

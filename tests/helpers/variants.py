@@ -27,6 +27,8 @@ VARIANTS = {
     "mpt untied": {"tie_word_embeddings": False},
     "qwen2 full": {"tie_word_embeddings": True},
     "qwen2 windows": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "mistral window": {"sliding_window": 7},
+    "mistral nemo": {"sliding_window": None, "head_dim": 16},
 }
 FOUNDRY = {
     "foundry 7b": ({}, {}),

@@ -26,6 +26,7 @@ CASES = {  # kind, changes of the config
     "rotated keys": ("anchored keys", SEGMENTS | {"anchor": 256}),
     "pairs": ("pairs", SEGMENTS),
     "windows": ("windows", SEGMENTS),
+    "Mistral": ("one window", SEGMENTS),
     "OPT": ("learned positions", SEGMENTS),
     "OPT, joint": ("learned positions", JOINT),
     "MPT": ("ALiBi", SEGMENTS),

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from .config import Config
 from .llama import Llama, LlamaConfig
+from .mistral import MistralConfig
 from .model import Model
 from .mpt import MPT, MPTConfig
 from .opt import OPT, OPTConfig
-from .qwen2 import Qwen2, Qwen2Config
+from .qwen2 import Qwen2Config
+from .windows import WindowedLlama
 
 
 class Family(NamedTuple):
@@ -25,7 +27,8 @@ FAMILIES = {
     "llama": Family(LlamaConfig, Llama),
     "opt": Family(OPTConfig, OPT),
     "mpt": Family(MPTConfig, MPT),
-    "qwen2": Family(Qwen2Config, Qwen2),
+    "qwen2": Family(Qwen2Config, WindowedLlama),
+    "mistral": Family(MistralConfig, WindowedLlama),
 }
 
 

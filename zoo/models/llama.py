@@ -243,12 +243,10 @@ class MLP(Projector):
 class Block(nn.Module):
     """One layer: attention and MLP, each after a norm and with a residual connection."""
 
-    attention: ClassVar[Callable[..., LatentAttention]] = Attention
-
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig, attention: LatentAttention):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = self.attention(config, layer)
+        self.attn = attention
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -265,13 +263,14 @@ class Llama(Model):
 
     config: LlamaConfig
     inv_freq: Tensor
-    block: ClassVar[Callable[..., nn.Module]] = Block
+    attention: ClassVar[Callable[..., LatentAttention]] = Attention
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = (self.block(config, i) for i in range(config.num_hidden_layers))
+        count = config.num_hidden_layers
+        blocks = (Block(config, self.attention(config, i)) for i in range(count))
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
