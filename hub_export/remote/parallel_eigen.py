@@ -35,6 +35,8 @@ else:
         "model.layers.*.attn.q_proj": "colwise",
         "model.layers.*.attn.k_proj": "colwise",
         "model.layers.*.attn.v_proj": "colwise",
+        "model.layers.*.attn.q_norm": "replicated_with_grad_allreduce",
+        "model.layers.*.attn.k_norm": "replicated_with_grad_allreduce",
         "model.layers.*.attn.o_proj": "rowwise",
         "model.layers.*.mlp.gate_proj": "colwise",
         "model.layers.*.mlp.up_proj": "colwise",

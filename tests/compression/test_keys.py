@@ -33,6 +33,7 @@ MODELS = {
     "yarn": lambda: tiny.native(
         max_position_embeddings=CONTEXT, rope_parameters=rope_parameters("yarn-mscale"), head_dim=16
     ),
+    "norms": lambda: normed(),
     "windows": lambda: tiny.native(
         "qwen2",
         max_position_embeddings=CONTEXT,
@@ -41,6 +42,16 @@ MODELS = {
         max_window_layers=1,
     ),
 }
+
+
+def normed() -> Model:
+    """A Qwen3 whose scores are as large as those of the other models: norms give longer vectors."""
+    model = tiny.native("qwen3", max_position_embeddings=CONTEXT)
+    for layer in model.layers:
+        layer.attn.q_norm.weight *= 0.25
+    return model
+
+
 SCHEMES = {
     "rebuild": Settings(keep=0.6, keys="rebuild", kv_bits=(16,)),
     "anchored 3": Settings(keep=0.6, keys="anchored", anchor_block=3, kv_bits=(16,)),
@@ -199,6 +210,8 @@ def test_pairs_lose_nothing_where_heads_are_turned_and_scaled_copies(name, metho
             heads = p.unflatten(0, (4, d))
             turned = rotate(heads[::2].transpose(1, -1), angle.cos(), angle.sin()).transpose(1, -1)
             heads[1::2] = 1.7 * turned
+        if name == "norms":  # only with equal weights for both numbers of a pair it can be turned
+            layer.attn.k_norm.weight[d // 2 :] = layer.attn.k_norm.weight[: d // 2]
     settings = Settings(method, keep=0.6, keys="pairs", heads_per_latent=(4, 4), kv_bits=(16,)).fit(
         model.config
     )

@@ -26,12 +26,17 @@ KINDS = {  # family, changes of the dense config, changes of the compressed one
     "learned positions": ("opt", {}, LOW),
     "ALiBi": ("mpt", {}, LOW),
 }
-SAME_CODE = {"one window": ("mistral", {"sliding_window": 5}, LOW)}  # as a kind above runs
+NORMED = {"attention_bias": True} | WINDOWS
+SERVED = {  # which transformers' class treats as one above
+    "one window": ("mistral", {"sliding_window": 5}, LOW),
+    "normed, rebuilt keys": ("qwen3", NORMED, LOW | {"key_mean": True}),
+    "normed, anchored keys": ("qwen3", {}, LOW | {"anchor": 4, "k_heads_per_latent": 2}),
+}
 
 
 def of_kind(kind: str, **changes) -> EigenForCausalLM:
-    """A random model that holds its keys in one of the ways of `KINDS`."""
-    family, dense, low = (KINDS | SAME_CODE)[kind]
+    """A random model that holds its keys in one of the ways of `KINDS` and `SERVED`."""
+    family, dense, low = (KINDS | SERVED)[kind]
     config = replace(tiny.native(family, **dense).config, **low | changes)
     model = FAMILIES[family].model(config)
     tiny.stir(model)

@@ -38,6 +38,7 @@ SIZES = {
         "max_position_embeddings": 256,
     },
     "qwen2": ROTARY,
+    "qwen3": ROTARY | {"head_dim": 8},
     "mistral": ROTARY,
     "mpt": {"vocab_size": 320, "d_model": 64, "n_heads": 8, "n_layers": 3, "max_seq_len": 256},
 }

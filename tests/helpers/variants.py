@@ -27,6 +27,11 @@ VARIANTS = {
     "mpt untied": {"tie_word_embeddings": False},
     "qwen2 full": {"tie_word_embeddings": True},
     "qwen2 windows": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen3 tied": {"tie_word_embeddings": True},
+    "qwen3 windows": {
+        **{"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+        **{"attention_bias": True, "head_dim": 16},
+    },
     "mistral window": {"sliding_window": 7},
     "mistral nemo": {"sliding_window": None, "head_dim": 16},
 }

@@ -27,6 +27,8 @@ CASES = {  # kind, changes of the config
     "pairs": ("pairs", SEGMENTS),
     "windows": ("windows", SEGMENTS),
     "Mistral": ("one window", SEGMENTS),
+    "Qwen3": ("normed, rebuilt keys", SEGMENTS),
+    "Qwen3, anchored": ("normed, anchored keys", SEGMENTS),
     "OPT": ("learned positions", SEGMENTS),
     "OPT, joint": ("learned positions", JOINT),
     "MPT": ("ALiBi", SEGMENTS),

@@ -13,6 +13,7 @@ from .model import Model
 from .mpt import MPT, MPTConfig
 from .opt import OPT, OPTConfig
 from .qwen2 import Qwen2Config
+from .qwen3 import Qwen3, Qwen3Config
 from .windows import WindowedLlama
 
 
@@ -28,6 +29,7 @@ FAMILIES = {
     "opt": Family(OPTConfig, OPT),
     "mpt": Family(MPTConfig, MPT),
     "qwen2": Family(Qwen2Config, WindowedLlama),
+    "qwen3": Family(Qwen3Config, Qwen3),
     "mistral": Family(MistralConfig, WindowedLlama),
 }
 

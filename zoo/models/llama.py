@@ -10,6 +10,8 @@ Differences from transformers' `modeling_llama.py`:
   Decoding then needs one rotated query per block instead of one lifted key per token.
 - With `pairs`, a basis mixes heads but not rotation frequencies, so it commutes with the rotation:
   latents are cached rotated, and queries read them directly.
+- With `anchor` > 1, or if a norm follows the projection of keys (see `qwen3.py`), their encoder is
+  a matrix of its own, `k_down`. Otherwise it is folded into the projection.
 - Values are not lifted before attention in a decoding step. Their decoder is folded into `o_proj`
   if that does not enlarge it; otherwise it is applied after attention, once per query head.
 """
@@ -147,21 +149,21 @@ class Attention(LatentAttention):
         k_up, v_up = config.lifted(layer)
         shared = config.k_heads_per_latent, config.v_heads_per_latent
 
-        anchored, paired = k_up and config.anchor > 1, k_up and config.pairs
+        k_down = k_up and (config.anchor > 1 or config.nonlinear[0])
         self.q_proj = nn.Linear(width, heads * d, bias=config.query_bias)
-        k_width = config.num_key_value_heads * d if anchored else k.heads * k.width
+        k_width = config.num_key_value_heads * d if k_down else k.heads * k.width
         self.k_proj = nn.Linear(width, k_width, bias=config.key_bias)
         self.v_proj = nn.Linear(width, v.heads * v.width, bias=config.value_bias)
         self.o_proj = nn.Linear(heads * (d if v_up else v.width), width, bias=config.output_bias)
         self.k_up = parameter(k.heads, k.width, shared[0] * d) if k_up else None
         mean = k_up and config.key_mean
         self.anchor = config.anchor
-        self.k_down = parameter(k.heads, shared[0] * d, k.width) if anchored else None
+        self.k_down = parameter(k.heads, shared[0] * d, k.width) if k_down else None
         self.k_mean = parameter(config.num_key_value_heads, 1, d) if mean else None
         # on the device of the weights: if that is meta, zeros on a CPU would pass for loaded ones
         shape, device = (k.heads, k.width // 2), self.k_proj.weight.device
-        pairs = torch.zeros(shape, dtype=torch.long, device=device) if paired else None
-        self.register_buffer("k_pairs", pairs)
+        pairs = torch.zeros(shape, dtype=torch.long, device=device)
+        self.register_buffer("k_pairs", pairs if k_up and config.pairs else None)
         self.v_up = parameter(v.heads, v.width, shared[1] * d) if v_up else None
         self.add_shifts(config)
 
@@ -170,12 +172,20 @@ class Attention(LatentAttention):
     ) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         attn_metadata = self.own_metadata(attn_metadata)
-        q = self.project(self.q_proj, x, self.heads)  # (B, H, T, D)
-        k = self._keys_to_cache(self.linear(self.k_proj, x), attn_metadata)  # (B, L, T, R)
+        q = self.queries(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+        k = self._keys_to_cache(self.keys(x), attn_metadata)  # (B, L, T, R)
         v = self.project(self.v_proj, x, self.v.heads)  # (B, L, T, R)
         y = self.recall(q, k, v, pos, attn_metadata, cache)
         y = y.transpose(1, 2).flatten(2).contiguous()  # DTensor takes no other
         return self.linear(self.o_proj, y)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries before the rotation: x (B, T, width) -> (B, T, H * D)."""
+        return self.linear(self.q_proj, x)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys before the rotation, encoded if there is no `k_down`: (B, T, outputs of k_proj)."""
+        return self.linear(self.k_proj, x)
 
     def read(self, q: Tensor, k: Buffer, v: Buffer, attn_metadata: AttentionMetadata) -> Tensor:
         """As in `LatentAttention`, of queries (B, H, T, D) that are not yet rotated."""
@@ -186,14 +196,13 @@ class Attention(LatentAttention):
         return self.lift_output(self._attend_rotary(q, k, v, attn_metadata))
 
     def _keys_to_cache(self, k: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """From projected keys (B, T, width) to what the cache keeps of them, (B, L, T, R)."""
+        """From `keys` to what the cache keeps of them, (B, L, T, R)."""
         if self.k_down is not None and metadata.block_angles is not None:
             heads = k.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            turned = rotate(heads, *metadata.block_angles)
-            grouped = turned.unflatten(1, (self.k.heads, -1))  # (B, L, G / L, T, D)
-            grouped = grouped.transpose(2, 3).flatten(3)  # (B, L, T, G / L * D)
-            return self.lift(grouped, self.k_down, self.k.width)
+            k = rotate(heads, *metadata.block_angles).transpose(1, 2).flatten(2)
         k = k.unflatten(-1, (self.k.heads, -1)).transpose(1, 2)
+        if self.k_down is not None:
+            k = self.lift(k, self.k_down, self.k.width)
         if self.k_pairs is not None:
             pairs = self.own(self.k_pairs)
             cos, sin = (x[:, 0][..., pairs].transpose(1, 2) for x in metadata.new_angles)

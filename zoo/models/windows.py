@@ -4,14 +4,16 @@ In a layer with a window of W tokens, a token attends to the last W, itself incl
 keeps all tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from .llama import Attention, AttentionMetadata, Llama, LlamaConfig
 from .mask import CausalMask, DecodeMask, Mask, causal_matrix, decode_mask, hide, whole_rows
+from .model import LatentAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class WindowedLlama(Llama):
     """A Llama whose layers may have windows."""
 
     config: WindowedConfig
-    attention = WindowedAttention
+    attention: ClassVar[Callable[..., LatentAttention]] = WindowedAttention
 
     def attention_metadata(  # type: ignore[override]
         self, position: Tensor, pos: Tensor, mask: Mask
