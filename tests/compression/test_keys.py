@@ -455,7 +455,8 @@ def test_auto_says_what_it_chose_and_why():
             tiny.native(),
             "defined with keys that are rebuilt",
         ),
-        (Settings(keep=0.6, keys="auto", kv_bits=(16,)), longrope(), "longrope"),
+        (Settings(keep=0.6, keys="auto", kv_bits=(16,)), changing("longrope"), "angles of this"),
+        (Settings(keep=0.6, keys="auto", kv_bits=(16,)), changing("dynamic"), "angles of this"),
     ):
         fitted = settings.fit(model.config)
         assert fitted.keys == "rebuild"
@@ -467,8 +468,9 @@ def test_auto_says_what_it_chose_and_why():
     assert choose_keys(tiny.native().config).keys in KEYS
 
 
-def longrope() -> Model:
-    return tiny.native(rope_parameters=rope_parameters("longrope"), head_dim=16)
+def changing(kind: str) -> Model:
+    """A model whose angles change with the length of the text."""
+    return tiny.native(rope_parameters=rope_parameters(kind), head_dim=16)
 
 
 @pytest.mark.parametrize(
@@ -494,8 +496,9 @@ def test_settings_that_make_no_sense_are_refused(settings, named):
 def test_what_cannot_be_cached_turned_is_refused_before_the_work(keys):
     with pytest.raises(ValueError, match=f"nothing rotates .* none can be {keys}"):
         Settings(keep=0.6, keys=keys, kv_bits=(16,)).fit(tiny.native("opt").config)
-    with pytest.raises(ValueError, match="longrope"):
-        Settings(keep=0.6, keys=keys, kv_bits=(16,)).fit(longrope().config)
+    for kind in ("longrope", "dynamic"):
+        with pytest.raises(ValueError, match=f"with {kind} RoPE"):
+            Settings(keep=0.6, keys=keys, kv_bits=(16,)).fit(changing(kind).config)
 
 
 def test_full_keys_leave_too_little_for_values():

@@ -28,6 +28,11 @@ KINDS = {  # family, changes of the dense config, changes of the compressed one
 }
 NORMED = {"attention_bias": True} | WINDOWS
 SERVED = {  # which transformers' class treats as one above
+    "dynamic": (
+        "llama",
+        {"rope_parameters": rope_parameters("dynamic"), "max_position_embeddings": 64},
+        LOW,
+    ),
     "one window": ("mistral", {"sliding_window": 5}, LOW),
     "normed, rebuilt keys": ("qwen3", NORMED, LOW | {"key_mean": True}),
     "normed, anchored keys": ("qwen3", {}, LOW | {"anchor": 4, "k_heads_per_latent": 2}),

@@ -11,6 +11,10 @@ VARIANTS = {
     "llama biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
     "llama wide heads": {"head_dim": 24},
     "llama linear": {"rope_parameters": rope_parameters("linear"), "head_dim": 16},
+    "llama dynamic": {
+        **{"rope_parameters": rope_parameters("dynamic"), "head_dim": 16},
+        "max_position_embeddings": 64,
+    },
     "llama llama3": {"rope_parameters": rope_parameters("llama3"), "head_dim": 16},
     "llama yarn": {"rope_parameters": rope_parameters("yarn-mscale"), "head_dim": 16},
     "llama longrope": {"rope_parameters": rope_parameters("longrope"), "head_dim": 16},

@@ -188,9 +188,9 @@ class Config:
             )
 
     @property
-    def fixed_angles(self) -> bool:
-        """Whether the rotation angles of a position never depend on the length of the text."""
-        return True
+    def steady_length(self) -> int | None:
+        """The length of a text up to which angles do not depend on it; None: they never do."""
+        return None
 
     @property
     def nonlinear(self) -> tuple[bool, bool]:

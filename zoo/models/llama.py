@@ -30,7 +30,7 @@ from .config import Config
 from .linear import Projector
 from .mask import CausalMask, DecodeMask, Mask, at
 from .model import LatentAttention, Model, parameter
-from .rope import check_rope, frequencies, rotate
+from .rope import at_length, check_rope, frequencies, rotate, steady_length
 
 NAMES = {
     "embed_tokens": "embed",
@@ -69,10 +69,11 @@ class LlamaConfig(Config):
             )
         if type(self.anchor) is not int or self.anchor < 1:
             raise ValueError(f"anchor is {self.anchor}: expected 1 or more positions per block")
-        if (self.anchor > 1 or self.pairs) and not self.fixed_angles:
+        if (self.anchor > 1 or self.pairs) and self.steady_length is not None:
             raise ValueError(
-                "with longrope, the angles of a position change when the text becomes long, so "
-                "compressed keys cannot be cached rotated: rebuild them, or keep keys in full"
+                f"with {self.rope_parameters['rope_type']} RoPE, the angles of a position change "
+                "when the text becomes long, so compressed keys cannot be cached rotated: rebuild "
+                "them, or keep keys in full"
             )
         if self.pairs and (self.anchor > 1 or any(r % 2 for r in self.k_ranks)):
             raise ValueError(
@@ -84,9 +85,9 @@ class LlamaConfig(Config):
         frequencies(self.rope_parameters, self.head_dim, self.max_position_embeddings)
 
     @property
-    def fixed_angles(self) -> bool:
-        """Whether the rotation angles of a position never depend on the length of the text."""
-        return self.rope_parameters.get("rope_type") != "longrope"
+    def steady_length(self) -> int | None:
+        """The length of a text up to which angles do not depend on it; None: they never do."""
+        return steady_length(self.rope_parameters, self.max_position_embeddings)
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
@@ -308,13 +309,12 @@ class Llama(Model):
     def rope(self, position: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B or 1, 1, S, D / 2) of positions (B or 1, S), in fp32.
 
-        newest: positions of the new tokens; the largest selects longrope's frequencies.
+        newest: positions of the new tokens; with some types, angles depend on the largest.
         """
+        c = self.config
         # weights that were on the meta device may have been loaded one by one to another
-        inv_freq, *long = self.inv_freq.to(position.device)
-        if long:
-            short = self.config.rope_parameters["original_max_position_embeddings"]
-            inv_freq = torch.where(newest.max() >= short, long[0], inv_freq)
+        inv_freq = self.inv_freq.to(position.device)
+        inv_freq = at_length(inv_freq, c.rope_parameters, c.max_position_embeddings, newest)
         angle = position[:, None, :, None].float() * inv_freq
         return angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
 
