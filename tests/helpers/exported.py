@@ -33,6 +33,7 @@ SERVED = {  # which transformers' class treats as one above
         {"rope_parameters": rope_parameters("dynamic"), "max_position_embeddings": 64},
         LOW,
     ),
+    "experts": ("qwen3_moe", {"num_experts_per_tok": 3}, LOW | {"anchor": 4}),
     "one window": ("mistral", {"sliding_window": 5}, LOW),
     "normed, rebuilt keys": ("qwen3", NORMED, LOW | {"key_mean": True}),
     "normed, anchored keys": ("qwen3", {}, LOW | {"anchor": 4, "k_heads_per_latent": 2}),

@@ -36,6 +36,13 @@ VARIANTS = {
         **{"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
         **{"attention_bias": True, "head_dim": 16},
     },
+    "qwen3_moe": {"num_experts_per_tok": 3, "norm_topk_prob": True},
+    "qwen3_moe some layers": {
+        **{"num_experts_per_tok": 2, "decoder_sparse_step": 2},
+        **{"use_sliding_window": True, "sliding_window": 7},
+    },
+    "mixtral": {},
+    "mixtral window": {"sliding_window": 7, "num_local_experts": 3},
     "mistral window": {"sliding_window": 7},
     "mistral nemo": {"sliding_window": None, "head_dim": 16},
 }

@@ -151,6 +151,7 @@ def test_transformers_ignores_what_llm_foundry_means(ignored):
     [
         ("opt", {"activation_function": "quick_gelu"}, "activation_function 'quick_gelu'"),
         ("opt", {"hidden_size": 60}, "hidden_size is 60: expected a multiple"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9: expected at most 8"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types"),
         ("mpt", {"attn_config": {"rope": True}}, "attn_config.rope"),
         ("mpt", {"attn_config": {"sliding_window_size": 128}}, "sliding_window_size to 128"),

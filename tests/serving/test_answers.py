@@ -29,6 +29,7 @@ CASES = {  # kind, changes of the config
     "Mistral": ("one window", SEGMENTS),
     "Qwen3": ("normed, rebuilt keys", SEGMENTS),
     "Qwen3, anchored": ("normed, anchored keys", SEGMENTS),
+    "experts": ("experts", SEGMENTS),
     "OPT": ("learned positions", SEGMENTS),
     "OPT, joint": ("learned positions", JOINT),
     "MPT": ("ALiBi", SEGMENTS),

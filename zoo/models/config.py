@@ -164,7 +164,10 @@ class Config:
         raise NotImplementedError
 
     def weights(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield native (name, tensor) pairs for one tensor of a Hugging Face checkpoint."""
+        """Yield native (name, tensor) pairs for one tensor of a Hugging Face checkpoint.
+
+        A name that ends in [3] is that of row 3 of a weight, of which other tensors are the rest.
+        """
         raise NotImplementedError
 
     @property

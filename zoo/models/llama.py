@@ -253,12 +253,12 @@ class MLP(Projector):
 class Block(nn.Module):
     """One layer: attention and MLP, each after a norm and with a residual connection."""
 
-    def __init__(self, config: LlamaConfig, attention: LatentAttention):
+    def __init__(self, config: LlamaConfig, attention: LatentAttention, feed_forward: nn.Module):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = attention
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = feed_forward
 
     def forward(
         self, x: Tensor, pos: Tensor, attn_metadata: AttentionMetadata, cache: LayerCache | None
@@ -279,8 +279,10 @@ class Llama(Model):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        count = config.num_hidden_layers
-        blocks = (Block(config, self.attention(config, i)) for i in range(count))
+        blocks = (
+            Block(config, self.attention(config, i), self.feed_forward(i))
+            for i in range(config.num_hidden_layers)
+        )
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -288,6 +290,10 @@ class Llama(Model):
             self.head.weight = self.embed.weight
         self.register_buffer("inv_freq", torch.empty(0), persistent=False)
         self.reset_buffers()
+
+    def feed_forward(self, layer: int) -> nn.Module:
+        """What follows attention in a layer."""
+        return MLP(self.config)
 
     def reset_buffers(self) -> None:
         """Recompute the rotary frequencies in fp32, on the device of the weights.
