@@ -19,11 +19,12 @@ def write(
     pre: str = "gpt-2",
     **extra,
 ) -> Path:
-    """Write model (of Llama, Mistral, Qwen2 or Qwen3) and the tiny tokenizer. Returns the path, of the first part.
+    """Write model and the tiny tokenizer. Returns the path, of the first part.
 
-    rope: `rope_parameters` to write, by default the model's. parts: files to split into. drop,
-    more: tensors left out and added. pre: how the file says that text is split. extra: metadata of
-    the architecture that is added, or left out where None; __ stands for a dot.
+    model: of Llama, Mistral, Qwen2 or Qwen3. rope: `rope_parameters` to write, by default the
+    model's. parts: files to split into. drop, more: tensors left out and added. pre: how the file
+    says that text is split. extra: metadata of the architecture that is added, or left out where
+    None; __ stands for a dot.
     """
     config, arch = model.config, model.config.model_type.replace("mistral", "llama")
     rope = rope or config.rope_parameters
