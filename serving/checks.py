@@ -48,7 +48,7 @@ def _refused(options: Any, config: Config) -> Any:
         yield f"quantization {model.quantization!r} of weights", "omit it"
     if cache.cache_dtype != "auto":
         yield f"kv_cache_dtype {cache.cache_dtype!r}", "omit it; config.json says how many bits"
-    rope = getattr(config, "rope_parameters", {})
-    short = rope.get("original_max_position_embeddings", 0)
-    if not config.fixed_angles and model.max_model_len > short:
-        yield f"longrope and {model.max_model_len} tokens", f"pass --max-model-len {short}"
+    steady = config.steady_length  # pages keep the angles of the length at which they were written
+    if steady is not None and model.max_model_len > steady:
+        what = f"RoPE whose angles change after {steady} tokens, and {model.max_model_len} tokens"
+        yield what, f"pass --max-model-len {steady}"

@@ -1,8 +1,8 @@
 """What one of several processes holds of a model, and where the processes add their results.
 
 With tensor parallelism each has some of the heads, of the latents, of the MLP's inner numbers and
-of the vocabulary. A latent that serves all heads of a layer is whole in every process, which reads
-it with its own heads. With pipeline parallelism each has some of the layers.
+of the vocabulary. Experts are whole in every process. So is a latent that serves all heads of a
+layer: each process reads it with its own heads. With pipeline parallelism each has some layers.
 """
 
 import re
@@ -48,7 +48,8 @@ class Share(NamedTuple):
         """
         module, _, last = name.rpartition(".")
         way = WAYS.get(re.sub(r"\.\d+", ".*", module))
-        if self.parts == 1 or way is None or last == "k_pairs":  # of which attention takes its part
+        whole = way is None or way.startswith("replicated")
+        if self.parts == 1 or whole or last == "k_pairs":  # of which attention takes its part
             return x
         if name in VOCABULARY:
             rows = -(-len(x) // self.parts)
@@ -82,8 +83,9 @@ def new_part(share: Share) -> Model:
         return model
     for layer in model.layers:
         layer.attn.split(share.part, share.parts, repeat=True)
-        for module in (layer.attn, layer.mlp):
-            module.register_forward_hook(_add_up)
+        layer.attn.register_forward_hook(_add_up)
+        if hasattr(layer.mlp, "down_proj"):  # experts are whole in each process
+            layer.mlp.register_forward_hook(_add_up)
     for name, x in model.named_parameters():
         x.data = share.of(name, x.data)
     model.embed = PartOfEmbedding(model.embed.weight, share.part)

@@ -11,6 +11,7 @@ from typer.main import get_command
 from eigenzoo import zoo
 from eigenzoo.zoo.cli import app
 from eigenzoo.zoo.compression.methods import METHODS
+from eigenzoo.zoo.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -139,6 +140,11 @@ def test_the_table_of_methods_has_no_method_that_is_gone():
     )
     assert rows
     assert {*rows} <= {*METHODS}
+
+
+def test_the_table_of_models_has_every_family():
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)` \|", (DOCS / "models.md").read_text(), re.M)
+    assert sorted(rows) == sorted(FAMILIES)
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda p: p.name)

@@ -8,6 +8,7 @@ WAYS = {  # how several processes split each module, named as transformers' para
     "embed": "embedding_rowwise",
     "layers.*.attn": "latents",
     **{f"layers.*.attn.{x}_proj": "colwise" for x in "qkv"},
+    **{f"layers.*.attn.{x}_norm": "replicated_with_grad_allreduce" for x in "qk"},
     "layers.*.attn.o_proj": "rowwise",
     "layers.*.mlp.gate_proj": "colwise",
     "layers.*.mlp.up_proj": "colwise",

@@ -33,6 +33,7 @@ MODELS = {
     "yarn": lambda: tiny.native(
         max_position_embeddings=CONTEXT, rope_parameters=rope_parameters("yarn-mscale"), head_dim=16
     ),
+    "norms": lambda: normed(),
     "windows": lambda: tiny.native(
         "qwen2",
         max_position_embeddings=CONTEXT,
@@ -41,6 +42,16 @@ MODELS = {
         max_window_layers=1,
     ),
 }
+
+
+def normed() -> Model:
+    """A Qwen3 whose scores are as large as those of the other models: norms give longer vectors."""
+    model = tiny.native("qwen3", max_position_embeddings=CONTEXT)
+    for layer in model.layers:
+        layer.attn.q_norm.weight *= 0.25
+    return model
+
+
 SCHEMES = {
     "rebuild": Settings(keep=0.6, keys="rebuild", kv_bits=(16,)),
     "anchored 3": Settings(keep=0.6, keys="anchored", anchor_block=3, kv_bits=(16,)),
@@ -199,6 +210,8 @@ def test_pairs_lose_nothing_where_heads_are_turned_and_scaled_copies(name, metho
             heads = p.unflatten(0, (4, d))
             turned = rotate(heads[::2].transpose(1, -1), angle.cos(), angle.sin()).transpose(1, -1)
             heads[1::2] = 1.7 * turned
+        if name == "norms":  # only with equal weights for both numbers of a pair it can be turned
+            layer.attn.k_norm.weight[d // 2 :] = layer.attn.k_norm.weight[: d // 2]
     settings = Settings(method, keep=0.6, keys="pairs", heads_per_latent=(4, 4), kv_bits=(16,)).fit(
         model.config
     )
@@ -442,7 +455,8 @@ def test_auto_says_what_it_chose_and_why():
             tiny.native(),
             "defined with keys that are rebuilt",
         ),
-        (Settings(keep=0.6, keys="auto", kv_bits=(16,)), longrope(), "longrope"),
+        (Settings(keep=0.6, keys="auto", kv_bits=(16,)), changing("longrope"), "angles of this"),
+        (Settings(keep=0.6, keys="auto", kv_bits=(16,)), changing("dynamic"), "angles of this"),
     ):
         fitted = settings.fit(model.config)
         assert fitted.keys == "rebuild"
@@ -454,8 +468,9 @@ def test_auto_says_what_it_chose_and_why():
     assert choose_keys(tiny.native().config).keys in KEYS
 
 
-def longrope() -> Model:
-    return tiny.native(rope_parameters=rope_parameters("longrope"), head_dim=16)
+def changing(kind: str) -> Model:
+    """A model whose angles change with the length of the text."""
+    return tiny.native(rope_parameters=rope_parameters(kind), head_dim=16)
 
 
 @pytest.mark.parametrize(
@@ -481,8 +496,9 @@ def test_settings_that_make_no_sense_are_refused(settings, named):
 def test_what_cannot_be_cached_turned_is_refused_before_the_work(keys):
     with pytest.raises(ValueError, match=f"nothing rotates .* none can be {keys}"):
         Settings(keep=0.6, keys=keys, kv_bits=(16,)).fit(tiny.native("opt").config)
-    with pytest.raises(ValueError, match="longrope"):
-        Settings(keep=0.6, keys=keys, kv_bits=(16,)).fit(longrope().config)
+    for kind in ("longrope", "dynamic"):
+        with pytest.raises(ValueError, match=f"with {kind} RoPE"):
+            Settings(keep=0.6, keys=keys, kv_bits=(16,)).fit(changing(kind).config)
 
 
 def test_full_keys_leave_too_little_for_values():

@@ -68,6 +68,8 @@ def content(folder: Path) -> dict[str, bytes]:
         ("llama", {}, ["--method", "attention", "--keys", "full"]),
         ("llama", {}, ["--method", "kq-svd", "--rank-pairs", "1"]),
         ("qwen2", {}, ["--method", "pca"]),
+        ("qwen3", {}, ["--method", "attention"]),
+        ("mixtral", {}, []),
         ("opt", {}, ["--latent", "joint-kv"]),
         ("opt", {"word_embed_proj_dim": 32}, ["--method", "attention", "--refit", "output"]),
         ("mpt", {}, ["--heads-per-latent", "2,1"]),

@@ -26,11 +26,23 @@ KINDS = {  # family, changes of the dense config, changes of the compressed one
     "learned positions": ("opt", {}, LOW),
     "ALiBi": ("mpt", {}, LOW),
 }
+NORMED = {"attention_bias": True} | WINDOWS
+SERVED = {  # which transformers' class treats as one above
+    "dynamic": (
+        "llama",
+        {"rope_parameters": rope_parameters("dynamic"), "max_position_embeddings": 64},
+        LOW,
+    ),
+    "experts": ("qwen3_moe", {"num_experts_per_tok": 3}, LOW | {"anchor": 4}),
+    "one window": ("mistral", {"sliding_window": 5}, LOW),
+    "normed, rebuilt keys": ("qwen3", NORMED, LOW | {"key_mean": True}),
+    "normed, anchored keys": ("qwen3", {}, LOW | {"anchor": 4, "k_heads_per_latent": 2}),
+}
 
 
 def of_kind(kind: str, **changes) -> EigenForCausalLM:
-    """A random model that holds its keys in one of the ways of `KINDS`."""
-    family, dense, low = KINDS[kind]
+    """A random model that holds its keys in one of the ways of `KINDS` and `SERVED`."""
+    family, dense, low = (KINDS | SERVED)[kind]
     config = replace(tiny.native(family, **dense).config, **low | changes)
     model = FAMILIES[family].model(config)
     tiny.stir(model)

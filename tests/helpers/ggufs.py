@@ -19,13 +19,14 @@ def write(
     pre: str = "gpt-2",
     **extra,
 ) -> Path:
-    """Write model (Llama or Qwen2) and the tiny tokenizer. Returns the path, of the first part.
+    """Write model and the tiny tokenizer. Returns the path, of the first part.
 
-    rope: `rope_parameters` to write, by default the model's. parts: files to split into. drop,
-    more: tensors left out and added. pre: how the file says that text is split. extra: metadata of
-    the architecture that is added, or left out where None; __ stands for a dot.
+    model: of Llama, Mistral, Qwen2 or Qwen3. rope: `rope_parameters` to write, by default the
+    model's. parts: files to split into. drop, more: tensors left out and added. pre: how the file
+    says that text is split. extra: metadata of the architecture that is added, or left out where
+    None; __ stands for a dot.
     """
-    config, arch = model.config, model.config.model_type
+    config, arch = model.config, model.config.model_type.replace("mistral", "llama")
     rope = rope or config.rope_parameters
     writer = gguf.GGUFWriter(path, arch)
     tensors = dict(_tensors(model, arch)) | _scaling(writer, arch, rope, config) | (more or {})
@@ -41,6 +42,7 @@ def write(
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": float(rope["rope_theta"]),
         "vocab_size": config.vocab_size,
+        "attention.key_length": getattr(config, "head_dim", None),
         "rope.dimension_count": getattr(config, "head_dim", None)
         or config.hidden_size // config.num_attention_heads,
     }

@@ -8,6 +8,7 @@ FACTORS = {
 ROPES = {
     "default": {},
     "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL},
     "yarn": {"factor": 4.0, **ORIGINAL},
     "yarn-mscale": {"factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.1, **ORIGINAL},

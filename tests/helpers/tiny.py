@@ -38,6 +38,11 @@ SIZES = {
         "max_position_embeddings": 256,
     },
     "qwen2": ROTARY,
+    "qwen3": ROTARY | {"head_dim": 8},
+    "qwen3_moe": ROTARY
+    | {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "mistral": ROTARY,
+    "mixtral": ROTARY,
     "mpt": {"vocab_size": 320, "d_model": 64, "n_heads": 8, "n_layers": 3, "max_seq_len": 256},
 }
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"

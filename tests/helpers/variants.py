@@ -11,6 +11,10 @@ VARIANTS = {
     "llama biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
     "llama wide heads": {"head_dim": 24},
     "llama linear": {"rope_parameters": rope_parameters("linear"), "head_dim": 16},
+    "llama dynamic": {
+        **{"rope_parameters": rope_parameters("dynamic"), "head_dim": 16},
+        "max_position_embeddings": 64,
+    },
     "llama llama3": {"rope_parameters": rope_parameters("llama3"), "head_dim": 16},
     "llama yarn": {"rope_parameters": rope_parameters("yarn-mscale"), "head_dim": 16},
     "llama longrope": {"rope_parameters": rope_parameters("longrope"), "head_dim": 16},
@@ -27,6 +31,20 @@ VARIANTS = {
     "mpt untied": {"tie_word_embeddings": False},
     "qwen2 full": {"tie_word_embeddings": True},
     "qwen2 windows": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen3 tied": {"tie_word_embeddings": True},
+    "qwen3 windows": {
+        **{"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+        **{"attention_bias": True, "head_dim": 16},
+    },
+    "qwen3_moe": {"num_experts_per_tok": 3, "norm_topk_prob": True},
+    "qwen3_moe some layers": {
+        **{"num_experts_per_tok": 2, "decoder_sparse_step": 2},
+        **{"use_sliding_window": True, "sliding_window": 7},
+    },
+    "mixtral": {},
+    "mixtral window": {"sliding_window": 7, "num_local_experts": 3},
+    "mistral window": {"sliding_window": 7},
+    "mistral nemo": {"sliding_window": None, "head_dim": 16},
 }
 FOUNDRY = {
     "foundry 7b": ({}, {}),

@@ -20,6 +20,7 @@ from eigenzoo.hub_export.remote.configuration_eigen import EigenConfig
 from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import load
+from eigenzoo.zoo.models.families import FAMILIES
 
 assert register  # its import registers the classes, so none come from checkpoints
 IDS = torch.arange(2, 42).view(2, 20)
@@ -62,6 +63,12 @@ def test_a_long_prompt_goes_into_a_static_cache_in_parts(model):
 def test_device_map_auto_places_the_model(folder, logits):
     placed = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
     torch.testing.assert_close(placed(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_is_never_split_among_devices(family):
+    _, ours = exported.dense_and_exported(family)
+    assert {type(layer).__name__ for layer in ours.model.layers} <= set(ours._no_split_modules)
 
 
 def test_layers_that_do_not_fit_stay_on_disk(folder, logits, tmp_path):

@@ -135,8 +135,8 @@ def test_a_hub_repository_without_safetensors_gives_its_bin_files(monkeypatch, t
             "the weights are quantized by 'gptq'",
         ),
         (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "dynamic",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}},
+            "proportional",
         ),
         ({"vocab_size": 100}, r"weight has shape \(320, 64\).* expects \(100, 64\)"),
         ({"num_hidden_layers": 4}, "lacks 13 weights, first layers.3"),

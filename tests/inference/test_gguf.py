@@ -53,6 +53,9 @@ def test_rotation_is_read_as_it_was_written(tmp_path, rope):
         ("llama", {"num_key_value_heads": 8}),
         ("qwen2", {}),
         ("qwen2", {"rope": "yarn"}),
+        ("qwen3", {}),
+        ("qwen3", {"attention_bias": True}),
+        ("mistral", {"sliding_window": None}),
     ],
 )
 def test_variants_give_the_logits_of_transformers(tmp_path, family, changes):
@@ -154,7 +157,7 @@ def test_several_models_in_a_folder_are_named(tmp_path):
     [
         ({"drop": ("blk.1.attn_q.weight", "output_norm.weight")}, "lacks 2 weights"),
         ({"drop": ("token_embd.weight",)}, "lacks 1 weights, first embed"),
-        ({"more": {"blk.0.attn_q_norm.weight": torch.ones(16)}}, "blk.0.attn_q_norm.weight"),
+        ({"more": {"blk.0.attn_q_norm.weight": torch.ones(16)}}, "self_attn.q_norm.weight"),
         ({"more": {"blk.0.attn_q.bias": torch.ones(128)}}, r"attn_q.bias|q_proj.bias"),
         ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre = 'deepseek-llm'"),
         ({"attention__key_length": 16, "rope__dimension_count": 8}, "dimension_count is 8"),
@@ -211,7 +214,7 @@ def test_other_architectures_are_named(tmp_path):
     writer.write_ti_data_to_file()
     writer.close()
     with pytest.raises(
-        ValueError, match="architecture 'gemma': expected a model of llama or qwen2"
+        ValueError, match="architecture 'gemma': expected a model of llama or qwen2 or qwen3"
     ):
         load(str(tmp_path / "x.gguf"))
 

@@ -50,6 +50,32 @@ def test_pairs_that_name_no_frequency_are_refused(dense, tmp_path, number):
         load(str(tmp_path / "out"))
 
 
+EXPERT = "model.layers.1.block_sparse_moe.experts.{}.w3.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: w.pop(EXPERT.format(5)), r"lacks 1 .* first layers\.1\..*\.up_proj\[5\]"),
+        (
+            lambda w: w.update({EXPERT.format(8): w[EXPERT.format(5)] + 1}),
+            "experts.8.w3.weight .* no such",
+        ),
+        (
+            lambda w: w.update({EXPERT.format(5): torch.ones(2, 2)}),
+            r"experts.5.w3.weight has shape \(2",
+        ),
+    ],
+    ids=["missing", "unknown", "shape"],
+)
+@pytest.mark.parametrize("read", [load, open_layers])
+def test_weights_of_one_expert_are_checked(tmp_path, read, change, named):
+    tiny.save(tmp_path, "mixtral")
+    change_weights(tmp_path, change)
+    with pytest.raises(ValueError, match=named):
+        read(str(tmp_path))
+
+
 def truncate(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from variants import FOUNDRY, VARIANTS, save
 
@@ -68,6 +69,19 @@ def test_padded_batch_decodes_as_transformers(pair):
     steps = [ours(x[:, [t]], torch.tensor([t]), cache, valid) for t in range(20, 24)]
     want = theirs(x, attention_mask=valid.long()).logits[:, 20:]
     close(torch.cat(steps, 1), want)
+
+
+@pytest.mark.parametrize("variant", ["llama dynamic", "llama longrope"])
+def test_a_text_grows_as_in_transformers_past_the_length_where_angles_change(variant, tmp_path):
+    theirs = save(variant, tmp_path)
+    ours, x = load(str(tmp_path)).model, tokens(80)
+    cache, held = ours.new_cache(2, 80), DynamicCache()
+    parts = torch.arange(80).split([60, *[1] * 20])
+    got = [ours(x[:, p], p, cache) for p in parts]
+    close(
+        torch.cat(got, 1),
+        torch.cat([theirs(x[:, p], past_key_values=held).logits for p in parts], 1),
+    )
 
 
 def test_last_returns_the_last_logits(pair):
@@ -137,6 +151,8 @@ def test_transformers_ignores_what_llm_foundry_means(ignored):
     [
         ("opt", {"activation_function": "quick_gelu"}, "activation_function 'quick_gelu'"),
         ("opt", {"hidden_size": 60}, "hidden_size is 60: expected a multiple"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9: expected at most 8"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types"),
         ("mpt", {"attn_config": {"rope": True}}, "attn_config.rope"),
         ("mpt", {"attn_config": {"sliding_window_size": 128}}, "sliding_window_size to 128"),
         ("mpt", {"attn_config": {"prefix_lm": True}}, "prefix_lm"),

@@ -151,8 +151,9 @@ def test_what_is_not_served_is_refused_by_name(folder, options, message):
         pass
 
 
-def test_longrope_is_served_up_to_the_length_where_its_angles_change(tmp_path):
-    exported = of_kind("longrope")
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_text_is_served_up_to_the_length_where_angles_change(kind, tmp_path):
+    exported = of_kind(kind)
     write(exported, tmp_path)
     refused = pytest.raises(ValueError, match="pass --max-model-len 64")
     with refused, serving(tmp_path):

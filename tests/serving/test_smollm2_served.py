@@ -84,5 +84,6 @@ def test_texts_together_are_continued_as_each_alone(llm, low, texts):
 def regret(model, text: list[int], answer: list[int]) -> float:
     """By how much a token of an answer was less likely than the likeliest one, in nats."""
     given = torch.tensor([text + answer])
-    rows = model(given)[0, len(text) - 1 : -1].log_softmax(-1)
+    cache = model.new_cache(1, given.size(1))  # without one, it would not round
+    rows = model(given, None, cache)[0, len(text) - 1 : -1].log_softmax(-1)
     return float((rows.amax(1) - rows.gather(1, torch.tensor(answer)[:, None])[:, 0]).max())

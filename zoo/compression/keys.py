@@ -44,7 +44,7 @@ def choose_keys(config: Config, rebuilds: bool = False) -> Choice:
         return Choice("rebuild", "nothing rotates these keys: queries read their latents")
     if rebuilds:
         return Choice("rebuild", "the method is defined with keys that are rebuilt")
-    if not config.fixed_angles:
-        return Choice("rebuild", "the angles of longrope change with the length of the text")
+    if config.steady_length is not None:
+        return Choice("rebuild", "the angles of this RoPE change with the length of the text")
     reason = "one query a block costs less than lifting every key, and loses little more"
     return Choice("anchored", reason)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .gguf_file import GGUF
 from .gguf_rope import FACTORS, decimal, rope_parameters
 
-FAMILIES = ("llama", "qwen2")
+FAMILIES = ("llama", "qwen2", "qwen3")  # a Mistral is a llama there
 NAMES = {  # of tensors, in a file and in a Hugging Face checkpoint
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -23,6 +23,8 @@ NAMES = {  # of tensors, in a file and in a Hugging Face checkpoint
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -98,7 +100,7 @@ def gguf_config(path: Path, file: GGUF) -> dict[str, Any]:
         "model_type": family,
         "hidden_act": "silu",
         **sizes,
-        **(bias if family == "llama" else {}),
+        **(bias if family != "qwen2" else {}),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "rope_parameters": rope_parameters(path, values, file, sizes),
         "dtype": "float32",

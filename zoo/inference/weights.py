@@ -60,17 +60,16 @@ def fill(
     and each the part of a weight that `cut(name, weight)` returns. Raises ValueError as `build`,
     but compares nothing with a tied head.
     """
-    expected = _expected(config)
-    missing = expected.keys() | set()
+    expected, given = _expected(config), set[str]()
     for key, tensor in tensors:
         for name, x in _native_parts(key, tensor):
             if name == "head.weight" and name not in expected:
                 continue
             _check_part(key, x, expected.get(name))
-            missing.discard(name)
+            given.add(name)
             if name in own:
                 own[name].copy_(_cast(key, cut(name, x), own[name].dtype, own[name].device))
-    _check_missing(missing)
+    _check_missing(expected, given)
 
 
 def _expected(config: Config) -> dict[str, Tensor]:
@@ -99,15 +98,35 @@ def _weights(
                 continue
             if name in weights:
                 raise ValueError(f"weight {key} is given twice: export the checkpoint again")
-            _check_part(key, part, expected.get(name))
+            _check_part(key, part, _wanted(expected, name))
             weights[name] = _cast(key, part, dtype, device)
-    _check_missing(expected.keys() - weights.keys())
+    _check_missing(expected, weights.keys())
+    for name in expected:
+        if name not in weights:
+            weights[name] = torch.stack([weights.pop(row) for row in _rows(expected, name)])
+    if twice := weights.keys() - expected.keys():
+        raise ValueError(f"weight {min(twice)} is given twice: export the checkpoint again")
     if tied is not None and not torch.equal(_cast("head", tied, dtype, device), weights[EMBED]):
         raise ValueError(
             "the embedding and the head have different weights, and tie_word_embeddings in "
             "config.json is true: expected false, or equal weights"
         )
     return weights
+
+
+def _wanted(expected: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """The weight of this name, or the row if it ends in [3]; None if there is no such."""
+    whole, bracket, number = name.partition("[")
+    x = expected.get(whole)
+    if not bracket or x is None:
+        return x
+    index = int(number.removesuffix("]"))
+    return x[index] if index < len(x) else None
+
+
+def _rows(expected: Mapping[str, Tensor], name: str) -> list[str]:
+    """The names of all rows of a weight."""
+    return [f"{name}[{i}]" for i in range(len(expected[name]))]
 
 
 def _check_part(key: str, part: Tensor, expected: Tensor | None) -> None:
@@ -129,7 +148,11 @@ def _check_kind(key: str, part: Tensor, expected: Tensor | None) -> None:
         )
 
 
-def _check_missing(missing: Set[str]) -> None:
+def _check_missing(expected: Mapping[str, Tensor], given: Set[str]) -> None:
+    """Raise ValueError unless every weight was given, whole or by all its rows."""
+    missing = set[str]()
+    for name in expected.keys() - given:
+        missing |= {*_rows(expected, name)} - given if f"{name}[0]" in given else {name}
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {min(missing)}")
 
@@ -176,20 +199,19 @@ class LayerFiles:
         # names of tensors by layer ("" for those outside layers) and file
         self.keys: dict[str, dict[Path, list[str]]] = {}
         self.expected: dict[str, dict[str, Tensor]] = {}
-        missing = _expected(config)
-        for name, x in missing.items():
+        expected, given = _expected(config), set[str]()
+        for name, x in expected.items():
             self.expected.setdefault(_layer_of(name), {})[name] = x
         numbers: Counter[torch.dtype] = Counter()
         for path in self.paths:
             with opened(path) as file:
                 for key in file.keys():  # noqa: SIM118, the file is no mapping
                     tensor = _on_meta(file, key)
-                    for name in self._place(path, key, tensor):
-                        missing.pop(name, None)
+                    given |= {*self._place(path, key, tensor)}
                     numbers[tensor.dtype] += tensor.numel()
         self.dtype = dtype or _main_dtype(numbers)
         if self.plain is iter:
-            _check_missing(missing.keys())
+            _check_missing(expected, given)
 
     def _place(self, path: Path, key: str, tensor: Tensor) -> list[str]:
         """Note the file of a tensor; returns the names of its parts."""
@@ -198,8 +220,9 @@ class LayerFiles:
             layer = _layer_of(name)
             if layer not in self.expected:
                 raise ValueError(f"weight {key}: config.json expects no such weight")
-            if self.plain is iter and name in self.expected[layer]:
-                _check_kind(key, part, self.expected[layer][name])
+            tied = name == "head.weight" and name not in self.expected[layer]
+            if self.plain is iter and not tied:
+                _check_kind(key, part, _wanted(self.expected[layer], name))
             keys = self.keys.setdefault(layer, {}).setdefault(path, [])
             if key not in keys:
                 keys.append(key)

@@ -164,7 +164,10 @@ class Config:
         raise NotImplementedError
 
     def weights(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield native (name, tensor) pairs for one tensor of a Hugging Face checkpoint."""
+        """Yield native (name, tensor) pairs for one tensor of a Hugging Face checkpoint.
+
+        A name that ends in [3] is that of row 3 of a weight, of which other tensors are the rest.
+        """
         raise NotImplementedError
 
     @property
@@ -188,9 +191,9 @@ class Config:
             )
 
     @property
-    def fixed_angles(self) -> bool:
-        """Whether the rotation angles of a position never depend on the length of the text."""
-        return True
+    def steady_length(self) -> int | None:
+        """The length of a text up to which angles do not depend on it; None: they never do."""
+        return None
 
     @property
     def nonlinear(self) -> tuple[bool, bool]:

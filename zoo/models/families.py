@@ -7,11 +7,17 @@ import torch
 from torch import Tensor
 
 from .config import Config
+from .experts import ExpertsLlama
 from .llama import Llama, LlamaConfig
+from .mistral import MistralConfig
+from .mixtral import MixtralConfig
 from .model import Model
 from .mpt import MPT, MPTConfig
 from .opt import OPT, OPTConfig
-from .qwen2 import Qwen2, Qwen2Config
+from .qwen2 import Qwen2Config
+from .qwen3 import Qwen3, Qwen3Config
+from .qwen3_moe import Qwen3Moe, Qwen3MoeConfig
+from .windows import WindowedLlama
 
 
 class Family(NamedTuple):
@@ -25,7 +31,11 @@ FAMILIES = {
     "llama": Family(LlamaConfig, Llama),
     "opt": Family(OPTConfig, OPT),
     "mpt": Family(MPTConfig, MPT),
-    "qwen2": Family(Qwen2Config, Qwen2),
+    "qwen2": Family(Qwen2Config, WindowedLlama),
+    "qwen3": Family(Qwen3Config, Qwen3),
+    "qwen3_moe": Family(Qwen3MoeConfig, Qwen3Moe),
+    "mistral": Family(MistralConfig, WindowedLlama),
+    "mixtral": Family(MixtralConfig, ExpertsLlama),
 }
 
 

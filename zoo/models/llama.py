@@ -10,6 +10,8 @@ Differences from transformers' `modeling_llama.py`:
   Decoding then needs one rotated query per block instead of one lifted key per token.
 - With `pairs`, a basis mixes heads but not rotation frequencies, so it commutes with the rotation:
   latents are cached rotated, and queries read them directly.
+- With `anchor` > 1, or if a norm follows the projection of keys (see `qwen3.py`), their encoder is
+  a matrix of its own, `k_down`. Otherwise it is folded into the projection.
 - Values are not lifted before attention in a decoding step. Their decoder is folded into `o_proj`
   if that does not enlarge it; otherwise it is applied after attention, once per query head.
 """
@@ -28,7 +30,7 @@ from .config import Config
 from .linear import Projector
 from .mask import CausalMask, DecodeMask, Mask, at
 from .model import LatentAttention, Model, parameter
-from .rope import check_rope, frequencies, rotate
+from .rope import at_length, check_rope, frequencies, rotate, steady_length
 
 NAMES = {
     "embed_tokens": "embed",
@@ -67,10 +69,11 @@ class LlamaConfig(Config):
             )
         if type(self.anchor) is not int or self.anchor < 1:
             raise ValueError(f"anchor is {self.anchor}: expected 1 or more positions per block")
-        if (self.anchor > 1 or self.pairs) and not self.fixed_angles:
+        if (self.anchor > 1 or self.pairs) and self.steady_length is not None:
             raise ValueError(
-                "with longrope, the angles of a position change when the text becomes long, so "
-                "compressed keys cannot be cached rotated: rebuild them, or keep keys in full"
+                f"with {self.rope_parameters['rope_type']} RoPE, the angles of a position change "
+                "when the text becomes long, so compressed keys cannot be cached rotated: rebuild "
+                "them, or keep keys in full"
             )
         if self.pairs and (self.anchor > 1 or any(r % 2 for r in self.k_ranks)):
             raise ValueError(
@@ -82,9 +85,9 @@ class LlamaConfig(Config):
         frequencies(self.rope_parameters, self.head_dim, self.max_position_embeddings)
 
     @property
-    def fixed_angles(self) -> bool:
-        """Whether the rotation angles of a position never depend on the length of the text."""
-        return self.rope_parameters.get("rope_type") != "longrope"
+    def steady_length(self) -> int | None:
+        """The length of a text up to which angles do not depend on it; None: they never do."""
+        return steady_length(self.rope_parameters, self.max_position_embeddings)
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
@@ -147,21 +150,21 @@ class Attention(LatentAttention):
         k_up, v_up = config.lifted(layer)
         shared = config.k_heads_per_latent, config.v_heads_per_latent
 
-        anchored, paired = k_up and config.anchor > 1, k_up and config.pairs
+        k_down = k_up and (config.anchor > 1 or config.nonlinear[0])
         self.q_proj = nn.Linear(width, heads * d, bias=config.query_bias)
-        k_width = config.num_key_value_heads * d if anchored else k.heads * k.width
+        k_width = config.num_key_value_heads * d if k_down else k.heads * k.width
         self.k_proj = nn.Linear(width, k_width, bias=config.key_bias)
         self.v_proj = nn.Linear(width, v.heads * v.width, bias=config.value_bias)
         self.o_proj = nn.Linear(heads * (d if v_up else v.width), width, bias=config.output_bias)
         self.k_up = parameter(k.heads, k.width, shared[0] * d) if k_up else None
         mean = k_up and config.key_mean
         self.anchor = config.anchor
-        self.k_down = parameter(k.heads, shared[0] * d, k.width) if anchored else None
+        self.k_down = parameter(k.heads, shared[0] * d, k.width) if k_down else None
         self.k_mean = parameter(config.num_key_value_heads, 1, d) if mean else None
         # on the device of the weights: if that is meta, zeros on a CPU would pass for loaded ones
         shape, device = (k.heads, k.width // 2), self.k_proj.weight.device
-        pairs = torch.zeros(shape, dtype=torch.long, device=device) if paired else None
-        self.register_buffer("k_pairs", pairs)
+        pairs = torch.zeros(shape, dtype=torch.long, device=device)
+        self.register_buffer("k_pairs", pairs if k_up and config.pairs else None)
         self.v_up = parameter(v.heads, v.width, shared[1] * d) if v_up else None
         self.add_shifts(config)
 
@@ -170,12 +173,20 @@ class Attention(LatentAttention):
     ) -> Tensor:
         """x: (B, T, width), pos: (T,) slots -> (B, T, width)."""
         attn_metadata = self.own_metadata(attn_metadata)
-        q = self.project(self.q_proj, x, self.heads)  # (B, H, T, D)
-        k = self._keys_to_cache(self.linear(self.k_proj, x), attn_metadata)  # (B, L, T, R)
+        q = self.queries(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+        k = self._keys_to_cache(self.keys(x), attn_metadata)  # (B, L, T, R)
         v = self.project(self.v_proj, x, self.v.heads)  # (B, L, T, R)
         y = self.recall(q, k, v, pos, attn_metadata, cache)
         y = y.transpose(1, 2).flatten(2).contiguous()  # DTensor takes no other
         return self.linear(self.o_proj, y)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries before the rotation: x (B, T, width) -> (B, T, H * D)."""
+        return self.linear(self.q_proj, x)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys before the rotation, encoded if there is no `k_down`: (B, T, outputs of k_proj)."""
+        return self.linear(self.k_proj, x)
 
     def read(self, q: Tensor, k: Buffer, v: Buffer, attn_metadata: AttentionMetadata) -> Tensor:
         """As in `LatentAttention`, of queries (B, H, T, D) that are not yet rotated."""
@@ -187,14 +198,13 @@ class Attention(LatentAttention):
         return self.lift_output(self._attend_rotary(q, k, v, attn_metadata))
 
     def _keys_to_cache(self, k: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """From projected keys (B, T, width) to what the cache keeps of them, (B, L, T, R)."""
+        """From `keys` to what the cache keeps of them, (B, L, T, R)."""
         if self.k_down is not None and metadata.block_angles is not None:
             heads = k.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            turned = rotate(heads, *metadata.block_angles)
-            grouped = turned.unflatten(1, (self.k.heads, -1))  # (B, L, G / L, T, D)
-            grouped = grouped.transpose(2, 3).flatten(3)  # (B, L, T, G / L * D)
-            return self.lift(grouped, self.k_down, self.k.width)
+            k = rotate(heads, *metadata.block_angles).transpose(1, 2).flatten(2)
         k = k.unflatten(-1, (self.k.heads, -1)).transpose(1, 2)
+        if self.k_down is not None:
+            k = self.lift(k, self.k_down, self.k.width)
         if self.k_pairs is not None:
             pairs = self.own(self.k_pairs)
             cos, sin = (x[:, 0][..., pairs].transpose(1, 2) for x in metadata.new_angles)
@@ -244,14 +254,12 @@ class MLP(Projector):
 class Block(nn.Module):
     """One layer: attention and MLP, each after a norm and with a residual connection."""
 
-    attention: ClassVar[Callable[..., LatentAttention]] = Attention
-
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig, attention: LatentAttention, feed_forward: nn.Module):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = self.attention(config, layer)
+        self.attn = attention
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = feed_forward
 
     def forward(
         self, x: Tensor, pos: Tensor, attn_metadata: AttentionMetadata, cache: LayerCache | None
@@ -266,13 +274,16 @@ class Llama(Model):
 
     config: LlamaConfig
     inv_freq: Tensor
-    block: ClassVar[Callable[..., nn.Module]] = Block
+    attention: ClassVar[Callable[..., LatentAttention]] = Attention
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = (self.block(config, i) for i in range(config.num_hidden_layers))
+        blocks = (
+            Block(config, self.attention(config, i), self.feed_forward(i))
+            for i in range(config.num_hidden_layers)
+        )
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -280,6 +291,10 @@ class Llama(Model):
             self.head.weight = self.embed.weight
         self.register_buffer("inv_freq", torch.empty(0), persistent=False)
         self.reset_buffers()
+
+    def feed_forward(self, layer: int) -> nn.Module:
+        """What follows attention in a layer."""
+        return MLP(self.config)
 
     def reset_buffers(self) -> None:
         """Recompute the rotary frequencies in fp32, on the device of the weights.
@@ -301,13 +316,12 @@ class Llama(Model):
     def rope(self, position: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B or 1, 1, S, D / 2) of positions (B or 1, S), in fp32.
 
-        newest: positions of the new tokens; the largest selects longrope's frequencies.
+        newest: positions of the new tokens; with some types, angles depend on the largest.
         """
+        c = self.config
         # weights that were on the meta device may have been loaded one by one to another
-        inv_freq, *long = self.inv_freq.to(position.device)
-        if long:
-            short = self.config.rope_parameters["original_max_position_embeddings"]
-            inv_freq = torch.where(newest.max() >= short, long[0], inv_freq)
+        inv_freq = self.inv_freq.to(position.device)
+        inv_freq = at_length(inv_freq, c.rope_parameters, c.max_position_embeddings, newest)
         angle = position[:, None, :, None].float() * inv_freq
         return angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
 

@@ -1,88 +1,19 @@
-"""Qwen2 with a low-rank KV cache: a Llama with biases on q, k, v and sliding-window layers.
-
-In a layer with a window of W tokens, a token attends to the last W, itself included. The cache
-keeps all tokens.
-"""
+"""Qwen2 with a low-rank KV cache: a Llama with biases on q, k, v, and windows in some layers."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-import torch
-from torch import Tensor
-
-from .llama import Attention, AttentionMetadata, Block, Llama, LlamaConfig
-from .mask import CausalMask, DecodeMask, Mask, causal_matrix, decode_mask, hide, whole_rows
+from .windows import WindowedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen2Config(LlamaConfig):
+class Qwen2Config(WindowedConfig):
     """Sizes of a Qwen2, named as in transformers' Qwen2Config, and what its cache keeps."""
 
     family: ClassVar[str] = "qwen2"
 
-    windows: tuple[int, ...]  # one per layer; 0 means no window
-
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
         """From transformers' Qwen2Config. Raises ValueError naming an unsupported field."""
-        width = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-        sizes = {"full_attention": 0, "sliding_attention": raw["sliding_window"]}
-        windows = tuple(sizes[kind] for kind in raw["layer_types"])
-        config = super().from_hf(raw | {"head_dim": width, "windows": windows})
+        config = super().from_hf(raw)
         return replace(config, query_bias=True, key_bias=True, value_bias=True)
-
-
-class WindowedAttention(Attention):
-    """Attention to the last `window` tokens only."""
-
-    def __init__(self, config: Qwen2Config, layer: int):
-        super().__init__(config, layer)
-        self.window = config.windows[layer]
-
-    def own_metadata(self, attn_metadata: dict[int, AttentionMetadata]) -> AttentionMetadata:
-        """That of this layer's window."""
-        return attn_metadata[self.window]
-
-
-class WindowedBlock(Block):
-    """A Llama block with windowed attention."""
-
-    attention = WindowedAttention
-
-
-class Qwen2(Llama):
-    """A Qwen2 language model."""
-
-    config: Qwen2Config
-    block = WindowedBlock
-
-    def attention_metadata(  # type: ignore[override]
-        self, position: Tensor, pos: Tensor, mask: Mask
-    ) -> dict[int, AttentionMetadata]:
-        """Llama's metadata by window: one for each window of the model, and for none (0)."""
-        if isinstance(mask, DecodeMask) and pos.size(-1) > 1 and any(self.config.windows):
-            valid = None if mask.bias is None else mask.bias == 0
-            mask = causal_matrix(pos, position.size(1), valid)  # each token has a window of its own
-        full = super().attention_metadata(position, pos, mask)
-        by_window = {0: full}
-        for window in set(self.config.windows) - {0}:
-            if isinstance(mask, DecodeMask) and mask.bias is None:  # slots are positions
-                start, end = mask.span.split(1, 1)
-                span = torch.cat((torch.maximum(start, end - window), end), 1)
-                by_window[window] = full._replace(mask=mask._replace(span=span))
-                continue
-            ahead = position[:, None] - position[:, pos, None]  # (B or 1, T, S)
-            if isinstance(mask, DecodeMask):
-                visible = (ahead > -window)[:, 0] & (mask.bias == 0)
-                visible = whole_rows(visible[:, None, None], pos)[:, 0, 0]
-                by_window[window] = full._replace(mask=decode_mask(pos, visible))
-                continue
-            if isinstance(mask, CausalMask):
-                mask = causal_matrix(pos, position.size(1), mask.valid)
-            near = hide(mask, (ahead <= -window)[:, None])
-            by_window[window] = full._replace(mask=whole_rows(near, pos))
-        return by_window
-
-    def encoding_metadata(self, new: Tensor) -> dict[int, AttentionMetadata]:
-        """Llama's, the same for all windows."""
-        return dict.fromkeys((0, *self.config.windows), super().encoding_metadata(new))

@@ -13,6 +13,7 @@ from torch import Tensor
 NEEDED = {  # fields by type, beside rope_theta
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": (
         *("factor", "low_freq_factor", "high_freq_factor"),
         "original_max_position_embeddings",
@@ -60,15 +61,12 @@ def frequencies(rope: Mapping[str, Any], head_dim: int, context: int) -> tuple[T
 
     rope: `rope_parameters` of a config. context: the model's `max_position_embeddings`. Returns
     (N, head_dim / 2) in fp32, in radians per position, and the factor. N is 1, or 2 for longrope:
-    one row for short and one for long sequences. Raises ValueError for a type not in `TYPES`, and
-    for a rotation of only a part of the head.
+    one row for short and one for long sequences; see `at_length`. Raises ValueError for a type not
+    in `TYPES`, and for a rotation of only a part of the head.
     """
     kind = rope.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in TYPES:
-        dynamic = "; its angles would change with the length of the text" * (kind == "dynamic")
-        raise ValueError(
-            f"rope_type {kind!r} is not supported: expected one of {', '.join(TYPES)}{dynamic}"
-        )
+        raise ValueError(f"rope_type {kind!r} is not supported: expected one of {', '.join(TYPES)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         part = rope["partial_rotary_factor"]
         raise ValueError(f"partial_rotary_factor {part} is not supported: expected 1")
@@ -83,6 +81,29 @@ def frequencies(rope: Mapping[str, Any], head_dim: int, context: int) -> tuple[T
     if kind == "longrope":
         return _longrope(rope, exponent, context)
     return inv_freq[None], 1.0
+
+
+def steady_length(rope: Mapping[str, Any], context: int) -> int | None:
+    """The length of a text up to which angles do not depend on it; None: they never do."""
+    lengths = {"longrope": rope.get("original_max_position_embeddings"), "dynamic": context}
+    return lengths.get(rope.get("rope_type", "default"))
+
+
+def at_length(inv_freq: Tensor, rope: Mapping[str, Any], context: int, newest: Tensor) -> Tensor:
+    """Inverse frequencies (head_dim / 2,) for a text, of which the positions `newest` are new.
+
+    inv_freq: as `frequencies` returns it. Dynamic: by how much the text exceeds the context, the
+    slowest frequency falls and the fastest stays (NTK by length).
+    """
+    kind = rope.get("rope_type", "default")
+    if kind == "longrope":
+        short = rope["original_max_position_embeddings"]
+        return torch.where(newest.max() >= short, inv_freq[1], inv_freq[0])
+    if kind == "dynamic":
+        excess = ((newest.max() + 1) / context - 1).clamp(min=0)
+        power = torch.linspace(0, 1, inv_freq.size(1), device=inv_freq.device)
+        return inv_freq[0] / (1 + rope["factor"] * excess) ** power
+    return inv_freq[0]
 
 
 def _llama3(inv_freq: Tensor, rope: Mapping[str, Any]) -> Tensor:
