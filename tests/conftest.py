@@ -23,9 +23,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # files that take ten seconds or more, the longest first
 LONGEST = (
-    "smollm2", "kernels", "generate", "tiny_models", "benchmarks", "cpu_ops", "export", "examples",
-    "stream", "killed", "readme", "keys", "linear", "cli", "bench", "hub", "refine", "mixing",
-    "fold", "parallel", "aot", "card", "ways_in",
+    "kernels", "smollm2", "cpu_ops", "stream", "export", "generate", "aot", "keys", "cli",
+    "speculative", "examples", "ways_in", "benchmarks", "fold", "hub", "card", "tiny_models",
+    "mixing", "report", "refine", "configs", "linear", "readme", "killed", "parallel",
 )  # fmt: skip
 
 
