@@ -23,14 +23,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # files that take ten seconds or more, the longest first
 LONGEST = (
-    "smollm2", "kernels", "generate", "tiny_models", "benchmarks", "cpu_ops", "export", "examples",
-    "stream", "killed", "readme", "keys", "linear", "cli", "bench", "hub", "refine", "mixing",
-    "fold", "parallel", "aot", "card", "ways_in",
+    "kernels", "smollm2", "cpu_ops", "stream", "export", "generate", "aot", "keys", "cli",
+    "speculative", "examples", "ways_in", "benchmarks", "fold", "hub", "card", "tiny_models",
+    "mixing", "report", "refine", "configs", "linear", "readme", "killed", "parallel",
 )  # fmt: skip
 
 
 def pytest_addoption(parser):
-    parser.addoption("--runslow", action="store_true", help="also run the slow tests")
+    parser.addoption("--runslow", action="store_true", help="also run repeats and more seeds")
 
 
 def pytest_generate_tests(metafunc):
@@ -41,8 +41,12 @@ def pytest_generate_tests(metafunc):
         )
 
 
-def pytest_collection_modifyitems(items):
-    """Run the longest files first, so that parallel processes end at about one time."""
+def pytest_collection_modifyitems(config, items):
+    """Leave out repeats. Run the longest files first, so that processes end at about one time."""
+    if not config.getoption("--runslow"):
+        repeated = [item for item in items if item.get_closest_marker("repeats")]
+        config.hook.pytest_deselected(items=repeated)
+        items[:] = [item for item in items if item not in repeated]
     place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 

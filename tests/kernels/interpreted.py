@@ -7,11 +7,12 @@ kernels on a GPU.
 
 import os
 from functools import partial
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 
 import pytest
 import tiny
 import torch
+from repeats import but
 from triton.runtime import interpreter
 
 from eigenzoo.kernels import anchored_decode, latent_decode, ops, rotary_decode, split
@@ -39,10 +40,19 @@ LAUNCH = {
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 
 
+def sets_of(*options: str) -> list[set[str]]:
+    """Every option alone, every two of them, and none."""
+    return [set(c) for n in range(3) for c in combinations(options, n)]
+
+
+def named(x: object) -> str:
+    """The id of a parameter."""
+    return ("+".join(sorted(x)) or "plain") if isinstance(x, set) else str(x)
+
+
 def pairs(*options: str):
     """Parametrize a test by every option alone, every two of them, and none."""
-    sets = [set(c) for n in range(3) for c in combinations(options, n)]
-    return pytest.mark.parametrize("given", sets, ids=lambda s: "+".join(sorted(s)) or "plain")
+    return pytest.mark.parametrize("given", sets_of(*options), ids=named)
 
 
 @pytest.fixture(autouse=True)
@@ -221,8 +231,14 @@ def test_anchored_decode_takes_every_option(given):
     check(attention.anchored_decode, *anchored(90, given, 32))
 
 
-@pairs("bias", "mean", "angles", "spans", "uneven")
-@pytest.mark.parametrize("block", [16, 32, 128])
+FEW = sets_of("bias", "mean", "angles", "spans", "uneven")
+
+
+@pytest.mark.parametrize(
+    ("given", "block"),
+    but([*((x, 32) for x in FEW), *product(FEW[:1], (16, 128))], product(FEW, (16, 32, 128))),
+    ids=named,
+)
 def test_anchored_decode_takes_a_few_tokens(given, block):
     check(attention.anchored_decode, *anchored(130, {"tokens", *given}, block))
 
@@ -310,16 +326,22 @@ KEPT = {  # segments of keys and values, at ranks 80 and 80
 }
 
 
-@pytest.mark.parametrize("segments", KEPT.values(), ids=KEPT)
-@pytest.mark.parametrize("made", [latent, anchored, rotary], ids=lambda f: f.__name__)
-def test_packed_numbers_are_read_as_what_they_stand_for(made, segments):
+MADE = {f.__name__: f for f in (latent, anchored, rotary)}
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    but([*product(["latent"], KEPT), *product(MADE, list(KEPT)[4:])], product(MADE, KEPT)),
+)
+def test_packed_numbers_are_read_as_what_they_stand_for(name, kept):
+    made, segments = MADE[name], KEPT[kept]
     wide = {anchored: {"block": 32, "rank": 80}, latent: {"rk": 80}, rotary: {"rank": 80}}[made]
     arguments = list(made(90, {"spans", "mean", "bias", "padding"}, **wide))
     arguments[2] = cache(2, 90, 80)
     check(getattr(attention, f"{made.__name__}_decode"), *arguments, segments=segments)
 
 
-@pytest.mark.parametrize("made", [latent, anchored, rotary], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
 def test_packed_numbers_are_read_in_bf16(made):
     wide = {anchored: {"block": 32, "rank": 80}, latent: {"rk": 80}, rotary: {"rank": 80}}[made]
     arguments = list(made(40, {"spans", "mean"}, dtype=torch.bfloat16, **wide))
@@ -353,10 +375,16 @@ def test_packed_latents_of_any_rank_are_lifted(segments, held, monkeypatch):
     check(attention.rotary_decode, *arguments, segments=(segments, "24x4+8x2"))
 
 
+PAGED = [{"bias"}, {"spans", "padding"}, {"spans", "tokens", "mean"}]
+
+
 @pytest.mark.parametrize("segments", [("", ""), (MIXED, "48x4+24x3+8x2")], ids=["", "segments"])
-@pytest.mark.parametrize("page", [16, 32, 48])
-@pytest.mark.parametrize("given", [{"bias"}, {"spans", "padding"}, {"spans", "tokens", "mean"}])
-@pytest.mark.parametrize("made", [latent, anchored, rotary], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("given", "page"),
+    but(zip(PAGED, (16, 32, 48), strict=True), product(PAGED, (16, 32, 48))),
+    ids=named,
+)
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
 def test_a_cache_in_pages_is_read_through_a_table(made, given, page, segments):
     wide = {anchored: {"block": 32, "rank": 80}, latent: {"rk": 80}, rotary: {"rank": 80}}[made]
     arguments = list(made(96, given, **wide))
@@ -374,7 +402,7 @@ def test_numbers_of_16_bits_at_odd_addresses_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("made", [latent, anchored, rotary], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
 def test_halves_are_added_up_in_fp32(made, dtype):
     block = {"block": 32} if made is anchored else {}
     definition = getattr(attention, f"{made.__name__}_decode")

@@ -147,6 +147,7 @@ def test_transformers_decodes_at_the_end_of_a_filled_cache(family, static, monke
     assert len(run.round()) == len(run.round()) == 3
 
 
+@pytest.mark.usefixtures("forked")
 def test_contestants_take_turns_in_their_own_processes_and_report_failures(capfd):
     config = tiny.native("opt").config
     settings = Settings(keep=0.5, heads_per_latent=(2, 2), rank_multiple=1, kv_bits=(16,))
@@ -173,7 +174,7 @@ def test_a_killed_contestant_fails_only_its_own_row(last):
     assert other["tokens_per_second"] == 2
 
 
-@pytest.mark.usefixtures("forked")
+# the one test that does not fork: its process starts as in use, which takes longer
 def test_a_bench_in_which_nothing_can_be_timed_ends_in_an_error(run, dense_folder, tmp_path):
     broken = shutil.copytree(dense_folder, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"none")

@@ -77,6 +77,7 @@ def of(source):
     return from_checkpoints([str(source)], same)
 
 
+@pytest.mark.usefixtures("forked")
 def test_llama_bench_decodes_the_file_in_a_process_for_each_round(file, program, tmp_path, capsys):
     models = of(file).with_llama_cpp("auto", [1], CPU)
     names = ["llama.cpp F32, f16 cache", "llama.cpp F32, q8_0 cache"]
