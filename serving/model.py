@@ -31,6 +31,9 @@ class EigenModel(nn.Module):
         self.share = Share.own(native_config(vllm_config.model_config.hf_config))
         self.last = get_pp_group().is_last_rank
         self.native = install(allocate(stage_of(new_part(self.share), get_pp_group())))
+        for module in self.native.modules():
+            if "linear_decode" in vars(module):  # it knows how many tokens a step has, vLLM's
+                module.rows = None  # compiler does not
         self.caches = [
             PagedLayer(
                 self.native, layer.attn, f"{prefix}.layers.{layer.attn.layer}.attn", vllm_config

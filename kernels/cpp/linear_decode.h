@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -63,6 +64,9 @@ Tensor linear_decode(const Tensor& x, const Tensor& weight, const OptionalTensor
     expect(each->size(0) == weight.size(0) && each->is_contiguous(),
            "a scale or bias (out,), contiguous", *each);
   }
+  // Callers whose number of rows is not known when they are compiled leave the choice to this op
+  if (x.size(0) > FEW_ROWS && !scale && weight.scalar_type() == x.scalar_type())
+    return at::linear(x, weight, bias ? *bias : Tensor());
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
   Tensor out = at::empty(shape, x.options());

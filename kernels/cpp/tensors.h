@@ -19,4 +19,6 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Layouts = at::OptionalIntArrayRef;  // of the rows of a cache, if it is packed
 
+constexpr int64_t FEW_ROWS = 8;  // for more tokens, PyTorch's own products are as fast
+
 }  // namespace

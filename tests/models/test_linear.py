@@ -61,7 +61,7 @@ def test_every_linear_layer_is_of_the_class_that_quantizers_look_for(family, exp
         model = EigenForCausalLM(EigenConfig(family=model.config.family, **asdict(model.config)))
     own = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.dim() == 2}
     types = {type(model.get_submodule(name)) for name in own}
-    assert types == {nn.Linear, nn.Embedding}
+    assert types - {Router} == {nn.Linear, nn.Embedding}  # quantizers must not find the router
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ class Projector(nn.Module):
     """
 
     linear_decode: Callable[..., Tensor] = staticmethod(linear_decode)
-    rows = ROWS  # `linear_decode` is used for up to so many rows
+    rows: int | None = ROWS  # `linear_decode` is used for up to so many rows; None: for any number
 
     def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
         """layer(x), by `linear_decode` if nothing has replaced, wrapped or quantized the layer."""
@@ -52,6 +52,8 @@ class Projector(nn.Module):
         """Whether `linear_decode` is used: x (B, T, in) is few tokens on a CPU."""
         if x.dim() != 3 or x.device.type != "cpu":
             return False
+        if self.rows is None:
+            return True
         count = x.size(0) * x.size(1)  # where it is symbolic, a condition would be a guard
         ready = self.linear_decode is not linear_decode or torch.compiler.is_compiling()
         return ready and statically_known_true(count <= self.rows) and count > 0
