@@ -40,6 +40,7 @@ def low(dense_folder, tmp_path_factory):
         "evaluate",
         "generate",
         "inspect",
+        "plan",
         "bench",
         "demo",
         "serve",

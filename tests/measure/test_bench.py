@@ -31,6 +31,10 @@ BILLIONS = {
     "llama-3.2-1b": 1.24,
     "llama-2-7b": 6.74,
     "llama-3.1-8b": 8.03,
+    "opt-66b": 65.7,
+    "qwen3-8b": 8.19,
+    "qwen3-32b": 32.76,
+    "mistral-7b": 7.25,
 }
 
 

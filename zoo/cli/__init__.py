@@ -17,6 +17,7 @@ from . import (
     evaluate,
     generate,
     inspect,
+    plan,
     pull,
     push,
     refine,
@@ -65,6 +66,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
+    plan.plan,
     compress.compress,
     refine.refine,
     evaluate.evaluate,

@@ -1,6 +1,7 @@
 """What becomes of the options that commands share: models, devices, dtypes and numbers."""
 
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -139,6 +140,17 @@ def parse_bits(text: str) -> tuple[int, ...]:
             f"kv bits is {text!r}: expected auto, {listed(map(str, BITS))}, or some as in 8,4"
         )
     return tuple(sorted({int(word) for word in words}, reverse=True))
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes of a size such as 80GB (of 10^9 bytes), or 80GiB (of 2^30)."""
+    size = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    if size is None or not float(size[1]):
+        raise ValueError(
+            f"memory is {text!r}: expected a size such as 80GB or 80GiB, in KB, MB, GB or TB"
+        )
+    unit = (1024 if size[3] else 1000) ** (1 + "KMGT".index(size[2].upper()))
+    return int(float(size[1]) * unit)
 
 
 def command_line() -> str:

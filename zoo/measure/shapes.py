@@ -1,11 +1,20 @@
 """Models of random weights in published shapes: they decode as fast as trained ones."""
 
+from collections.abc import Callable
 from functools import partial
 from math import lcm
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, MptConfig, OPTConfig, PreTrainedConfig
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    MptConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 from ..compression.allocate import Ranks
 from ..compression.fold import low_config
@@ -26,36 +35,51 @@ def _opt(width: int, layers: int, heads: int) -> PreTrainedConfig:
     )
 
 
-def _mpt(width: int, layers: int, heads: int) -> PreTrainedConfig:
-    return MptConfig(vocab_size=50432, d_model=width, n_layers=layers, n_heads=heads)
-
-
-def _llama(
-    width: int, layers: int, heads: int, kv: int, hidden: int, vocab: int, tied: bool = False
-) -> PreTrainedConfig:
-    return LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        tie_word_embeddings=tied,
+def _mpt(width: int, layers: int, heads: int, positions: int = 2048) -> PreTrainedConfig:
+    return MptConfig(
+        vocab_size=50432, d_model=width, n_layers=layers, n_heads=heads, max_seq_len=positions
     )
 
 
+def _llama(
+    *sizes: int,
+    positions: int,
+    tied: bool = False,
+    kind: Callable[..., PreTrainedConfig] = LlamaConfig,
+    **more: Any,
+) -> PreTrainedConfig:
+    """sizes: width, layers, heads, kv heads, hidden size of MLPs, vocabulary."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return kind(
+        **dict(zip((*names, "intermediate_size", "vocab_size"), sizes, strict=True)),
+        max_position_embeddings=positions,
+        tie_word_embeddings=tied,
+        **more,
+    )
+
+
+_mistral = partial(_llama, kind=MistralConfig, sliding_window=None, positions=32768)
+_qwen3 = partial(_llama, kind=Qwen3Config, head_dim=128, positions=40960)
+
+# From config.json of the models on the Hub, of the OPTs also from the sizes in metaseq's
+# `launcher/opt_job_constants.py`. Their parameters add up to the published numbers (see tests).
+# Mistral is v0.3, which has no sliding window and a vocabulary of 32768.
 SHAPES = {
     "opt-125m": partial(_opt, 768, 12, 12),
     "opt-1.3b": partial(_opt, 2048, 24, 32),
     "opt-6.7b": partial(_opt, 4096, 32, 32),
+    "opt-66b": partial(_opt, 9216, 64, 72),
     "mpt-1b": partial(_mpt, 2048, 24, 16),
     "mpt-7b": partial(_mpt, 4096, 32, 32),
-    "mpt-30b": partial(_mpt, 7168, 48, 64),
-    "smollm2-135m": partial(_llama, 576, 30, 9, 3, 1536, 49152, True),
-    "llama-3.2-1b": partial(_llama, 2048, 16, 32, 8, 8192, 128256, True),
-    "llama-2-7b": partial(_llama, 4096, 32, 32, 32, 11008, 32000),
-    "llama-3.1-8b": partial(_llama, 4096, 32, 32, 8, 14336, 128256),
-    "llama-3.1-70b": partial(_llama, 8192, 80, 64, 8, 28672, 128256),
+    "mpt-30b": partial(_mpt, 7168, 48, 64, 8192),
+    "smollm2-135m": partial(_llama, 576, 30, 9, 3, 1536, 49152, positions=8192, tied=True),
+    "llama-3.2-1b": partial(_llama, 2048, 16, 32, 8, 8192, 128256, positions=131072, tied=True),
+    "llama-2-7b": partial(_llama, 4096, 32, 32, 32, 11008, 32000, positions=4096),
+    "llama-3.1-8b": partial(_llama, 4096, 32, 32, 8, 14336, 128256, positions=131072),
+    "llama-3.1-70b": partial(_llama, 8192, 80, 64, 8, 28672, 128256, positions=131072),
+    "qwen3-8b": partial(_qwen3, 4096, 36, 32, 8, 12288, 151936),
+    "qwen3-32b": partial(_qwen3, 5120, 64, 64, 8, 25600, 151936),
+    "mistral-7b": partial(_mistral, 4096, 32, 32, 8, 14336, 32768),
 }
 
 

@@ -20,6 +20,7 @@ from ..utils.records import (
 )
 from .domains import DomainTable, domain_cells, percent, table_caption, table_cells
 from .evaluate import Comparison
+from .plan import Plan, plan_caption, plan_cells
 from .sweep_table import Section, caption, cells
 
 BY_LAYER = {  # of a layer, and of a config
@@ -227,6 +228,18 @@ def models_by_domain(models: DomainTable) -> None:
         _add(table, *row)
     _show(table)
     print(printable(table_caption(models)))
+
+
+def plan(made: Sequence[Plan]) -> None:
+    """Print what `plan.plans` tells."""
+    head, *body = plan_cells(made)
+    table = Table()
+    for name in head:
+        table.add_column(printable(name), overflow="fold")
+    for row in body:
+        _add(table, *row)
+    _show(table)
+    print("\n".join(map(printable, plan_caption(made))))
 
 
 def checkpoint(about: Mapping[str, Any]) -> None:
