@@ -280,9 +280,10 @@ inline void multiply_in_tiles(const int* a, int64_t rows, int64_t lda, const Rou
 inline void multiply(const int* a, int64_t rows, int64_t lda, const RoundedCodes& b, int64_t cols,
                      float* out, int64_t ldo) {
 #ifdef MULTIPLIES_TILES
-  for (int64_t m = 0; m < rows; m += TILE_ROWS)
+  for (int64_t m = 0; rows >= LEAST_ROWS && m < rows; m += TILE_ROWS)
     multiply_in_tiles(a + m * lda, std::min(TILE_ROWS, rows - m), lda, b, cols, out + m * ldo, ldo);
-#else
+  if (rows >= LEAST_ROWS) return;
+#endif
   constexpr int MOST = W == 16 ? 9 : 4;  // rows whose sums fit the registers
   thread_local Unpacked x;
   for (int64_t n = 0; n < cols; n += W) {
@@ -296,7 +297,6 @@ inline void multiply(const int* a, int64_t rows, int64_t lda, const RoundedCodes
       m += of_block;
     }
   }
-#endif
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 namespace {
 
 constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 64;
+constexpr int64_t LEAST_ROWS = 5;  // for fewer, products of vectors are as fast or faster
 
 // GCC does not know that what loads a tile reads memory, which must be written before
 inline void finish_writes() { asm volatile("" ::: "memory"); }

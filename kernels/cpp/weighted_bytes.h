@@ -133,7 +133,7 @@ void sum_segment(const RoundedWeights& weights, int64_t rows, const Codes& v, co
     };
 #ifdef MULTIPLIES_TILES
     TileSums sums;
-    for (int64_t first = 0; first < rows; first += TILE_ROWS) {
+    for (int64_t first = 0; rows >= LEAST_ROWS && first < rows; first += TILE_ROWS) {
       const uint8_t* high = &weights.bytes[first * 2 * TILE];
       for (int64_t i = 0; i < n; i += 2) {
         const int64_t vectors = std::min<int64_t>(2, n - i);
@@ -143,7 +143,8 @@ void sum_segment(const RoundedWeights& weights, int64_t rows, const Codes& v, co
           for (int64_t j = 0; j < vectors; ++j) add_vector(m, i + j, sums.of(j, m - first));
       }
     }
-#else
+    if (rows >= LEAST_ROWS) continue;
+#endif
     auto add = [&](auto of_block, int64_t first) {
       constexpr int R = decltype(of_block)::value;
       V sums[R * MOST];
@@ -155,7 +156,6 @@ void sum_segment(const RoundedWeights& weights, int64_t rows, const Codes& v, co
     int64_t m = 0;
     for (; m + M <= rows; m += M) add(std::integral_constant<int, M>(), m);
     for (; m < rows; ++m) add(std::integral_constant<int, 1>(), m);
-#endif
   }
 }
 
@@ -200,7 +200,7 @@ inline void weighted_sum(const float* p, int64_t rows, const Codes& v, int64_t s
   thread_local RoundedWeights weights;
   thread_local std::vector<float> scales;
 #ifdef MULTIPLIES_TILES
-  use_tiles(rows);
+  if (rows >= LEAST_ROWS) use_tiles(rows);
 #endif
   weights.begin(p, rows, slots);
   const float* scale = scales_of(v, slots, scales);
