@@ -251,6 +251,23 @@ def test_evaluate_asks_for_planted_facts(run, low, tmp_path):
     assert "0% -" in text
 
 
+def test_evaluate_asks_the_tasks_of_ruler(run, tmp_path):
+    folder = tmp_path / "long"
+    tiny.save(folder, chat=True, max_position_embeddings=1024, num_hidden_layers=1)
+    words = ["evaluate", folder, "--ruler", "--samples", "2", "--batch-size", "2"]
+    printed = json.loads(run(*words, "--json")[1])
+    (row,) = printed["ruler"]
+    assert (row["length"], row["samples"], row["chat"]) == (1024, 2, True)
+    assert [*row["tasks"]] == ["single", "keys", "values", "variables", "words"]
+    assert row["mean"]["recall"] < 0.2
+    assert "perplexity" not in printed
+    code, shown, _ = run(*words[:3], "--samples", "1", "--length", "900")
+    assert code == 0
+    assert all(name in shown for name in (*row["tasks"], "mean", "900", "1 questions"))
+    code, _, said = run(*words, "--length", "900", "--length", "1025")
+    assert (code, "length is 1025: expected 1024 at most" in said) == (2, True)
+
+
 @pytest.mark.usefixtures("forked")
 def test_bench_compares_checkpoints_and_resumes_where_it_stopped(run, dense_folder, low, tmp_path):
     words = ["bench", dense_folder, low, "--context", "64", "--batch", "1", "--buffer", "2"]
@@ -434,7 +451,10 @@ def test_bad_input_prints_one_line_and_exits_with_2(run, dense_folder, low, tmp_
             "--text",
             tmp_path / "short.txt",
         ): "expected at least one window",
-        ("evaluate", dense_folder, "--length", "64"): "goes with --retrieval",
+        ("evaluate", dense_folder, "--length", "64"): "goes with --retrieval or --ruler",
+        ("evaluate", dense_folder, "--samples", "3"): "goes with --ruler",
+        ("evaluate", dense_folder, "--ruler", "--length", "64"): "length is 64: expected",
+        ("evaluate", dense_folder, "--ruler", "--domains"): "leave --text, --by-position",
         ("evaluate", dense_folder, "--limit", "3"): "--gen-kwargs go with --tasks",
         ("evaluate", dense_folder, "--retrieval", "--length", "20"): "length is 20",
         ("evaluate", dense_folder, "--dtype", "int8"): "'--dtype': 'int8' is unknown",

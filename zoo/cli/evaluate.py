@@ -80,8 +80,8 @@ def evaluate(
         list[int] | None,
         option(
             "--length",
-            help="Tokens in the text with a fact; repeat for more.",
-            default="256, 512, ... up to 2048, or what the model can read",
+            help="Tokens in a text with facts, answer included; repeat for more.",
+            default="256, 512, ... up to 2048, with --ruler 4096, or what the model can read",
             panel=RETRIEVAL,
             metavar="<int>",
         ),
@@ -89,6 +89,25 @@ def evaluate(
     facts: Annotated[
         int, option("--facts", help="Facts for each length and depth.", panel=RETRIEVAL, min=1)
     ] = 5,
+    ruler: Annotated[
+        bool,
+        option(
+            "--ruler",
+            help="Instead of perplexity: ask for numbers, variables and frequent words of long "
+            "texts, after RULER (arXiv 2404.06654).",
+            panel=RETRIEVAL,
+        ),
+    ] = False,
+    samples: Annotated[
+        int | None,
+        option(
+            "--samples",
+            help="With --ruler: texts for each task and length.",
+            default="20",
+            panel=RETRIEVAL,
+            min=1,
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         option(
@@ -145,7 +164,10 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[
-        int, option("--batch-size", help="Texts in one batch of a task.", panel=TASKS, min=1)
+        int,
+        option(
+            "--batch-size", help="Texts in one batch of a task, or of --ruler.", panel=TASKS, min=1
+        ),
     ] = 1,
     dtype: Dtype = "auto",
     kv_bits: KvBits = None,
@@ -155,7 +177,7 @@ def evaluate(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure perplexity, retrieval and tasks.
+    """Measure perplexity, retrieval and other tasks.
 
     SOURCE may be compressed or not.
     """
@@ -167,8 +189,10 @@ def evaluate(
     from ..measure.quality import Probes, measure
     from ..utils.provenance import device_name, versions
 
-    if length and not retrieval:
-        raise ValueError("--length goes with --retrieval")
+    if length and not (retrieval or ruler):
+        raise ValueError("--length goes with --retrieval or --ruler")
+    if samples and not ruler:
+        raise ValueError("--samples goes with --ruler")
     of_tasks = limit, include_path, apply_chat_template or None, num_fewshot, gen_kwargs
     if not tasks and any(x is not None for x in of_tasks):
         raise ValueError(
@@ -176,10 +200,10 @@ def evaluate(
             "with --tasks"
         )
     several = read_domains(domains, domain or ())
-    if several and (text or by_position or retrieval or tasks):
+    if several and (text or by_position or retrieval or ruler or tasks):
         raise ValueError(
             "--domains and --domain measure perplexity on texts of their own: leave --text, "
-            "--by-position, --retrieval and --tasks out; a file goes with --domain FILE"
+            "--by-position, --retrieval, --ruler and --tasks out; a file goes with --domain FILE"
         )
     if original and not several:
         raise ValueError("--original goes with --domains or --domain")
@@ -196,8 +220,8 @@ def evaluate(
         chosen = load_tasks(names, include_path, trust_remote_code, num_fewshot, given)
     checkpoint = load(source, dtype, device, revision, trust_remote_code)
     probes = Probes(
-        *(not (retrieval or tasks), window, windows, by_position, retrieval, length or ()),
-        *(facts, seed, kv_bits),
+        *(not (retrieval or ruler or tasks), window, windows, by_position, retrieval, length or ()),
+        *(facts, seed, kv_bits, ruler, samples or 20, batch_size),
     )
     if several:
         kind = str(checkpoint.model.dtype).removeprefix("torch.")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
-from ..inference.checkpoint import Checkpoint
+from ..inference.checkpoint import Checkpoint, stop_tokens
 from ..inference.data import read_tokens
 from ..inference.perplexity import mean_perplexity, token_losses
 from ..inference.texts import Text
@@ -11,8 +11,10 @@ from ..models.config import kv_bytes
 from ..utils.records import EvaluationResult, PositionRecord, RetrievalRecord
 from . import probe
 from .domains import check_unseen
+from .ruler import ruler
 
 LENGTHS = (256, 512, 1024, 2048)  # tokens of a text with a fact in it, unless told
+RULER_LENGTH = 4096
 
 
 class Probes(NamedTuple):
@@ -22,7 +24,9 @@ class Probes(NamedTuple):
     2048 tokens, or as many as the model can read. by_position: also by the number of tokens
     before. retrieval: ask for planted facts, `facts` for each length and depth; lengths: tokens of
     a text with a fact in it; none are those of `LENGTHS` that the model can read. seed: of the
-    facts. bits: of a number in the cache, None as the model's config says.
+    facts. bits: of a number in the cache, None as the model's config says. ruler: ask `samples`
+    questions of every task of `ruler_tasks`, `batch` at once, at the same lengths; none are
+    `RULER_LENGTH`, or what the model can read.
     """
 
     perplexity: bool = True
@@ -34,6 +38,9 @@ class Probes(NamedTuple):
     facts: int = 5
     seed: int = 0
     bits: int | None = None
+    ruler: bool = False
+    samples: int = 20
+    batch: int = 1
 
 
 def measure(source: str, checkpoint: Checkpoint, text: Text, probes: Probes) -> EvaluationResult:
@@ -62,4 +69,8 @@ def measure(source: str, checkpoint: Checkpoint, text: Text, probes: Probes) -> 
         rows = probe.retrieval(model, tokenizer, text, lengths, *how)
         result["text"] = text.name
         result["retrieval"] = cast(list[RetrievalRecord], [x._asdict() for x in rows])
+    if probes.ruler:
+        lengths = probes.lengths or [min(RULER_LENGTH, longest)]
+        sizes = probes.samples, probes.seed, stop_tokens(checkpoint), probes.batch, probes.bits
+        result["ruler"] = ruler(model, tokenizer, lengths, *sizes)
     return result

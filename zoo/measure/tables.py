@@ -16,6 +16,7 @@ from ..utils.records import (
     PositionRecord,
     QualityRecord,
     RetrievalRecord,
+    RulerRecord,
     TaskRow,
 )
 from .domains import DomainTable, domain_cells, percent, table_caption, table_cells
@@ -155,7 +156,7 @@ def bench(rows: Sequence[BenchResult]) -> None:
 
 
 def evaluation(result: EvaluationResult) -> None:
-    """Print what `eigenzoo evaluate` measured: perplexity, positions, retrieval, tasks."""
+    """Print what `eigenzoo evaluate` measured."""
     if "domains" in result:
         domains(result["domains"])
     if "perplexity" in result:
@@ -171,6 +172,8 @@ def evaluation(result: EvaluationResult) -> None:
         positions(result["by_position"])
     if "retrieval" in result:
         retrieval(result["retrieval"])
+    if "ruler" in result:
+        ruler(result["ruler"])
     if "tasks" in result:
         tasks(result["tasks"])
 
@@ -197,6 +200,19 @@ def retrieval(rows: Sequence[RetrievalRecord]) -> None:
         f"share of {rows[0]['facts']} facts that greedy decoding gives, and mean log-likelihood of "
         "their tokens in nats"
     )
+
+
+def ruler(rows: Sequence[RulerRecord]) -> None:
+    """Print what `ruler.ruler` measured."""
+    table = Table("tokens", "task", "recall", "standard error")
+    for x in rows:
+        for name, score in {**x["tasks"], "mean": x["mean"]}.items():
+            error = score["standard_error"]
+            shown = "" if error is None else f"{error:.1%}"
+            _add(table, str(x["length"]), name, f"{score['recall']:.1%}", shown)
+    _show(table)
+    form = "in the chat template" if rows[0]["chat"] else "without a chat template"
+    print(f"{rows[0]['samples']} questions of each task, {form}; recall: what answers name of it")
 
 
 def tasks(rows: Mapping[str, TaskRow]) -> None:

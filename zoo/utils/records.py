@@ -156,6 +156,26 @@ class RetrievalRecord(TypedDict):
     loglikelihood: float
 
 
+class RulerScore(TypedDict):
+    """Mean share of the expected strings that answers name; no error of a single sample."""
+
+    recall: float
+    standard_error: float | None
+
+
+class RulerRecord(TypedDict):
+    """What `measure.ruler` measures at one length, of every task and of their mean.
+
+    samples: questions of each task. chat: whether they were put into a chat template.
+    """
+
+    length: int
+    samples: int
+    chat: bool
+    tasks: dict[str, RulerScore]
+    mean: RulerScore
+
+
 class TaskSettings(TypedDict):
     """How `eigenzoo evaluate --tasks` ran: what its options changed."""
 
@@ -228,6 +248,7 @@ class EvaluationResult(KvBytes):
     domains: NotRequired[DomainsRecord]
     by_position: NotRequired[list[PositionRecord]]
     retrieval: NotRequired[list[RetrievalRecord]]
+    ruler: NotRequired[list[RulerRecord]]
     tasks: NotRequired[dict[str, TaskRow]]
     task_settings: NotRequired[TaskSettings]
 
