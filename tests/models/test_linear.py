@@ -18,6 +18,7 @@ from eigenzoo.zoo.inference.generate import Generator, fastest_dtype
 from eigenzoo.zoo.inference.int8 import Int8Linear, quantize
 from eigenzoo.zoo.measure.timed_models import weight_bytes
 from eigenzoo.zoo.models import linear
+from eigenzoo.zoo.models.experts import Router
 
 CPU = torch.device("cpu")
 WIDE = 24
