@@ -21,6 +21,7 @@ PATHS = {  # options that name what is read
 }
 TEXTS = {
     "--device": ("frob", "meta", "cuda:-1", "cuda:99", "", "cpu:x", "xla", "mps:7"),
+    "--memory": ("", "x", "0", "-1", "-5GB", "nanGB", "5XB"),
     "--shard-size": ("", "x", "0", "-1", "-5GB", "nanGB", "0GB", "5XB"),
     "--heads-per-latent": ("", "x", "0", "-1", "3", "1,2,4", "1,", "²", "9" * 30),
     "--kv-bits": ("", "x", "5", "16,5", "16,,8", "²", "-8", "9" * 30),

@@ -57,6 +57,7 @@ COMMANDS = {
     "push": "push low org/name --dry-run",
     "pull": "pull org/name out",
     "demo": "demo --out out",
+    "plan": "plan dense",
 }
 NOTES = (
     "read ",
