@@ -29,11 +29,10 @@ class Absorber {
 
 #ifdef MULTIPLIES_TILES
   static constexpr bool IN_TILES = std::is_same_v<A, at::BFloat16>;
-  static constexpr int64_t DEPTH = IN_TILES ? 32 : 1;
 #else
   static constexpr bool IN_TILES = false;
-  static constexpr int64_t DEPTH = 1;
 #endif
+  static constexpr int64_t DEPTH = IN_TILES ? TILE_BYTES / sizeof(A) : 1;
 
   const int64_t D, R, tokens, heads, padded;  // heads: query heads of a kv head
   const int64_t depth;                        // D with the zeros that fill a tile
@@ -68,7 +67,7 @@ class Absorber {
 
   int64_t width() const { return padded; }  // floats from a result to the next
   // Results behind the last one that are written as well, with what is no result
-  static constexpr int64_t more() { return IN_TILES ? 15 : 0; }
+  static constexpr int64_t more() { return IN_TILES ? TILE_ROWS - 1 : 0; }
 
   // The results for kv head g of sequence b and n blocks from number `first` on, out (heads, T, n,
   // width()) and `more()`; and what the mean of the keys adds to their scores, added (heads, T, n)

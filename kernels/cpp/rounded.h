@@ -147,7 +147,7 @@ void unpack_codes(const RoundedCodes& x, const Words::Range& s, int64_t last, Un
 // W slots of x, of which those up to number `last` exist
 inline void unpack_tile(const RoundedCodes& x, int64_t last, Unpacked& y) {
   const Words& words = *x.words;
-  y.codes.resize(words.count + 15);  // tiles of 16 words are read
+  y.codes.resize(words.count + TILE_ROWS - 1);  // tiles of 16 words are read
   y.bytes.resize(2 * words.count);
   y.scales.resize(words.ranges.size());
   const int64_t from = x.rows.scales - x.rows.codes;

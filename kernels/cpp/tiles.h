@@ -11,10 +11,17 @@
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512VNNI__) && defined(__AMX_INT8__) && \
     defined(__AMX_BF16__)
 #define MULTIPLIES_TILES
+#endif
 
 namespace {
 
 constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 64;
+
+}  // namespace
+
+#ifdef MULTIPLIES_TILES
+namespace {
+
 constexpr int64_t LEAST_ROWS = 5;  // for fewer, products of vectors are as fast or faster
 
 // GCC does not know that what loads a tile reads memory, which must be written before

@@ -30,7 +30,7 @@ struct RoundedWeights {
   std::vector<float> peaks, scales;  // (rows,): the largest of p; and what a low byte stands for
 
   void begin(const float* p, int64_t rows, int64_t slots) {
-    bytes.resize((rows + 15) * 2 * TILE);  // tiles of 16 rows are read
+    bytes.resize((rows + TILE_ROWS - 1) * 2 * TILE);  // tiles of 16 rows are read
     peaks.resize(rows);
     scales.resize(rows);
     for (int64_t m = 0; m < rows; ++m) peaks[m] = row_max(p + m * TILE, slots);

@@ -17,6 +17,12 @@ from eigenzoo.kernels.install import install
 from eigenzoo.zoo.inference.generate import Generator
 
 LENGTHS = (1, 2, 15, 16, 17, 33, 70, 120)
+PACKED = {  # a config whose layers have rows of different widths
+    "anchor": 16,
+    "k_segments": ("2x8+4x4",) * 3,
+    "v_segments": ("", "4x8+4x4", "3x8"),
+    "centered": True,
+}
 SMALL = {
     "dtype": "float32",
     "enforce_eager": True,

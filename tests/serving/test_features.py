@@ -12,19 +12,13 @@ pytest.importorskip("vllm", reason="vllm is not installed: pip install 'eigenzoo
 import torch
 from exported import of_kind
 from safetensors.torch import load_file, save_file
-from served import native, prompts, served, serving, write
+from served import PACKED, native, prompts, served, serving, write
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
 from eigenzoo.serving import register
 from eigenzoo.zoo.models.config import kv_bytes
 
-PACKED = {
-    "anchor": 16,
-    "k_segments": ("2x8+4x4",) * 3,
-    "v_segments": ("", "4x8+4x4", "3x8"),
-    "centered": True,
-}
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 

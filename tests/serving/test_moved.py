@@ -6,18 +6,12 @@ pytest.importorskip("vllm", reason="vllm is not installed: pip install 'eigenzoo
 
 import torch
 from exported import of_kind
-from served import native, prompts, serving, write
+from served import PACKED, native, prompts, serving, write
 from vllm import SamplingParams
 
 from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.inference.moved import move
 
-PACKED = {
-    "anchor": 16,
-    "k_segments": ("2x8+4x4",) * 3,
-    "v_segments": ("", "4x8+4x4", "3x8"),
-    "centered": True,
-}
 ON = {
     "kv_transfer_config": {
         "kv_connector": "MovedPages",
