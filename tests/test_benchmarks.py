@@ -141,6 +141,20 @@ def test_a_cache_in_pages_is_timed_beside_one_long_page():
     assert printed[0]["over_one_page"] == 1
 
 
+def test_prompts_of_a_compressed_model_are_timed_beside_the_uncompressed_one(
+    run, dense_folder, tmp_path
+):
+    low, quick = tmp_path / "low", ("--samples", "4", "--seq-len", "32")
+    assert run("compress", dense_folder, low, "--keep", "0.25", *quick)[0] == 0
+    words = FILES / "whole_prompts.py", dense_folder, low, "--tokens", "20", "--tokens", "30"
+    done = fresh.python(*words, "--rounds", "1", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["tokens"] for row in rows] == [20, 30]
+    for row in rows:
+        assert row["speedup"] == row["dense_seconds"] / row["low_seconds"] > 0
+
+
 @pytest.mark.slow
 def test_prompts_are_timed_with_and_without_a_matrix():
     words = [FILES / "prompts.py", "--slots", "64", "--part", "16", "--rounds", "1"]
