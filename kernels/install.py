@@ -19,7 +19,6 @@ FUSED = {  # definition: fused op
     attention.rotary_decode: ops.rotary_decode,
 }
 FUSED_ON_CPUS = {attention.lift_heads: ops.lift_heads, pack: ops.pack, unpack: ops.unpack}
-LINEAR_ROWS = 8  # for more rows, PyTorch's own matrix product is as fast
 DEVICES = ("cpu", "cuda")  # devices with fused ops
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
@@ -70,11 +69,21 @@ def install(model: AnyModel) -> AnyModel:
             if _calls(module, definition):
                 setattr(module, op.__name__, op)
         if "cpu" in devices and _calls(module, linear_decode):
-            vars(module).update(linear_decode=ops.linear_decode, rows=LINEAR_ROWS)
+            vars(module).update(linear_decode=ops.linear_decode, rows=_rows(model))
         for definition, op in FUSED_ON_CPUS.items():
             if "cpu" in devices and _calls(module, definition):
                 setattr(module, op.__name__, op)
     return model
+
+
+def _rows(model: nn.Module) -> int | None:
+    """For up to how many rows `linear_decode` is faster on this CPU; None: for any number.
+
+    As `few_rows` in cpp/tensors.h.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return 8
+    return None if {p.element_size() for p in model.parameters()} == {2} else 32
 
 
 def remove(model: nn.Module) -> None:

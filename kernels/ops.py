@@ -15,6 +15,7 @@ from ..zoo.models.bits import Segment
 from ..zoo.models.cache import Buffer
 from ..zoo.models.packing import Latent, Packed
 
+READ: dict[str, list[int]] = {}  # layouts that were read
 SCHEMAS = {
     "latent_decode": (
         "Tensor q, Tensor k, Tensor v, Tensor span, float scale, Tensor? bias=None, "
@@ -98,7 +99,7 @@ def _parts(x: Buffer, q: Tensor) -> tuple[Tensor, list[int] | None]:
         return x, None
     if not hasattr(x, "rows"):
         return x.unpack(q.dtype), None
-    return x.rows, _numbers(Latent.of_layout(x.layout))
+    return x.rows, _read(x.layout)
 
 
 def latent_of(layout: Sequence[int]) -> Latent:
@@ -110,6 +111,14 @@ def latent_of(layout: Sequence[int]) -> Latent:
 
 def _numbers(latent: Latent) -> list[int]:
     return [latent.heads, *(number for s in latent.segments for number in s)]
+
+
+def _read(layout: str) -> list[int]:
+    """The numbers of a layout that is a text. Compiled code reads it once, and takes no cache."""
+    known = {} if torch.compiler.is_compiling() else READ
+    if layout not in known:
+        known[layout] = _numbers(Latent.of_layout(layout))
+    return known[layout]
 
 
 def latent_decode(
@@ -188,5 +197,4 @@ def pack(x: Tensor, latent: Latent) -> Packed:
 
 def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The op for `zoo.models.packing.unpack`; see there for the arguments. CPUs only."""
-    layout = _numbers(Latent.of_layout(packed.layout))
-    return torch.ops.eigenzoo.unpack(packed.rows, layout, dtype)
+    return torch.ops.eigenzoo.unpack(packed.rows, _read(packed.layout), dtype)

@@ -25,7 +25,8 @@ class PagedLayer(ServedLayer, AttentionLayerBase):
         """config: of vLLM, which learns of the layer by it."""
         self.model, self.attn, self.name = model, attn, name
         self.latents = self.attn.k, self.attn.v
-        self.widths = [latent.nbytes(model.dtype) for latent in self.latents]
+        self.dtype = model.dtype  # asking the model anew takes longer than attention to a page
+        self.widths = [latent.nbytes(self.dtype) for latent in self.latents]
         self.impl = PagedImpl()
         self.kv_cache = torch.empty(0, dtype=torch.uint8)
         config.compilation_config.static_forward_context[name] = self
@@ -71,7 +72,7 @@ class PagedLayer(ServedLayer, AttentionLayerBase):
         elif part.slots:  # all that it reads is new
             pages = rows[None, part.tokens]
         return [
-            of_bytes(x, latent, self.model.dtype)
+            of_bytes(x, latent, self.dtype)
             for x, latent in zip(pages.split(self.widths, -1), self.latents, strict=True)
         ]
 

@@ -40,7 +40,7 @@ Tensor lift_heads(const Tensor& y, const Tensor& up, int64_t width) {
   expect(up.is_contiguous() && up.scalar_type() == y.scalar_type() && up.size(1) == size &&
              width > 0 && ld % width == 0 && heads % (latents * (ld / width)) == 0,
          "contiguous matrices (L, R, G / L * width) for these vectors", up);
-  if (y.size(0) * y.size(2) > FEW_ROWS) {
+  if (y.size(0) * y.size(2) > few_rows(y)) {
     const int64_t shared = ld / width;
     const Tensor maps = up.unflatten(-1, {shared, width}).transpose(1, 2);
     const Tensor grouped = y.unflatten(1, {latents, shared, -1}).flatten(3, 4);

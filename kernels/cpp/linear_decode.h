@@ -65,7 +65,7 @@ Tensor linear_decode(const Tensor& x, const Tensor& weight, const OptionalTensor
            "a scale or bias (out,), contiguous", *each);
   }
   // Callers whose number of rows is not known when they are compiled leave the choice to this op
-  if (x.size(0) > FEW_ROWS && !scale && weight.scalar_type() == x.scalar_type())
+  if (x.size(0) > few_rows(x) && !scale && weight.scalar_type() == x.scalar_type())
     return at::linear(x, weight, bias ? *bias : Tensor());
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);

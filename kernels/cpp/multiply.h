@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 
 #include "cache.h"
 #include "lanes.h"
@@ -36,50 +35,46 @@ C10_ALWAYS_INLINE void add_products(const float* a, int64_t lda, const Codes& b,
   });
 }
 
-// out[m][n] = a[m] · b[n] for M rows of a and N of b. Rows of b are read one after another, in the
-// order of memory, because the processor prefetches in that order by itself.
-template <int M, int N, class A, class Rows>
-inline void dot_products(const A* a, int64_t lda, const Rows& b, float* out, int64_t ldo) {
-  V sums[M * N];
-  for (int n = 0; n < N; ++n) {
-    V sum[M];
-    for (auto& x : sum) x = V(0.f);
-    add_products<M>(a, lda, b.skip(n), sum);
-    for (int m = 0; m < M; ++m) sums[m * N + n] = sum[m];
-  }
-  if constexpr (M * N == W) {
-    float all[W];
-    horizontal_sums(sums).store(all);
-    for (int m = 0; m < M; ++m) std::copy_n(all + m * N, N, out + m * ldo);
-  } else {
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) {
-        float x[W];
-        sums[m * N + n].store(x);
-        out[m * ldo + n] = std::accumulate(x, x + W, 0.f);
-      }
-  }
-}
-
+// out (M, cols) = a (M, size) bᵀ. Rows of b are read one after another, in the order of memory,
+// because the processor prefetches in that order by itself.
 template <int M, class A, class Rows>
 void multiply_rows(const A* a, int64_t lda, const Rows& b, int64_t cols, float* out, int64_t ldo) {
-  constexpr int N = W / M;
-  int64_t n = 0;
-  for (; n + N <= cols; n += N) dot_products<M, N>(a, lda, b.skip(n), out + n, ldo);
-  for (; n < cols; ++n) dot_products<M, 1>(a, lda, b.skip(n), out + n, ldo);
+  for (int64_t n = 0; n < cols; n += W) {
+    const int64_t count = std::min(W, cols - n);
+    V sums[M][W];
+    for (int64_t i = 0; i < count; ++i) {
+      V sum[M];
+      for (auto& x : sum) x = V(0.f);
+      add_products<M>(a, lda, b.skip(n + i), sum);
+      for (int m = 0; m < M; ++m) sums[m][i] = sum[m];
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int64_t i = count; i < W; ++i) sums[m][i] = V(0.f);
+      horizontal_sums(sums[m]).store(out + m * ldo + n, count);
+    }
+  }
 }
 
-// out (rows, cols) = a (rows, size) bᵀ, with b (cols, size)
+// The same for up to M rows
+template <int M, class A, class Rows>
+void multiply_few(int64_t rows, const A* a, int64_t lda, const Rows& b, int64_t cols, float* out,
+                  int64_t ldo) {
+  if constexpr (M > 1)
+    if (rows < M) return multiply_few<M - 1>(rows, a, lda, b, cols, out, ldo);
+  multiply_rows<M>(a, lda, b, cols, out, ldo);
+}
+
+// out (rows, cols) = a (rows, size) bᵀ, with b (cols, size), which is read once for up to MOST rows
 template <class A, class Rows>
 void multiply(const A* a, int64_t rows, int64_t lda, const Rows& b, int64_t cols, float* out,
               int64_t ldo) {
+  constexpr int MOST = 9;  // sums that fit the registers
   int64_t m = 0;
-  for (; m + 4 <= rows; m += 4) multiply_rows<4>(a + m * lda, lda, b, cols, out + m * ldo, ldo);
-  if (m + 2 <= rows) {
-    multiply_rows<2>(a + m * lda, lda, b, cols, out + m * ldo, ldo);
-    m += 2;
+  for (int64_t blocks = (rows + MOST - 1) / MOST; blocks; --blocks) {  // of nearly equal size
+    const int64_t n = (rows - m + blocks - 1) / blocks;
+    multiply_few<MOST>(n, a + m * lda, lda, b, cols, out + m * ldo, ldo);
+    m += n;
   }
-  if (m < rows) multiply_rows<1>(a + m * lda, lda, b, cols, out + m * ldo, ldo);
 }
 
 }  // namespace

@@ -284,7 +284,7 @@ inline void multiply(const int* a, int64_t rows, int64_t lda, const RoundedCodes
     multiply_in_tiles(a + m * lda, std::min(TILE_ROWS, rows - m), lda, b, cols, out + m * ldo, ldo);
   if (rows >= LEAST_ROWS) return;
 #endif
-  constexpr int MOST = W == 16 ? 9 : 4;  // rows whose sums fit the registers
+  constexpr int MOST = 9;  // rows whose sums fit the registers
   thread_local Unpacked x;
   for (int64_t n = 0; n < cols; n += W) {
     read_tile(b, n, cols, x);

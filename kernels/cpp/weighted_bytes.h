@@ -152,7 +152,7 @@ void sum_segment(const RoundedWeights& weights, int64_t rows, const Codes& v, co
       for (int64_t m = 0; m < R; ++m)
         for (int64_t i = 0; i < n; ++i) add_vector(first + m, i, sums[m * n + i]);
     };
-    constexpr int M = W == 16 ? 2 : 1;
+    constexpr int M = 2;
     int64_t m = 0;
     for (; m + M <= rows; m += M) add(std::integral_constant<int, M>(), m);
     for (; m < rows; ++m) add(std::integral_constant<int, 1>(), m);
