@@ -6,13 +6,14 @@ from functools import partial
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
 from eigenzoo.hub_export.remote.configuration_eigen import EigenConfig
 from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
-from eigenzoo.kernels import ops
+from eigenzoo.kernels import cpu, ops
 from eigenzoo.kernels.install import install
 from eigenzoo.zoo.inference.generate import Generator, fastest_dtype
 from eigenzoo.zoo.inference.int8 import Int8Linear, quantize
@@ -178,12 +179,35 @@ def test_with_fused_ops_every_linear_layer_of_a_few_tokens_is_fused(monkeypatch,
             monkeypatch.setattr(
                 module, "linear_decode", lambda *args: counted.append(1) or ops.linear_decode(*args)
             )
-    cache = model.new_cache(2, 8)
-    model(tiny.tokens(2, 5), torch.arange(5), cache)
-    assert not counted
+    cache = model.new_cache(2, 20)
+    model(tiny.tokens(2, 20), torch.arange(20), cache)
+    assert not counted  # 40 are many
     for count in (1, 4):
         model(tiny.tokens(2, count), torch.arange(count), cache)
     assert len(counted) == 2 * layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_product_of_many_rows_is_that_of_the_library(dtype):
+    cpu.load()
+    x, weight = torch.randn(100, 1, 70).to(dtype), torch.randn(35, 70).to(dtype)
+    y = ops.linear_decode(x, weight, None, weight[:, 0].contiguous())
+    want = F.linear(x.double(), weight.double(), weight[:, 0].double())
+    torch.testing.assert_close(y.double(), want, rtol=2 ** -7, atol=0.05)
+
+
+def test_where_16_bits_are_slow_every_prompt_is_multiplied_by_the_op_but_not_in_training(
+    monkeypatch,
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(cpu, "load", lambda: None)
+    x = torch.randn(1, 50, 8, dtype=torch.bfloat16)
+    for dtype, rows in ((torch.float32, 32), (torch.bfloat16, None)):
+        mlp = install(tiny.native().to(dtype)).layers[0].mlp
+        assert mlp.rows == rows
+        with torch.no_grad():
+            assert mlp.few(x.to(dtype)) == (rows is None)
+        assert not mlp.few(x.to(dtype))
 
 
 def test_an_int8_weight_is_off_by_half_a_scale_at_most(layer):
