@@ -27,7 +27,7 @@ from .hub import FAILURES, card_license, failure_reason, parse_hub_id
 from .quantized import dequantizer, quantization, read_by_transformers, unquantized
 from .tensor_files import lazy_safetensors, read_folder, safetensors_files
 from .tokenizer import read_gguf_tokenizer, read_tokenizer
-from .weights import LayerFiles, build
+from .weights import LayerFiles, Tensors, build
 
 MODEL_TYPE = "eigen"  # `model_type` in config.json of a compressed checkpoint
 # newest format of compressed checkpoints; 0: no `format_version` and no code hashes; 1: no segments
@@ -81,7 +81,7 @@ def load(
     beside = _beside(source, path, raw, config, trust_remote_code)
     if path.suffix == ".gguf":
         lazy = gguf_tensors(open_gguf(path), raw, dtype)
-        tensors = ((key, tensor.read()) for key, tensor in lazy)
+        tensors: Tensors = ((key, tensor.read()) for key, tensor in lazy)
     elif plain := dequantizer(quantization(raw)):
         tensors = plain(read_folder(path))
     else:
