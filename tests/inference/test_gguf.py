@@ -257,6 +257,7 @@ def test_several_models_in_a_folder_are_named(tmp_path):
         ({"drop": ("blk.1.attn_q.weight", "output_norm.weight")}, "lacks 2 weights"),
         ({"drop": ("token_embd.weight",)}, "lacks 1 weights, first embed"),
         ({"more": {"blk.0.attn_q_norm.weight": torch.ones(16)}}, "self_attn.q_norm.weight"),
+        ({"more": {"blk.0.ffn_up.0.weight": torch.ones(96, 64)}}, r"ffn_up.0.weight .*no such"),
         ({"more": {"blk.0.attn_q.bias": torch.ones(128)}}, r"attn_q.bias|q_proj.bias"),
         ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre = 'deepseek-llm'"),
         ({"attention__key_length": 16, "rope__dimension_count": 8}, "dimension_count is 8"),
