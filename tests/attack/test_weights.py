@@ -142,9 +142,9 @@ ROWS = [
     *rows({f"index, {k}": x for k, x in INDICES.items()}, ("compress", "stream")),
     *rows({f".bin, {k}": x for k, x in PICKLED.items()}, ("evaluate", "stream")),
     *(
-        attack.Row(f"gguf: {name}", change, f"{command} dense.gguf")
+        attack.Row(f"gguf: {name}", change, command.replace("dense", "dense.gguf"))
         for name, change in GGUFS.items()
-        for command in ("inspect", "evaluate")
+        for command in ("inspect dense", "evaluate dense", attack.COMMANDS["stream"])
     ),
 ]
 

@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import ggufs
 import pytest
 import tiny
 import torch
@@ -107,6 +108,46 @@ def test_a_model_that_was_streamed_is_the_one_that_was_compressed_in_memory(
         assert new["perplexity"] == pytest.approx(old["perplexity"], rel=near)
     for old, new in zip(a["layers"], b["layers"], strict=True):
         assert new == pytest.approx(old, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("llama", {"head_dim": 8}, []),
+        ("qwen2", {"tie_word_embeddings": True}, ["--method", "pca", "--dtype", "bfloat16"]),
+        ("mixtral", {}, ["--method", "attention"]),
+    ],
+)
+def test_a_gguf_file_is_streamed_to_the_bytes_that_its_weights_give(
+    tmp_path, text, family, changes, words
+):
+    theirs = tiny.save(tmp_path / "model", family, **changes)
+    file = ggufs.write(tmp_path / "tiny.gguf", theirs, parts=2)
+    whole = compressed(tmp_path / "model", tmp_path / "a", text, "--stream", *words)
+    parts = compressed(file, tmp_path / "b", text, "--stream", *words)
+    assert parts.name == "b"
+    assert parts.config["compression"]["layers"] == whole.config["compression"]["layers"]
+    a, b = content(tmp_path / "a"), content(tmp_path / "b")
+    weights = [name for name in a if "safetensors" in name]
+    assert len(weights) == 5
+    assert [a[name] for name in weights] == [b[name] for name in weights]
+    x = tiny.WORDS
+    assert parts.tokenizer(x)["input_ids"] == whole.tokenizer(x)["input_ids"]
+
+
+def test_work_on_another_gguf_file_is_not_resumed(tmp_path, text, monkeypatch):
+    file = ggufs.write(tmp_path / "tiny.gguf", tiny.hf("llama"))
+
+    def dies(*_):
+        raise KilledError
+
+    monkeypatch.setattr(stream.Stream, "_measure", dies)
+    words = "compress", file, tmp_path / "out", *options(text, "--stream", "--method", "pca")
+    assert isinstance(run(*words).exception, KilledError)
+    ggufs.write(file, tiny.hf("llama", seed=1))
+    result = run(*words, "--resume")
+    assert result.exit_code == 2
+    assert "weights" in result.output
 
 
 def test_transformers_loads_what_was_streamed(tmp_path, text):
@@ -325,6 +366,9 @@ def test_the_bytes_of_weights_are_known_before_they_are_read(tmp_path):
     numbers = sum(x.numel() for x in model.parameters())
     assert stored_bytes(tmp_path, torch.bfloat16) == 2 * numbers < stored_bytes(tmp_path)
     assert stored_bytes(tmp_path, torch.float32) == 4 * numbers
+    file = ggufs.write(tmp_path / "tiny.gguf", tiny.hf())
+    assert stored_bytes(file) == 4 * numbers
+    assert stored_bytes(file, torch.bfloat16) == 2 * numbers
 
 
 def test_weights_that_are_not_safetensors_cannot_be_streamed(tmp_path, text):

@@ -21,12 +21,13 @@ def write(
 ) -> Path:
     """Write model and the tiny tokenizer. Returns the path, of the first part.
 
-    model: of Llama, Mistral, Qwen2 or Qwen3. rope: `rope_parameters` to write, by default the
-    model's. parts: files to split into. drop, more: tensors left out and added. pre: how the file
-    says that text is split. extra: metadata of the architecture that is added, or left out where
-    None; __ stands for a dot.
+    model: of Llama, Mistral, Mixtral, Qwen2, Qwen3 or Qwen3-MoE. rope: `rope_parameters` to write,
+    by default the model's. parts: files to split into. drop, more: tensors left out and added. pre:
+    how the file says that text is split. extra: metadata of the architecture that is added, or left
+    out where None; __ stands for a dot.
     """
-    config, arch = model.config, model.config.model_type.replace("mistral", "llama")
+    config, arch = model.config, model.config.model_type
+    arch = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}.get(arch, arch)
     rope = rope or config.rope_parameters
     writer = gguf.GGUFWriter(path, arch)
     tensors = dict(_tensors(model, arch)) | _scaling(writer, arch, rope, config) | (more or {})
@@ -45,8 +46,42 @@ def write(
         "attention.key_length": getattr(config, "head_dim", None),
         "rope.dimension_count": getattr(config, "head_dim", None)
         or config.hidden_size // config.num_attention_heads,
+        "expert_count": getattr(config, "num_local_experts", None),
+        "expert_used_count": getattr(config, "num_experts_per_tok", None),
+        "expert_feed_forward_length": getattr(config, "moe_intermediate_size", None),
     }
-    for key, value in (values | {k.replace("__", "."): x for k, x in extra.items()}).items():
+    return _write(writer, path, arch, values | _dotted(extra), tensors, parts, pre)
+
+
+def write_mpt(path: Path, model: tiny.FoundryMPT, **extra) -> Path:
+    """As `write`, with what llama.cpp keeps of an MPT."""
+    raw, attn = model.raw(), model.attn
+    values = {
+        "context_length": raw["max_seq_len"],
+        "embedding_length": raw["d_model"],
+        "block_count": raw["n_layers"],
+        "feed_forward_length": 4 * raw["d_model"],
+        "attention.head_count": raw["n_heads"],
+        "attention.head_count_kv": attn.get("kv_n_heads"),
+        "attention.layer_norm_epsilon": 1e-5,
+        "attention.clamp_kqv": attn.get("clip_qkv"),
+        "attention.max_alibi_bias": float(attn.get("alibi_bias_max", 8) if attn["alibi"] else 0),
+    }
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MPT, raw["n_layers"])
+    tensors = {}
+    for key, x in model.weights().items():
+        stem, kind = key.rsplit(".", 1)
+        tensors[f"{names.get_name(stem)}.{kind}"] = x
+    writer = gguf.GGUFWriter(path, "mpt")
+    return _write(writer, path, "mpt", values | _dotted(extra), tensors, pre="mpt")
+
+
+def _dotted(extra: dict) -> dict:
+    return {key.replace("__", "."): x for key, x in extra.items()}
+
+
+def _write(writer, path: Path, arch: str, values: dict, tensors: dict, parts=1, pre="gpt-2"):
+    for key, value in values.items():
         if value is not None:
             add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
             add[type(value)](f"{arch}.{key}", value)
@@ -68,6 +103,11 @@ def _tensors(model, arch: str):
     tied = model.config.tie_word_embeddings
     for key, x in model.state_dict().items():
         stem, kind = key.rsplit(".", 1)
+        if stem.endswith(".experts"):  # of all experts, without .weight
+            halves = zip(("gate_proj", "up_proj"), x.chunk(2, 1), strict=True)
+            for name, part in halves if kind == "gate_up_proj" else [(kind, x)]:
+                yield f"{names.get_name(f'{stem}.{name}')}.weight", part
+            continue
         part = stem.rsplit(".", 1)[-1]
         if arch == "llama" and part in heads:  # pairs that rotate become neighbors
             x = x.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).reshape(x.shape)

@@ -2,19 +2,21 @@
 
 import shutil
 import struct
+import tracemalloc
 from functools import cache
 
 import ggufs
+import numpy as np
 import pytest
 import tiny
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, quantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, dequantize, quantize
 from ropes import rope_parameters
 
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.zoo.compression.settings import Settings
 from eigenzoo.zoo.inference.checkpoint import inspect, load
-from eigenzoo.zoo.inference.gguf_file import Stored, open_gguf
+from eigenzoo.zoo.inference.gguf_file import PIECE, Stored, open_gguf
 
 TEXT = tiny.tokens(1, 300)
 
@@ -56,11 +58,54 @@ def test_rotation_is_read_as_it_was_written(tmp_path, rope):
         ("qwen3", {}),
         ("qwen3", {"attention_bias": True}),
         ("mistral", {"sliding_window": None}),
+        ("mixtral", {}),
+        ("qwen3_moe", {"norm_topk_prob": True}),
     ],
 )
 def test_variants_give_the_logits_of_transformers(tmp_path, family, changes):
     theirs, logits = model(family, **changes)
     check(ggufs.write(tmp_path / "tiny.gguf", theirs), logits)
+
+
+@pytest.mark.parametrize(
+    ("attn", "other"),
+    [
+        ({}, {}),
+        ({"kv_n_heads": 2, "alibi_bias_max": 4}, {"no_bias": False}),
+        ({"clip_qkv": 0.5}, {}),
+        ({"qk_ln": True}, {"no_bias": False}),
+        ({"alibi": False}, {}),
+    ],
+)
+def test_variants_of_mpt_give_the_logits_of_llm_foundry(tmp_path, attn, other):
+    theirs = tiny.FoundryMPT(attn, **other)
+    checkpoint = load(str(ggufs.write_mpt(tmp_path / "tiny.gguf", theirs)))
+    x = TEXT[:, :200]
+    torch.testing.assert_close(checkpoint.model(x), theirs(x).logits, atol=1e-4, rtol=0)
+    words = tiny.tokenizer()
+    assert checkpoint.tokenizer(tiny.WORDS)["input_ids"] == words(tiny.WORDS)["input_ids"]
+    assert checkpoint.tokenizer.eos_token == "</s>"
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"attention__key_length": 8}, "mpt.attention.key_length = 8, which is not supported"),
+        ({"rope__freq_base": 1e4}, "mpt.rope.freq_base = 10000"),
+        ({"attention__layer_norm_epsilon": None}, "lacks mpt.attention.layer_norm_epsilon"),
+    ],
+)
+def test_what_an_mpt_asks_for_in_vain_is_named(tmp_path, extra, named):
+    path = ggufs.write_mpt(tmp_path / "tiny.gguf", tiny.FoundryMPT(), **extra)
+    with pytest.raises(ValueError, match=named):
+        load(str(path))
+
+
+def test_every_number_of_experts_is_asked_for(tmp_path):
+    theirs = tiny.hf("qwen3_moe")
+    path = ggufs.write(tmp_path / "tiny.gguf", theirs, expert_used_count=None)
+    with pytest.raises(ValueError, match=r"lacks qwen3moe.expert_used_count"):
+        load(str(path))
 
 
 @pytest.mark.parametrize("low_freq_factor", [1.0, 0.7])  # the second fits no published llama3
@@ -101,17 +146,71 @@ def test_a_split_gguf_is_read_whole_from_any_part(tmp_path, given):
     assert load(str(source)).name == "tiny"
 
 
-def test_quantized_blocks_are_dequantized(tmp_path):
-    x = torch.randn(4, 64)
-    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
-    blocks = quantize(x.numpy(), GGMLQuantizationType.Q8_0)
-    writer.add_tensor("x", blocks, raw_dtype=GGMLQuantizationType.Q8_0)
+def read_blocks(path, blocks, kind, **dtype):
+    """What is read of a file whose only tensor is these blocks."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_tensor("x", blocks, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    read = open_gguf(tmp_path / "x.gguf").tensors["x"].read()
-    torch.testing.assert_close(read, x, atol=0.03, rtol=0)
+    return open_gguf(path).tensors["x"].read(**dtype)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("shape", [(64,), (1030, 64), (2, 3, 64)])  # 1030: more than one piece
+def test_quantized_numbers_are_read_in_their_places(tmp_path, kind, shape):
+    x, kind = torch.randn(shape), GGMLQuantizationType[kind]
+    read = read_blocks(tmp_path / "x.gguf", quantize(x.numpy(), kind), kind)
+    step = {"F": 0.001, "B": 0.004}.get(kind.name[0]) or 2.0 ** (2 - int(kind.name[1]))
+    torch.testing.assert_close(read, x, atol=step, rtol=step / 2)
+
+
+HALF, QUARTER = (np.float16(x).tobytes() for x in (0.5, 0.25))
+SIXES = bytes([3] * 4 + [2] * 4 + [0x23] * 4)  # eight scales of 3 and eight minima of 2
+K_BLOCKS = {  # scales 0.5 * 3, minima 0.25 * 2, equal codes but the first; and what they mean
+    "Q2_K": (b"\x23" * 16 + b"\xa9" + b"\xaa" * 63 + HALF + QUARTER, 1.0, 2.5),
+    "Q3_K": (b"\xfe" + b"\xff" * 31 + b"\xaa" * 64 + b"\x33" * 8 + b"\xaa" * 4 + HALF, -3.0, 3.0),
+    "Q4_K": (HALF + QUARTER + SIXES + b"\x71" + b"\x77" * 127, 1.0, 10.0),
+    "Q5_K": (HALF + QUARTER + SIXES + b"\xfe" + b"\xff" * 31 + b"\x77" * 128, 10.0, 34.0),
+    "Q6_K": (b"\x71" + b"\x77" * 127 + b"\xaa" * 64 + b"\x03" * 16 + HALF, 1.5, 10.5),
+}
+
+
+@pytest.mark.parametrize("kind", K_BLOCKS)
+def test_k_quants_mean_what_ggml_says(tmp_path, kind):
+    block, first, others = K_BLOCKS[kind]
+    blocks = np.frombuffer(block * 6, np.uint8).reshape(3, -1)  # two blocks in a row
+    want = torch.full((3, 512), others)
+    want[:, ::256] = first
+    assert torch.equal(read_blocks(tmp_path / "x.gguf", blocks, GGMLQuantizationType[kind]), want)
+
+
+def test_reading_takes_a_fraction_of_a_tensor_beside_it(tmp_path):
+    kind = GGMLQuantizationType.Q8_0
+    blocks = np.zeros((16 * PIECE, 256 // 32 * 34), np.uint8)
+    tracemalloc.start()  # of numpy, not of torch
+    x = read_blocks(tmp_path / "x.gguf", blocks, kind, dtype=torch.bfloat16)
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    open_gguf(tmp_path / "x.gguf").tensors["x"].read(torch.bfloat16)
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert peak < x.nbytes / 2
+
+
+KINDS = ["TQ1_0", "TQ2_0", "MXFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"]
+
+
+@pytest.mark.parametrize("kind", [*K_BLOCKS, *KINDS, "IQ3_S", "IQ4_NL", "IQ4_XS"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_type_that_gguf_knows_is_read_and_cast(tmp_path, kind, dtype):
+    kind = GGMLQuantizationType[kind]
+    bytes_of_rows = (1030, 2 * GGML_QUANT_SIZES[kind][1])  # two pieces
+    # bytes of which no two are NaN or infinity in fp16
+    blocks = np.random.default_rng(0).integers(0, 0x70, bytes_of_rows, np.uint8)
+    read = read_blocks(tmp_path / "x.gguf", blocks, kind, dtype=dtype)
+    assert torch.equal(read, torch.from_numpy(dequantize(blocks, kind)).to(dtype))
 
 
 def test_files_beside_a_gguf_belong_to_other_models(path):
@@ -158,12 +257,14 @@ def test_several_models_in_a_folder_are_named(tmp_path):
         ({"drop": ("blk.1.attn_q.weight", "output_norm.weight")}, "lacks 2 weights"),
         ({"drop": ("token_embd.weight",)}, "lacks 1 weights, first embed"),
         ({"more": {"blk.0.attn_q_norm.weight": torch.ones(16)}}, "self_attn.q_norm.weight"),
+        ({"more": {"blk.0.ffn_up.0.weight": torch.ones(96, 64)}}, r"ffn_up.0.weight .*no such"),
         ({"more": {"blk.0.attn_q.bias": torch.ones(128)}}, r"attn_q.bias|q_proj.bias"),
         ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre = 'deepseek-llm'"),
         ({"attention__key_length": 16, "rope__dimension_count": 8}, "dimension_count is 8"),
         ({"attention__key_length": 16, "attention__value_length": 8}, "value_length is 8"),
         ({"attention__sliding_window": 100}, "llama.attention.sliding_window = 100"),
-        ({"expert_count": 8}, "llama.expert_count = 8"),
+        ({"expert_count": 8}, "lacks llama.expert_used_count"),
+        ({"expert_gating_func": 2}, "llama.expert_gating_func = 2"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30"),
         ({"logit_scale": 0.5}, "llama.logit_scale = 0.5"),
         ({"attention__scale": 0.3}, "llama.attention.scale"),
@@ -214,7 +315,7 @@ def test_other_architectures_are_named(tmp_path):
     writer.write_ti_data_to_file()
     writer.close()
     with pytest.raises(
-        ValueError, match="architecture 'gemma': expected a model of llama or qwen2 or qwen3"
+        ValueError, match="architecture 'gemma': expected a model of llama or mpt or qwen2 or qwen3"
     ):
         load(str(tmp_path / "x.gguf"))
 

@@ -22,12 +22,12 @@ from ..utils.jsonl import COMPRESSION
 from ..utils.records import CompressionRecord
 from .files import read_json
 from .gguf import gguf_config, gguf_tensors
-from .gguf_file import first_part, model_name, open_gguf
+from .gguf_file import first_part, model_name, open_gguf, parts
 from .hub import FAILURES, card_license, failure_reason, parse_hub_id
 from .quantized import dequantizer, quantization, read_by_transformers, unquantized
-from .tensor_files import read_folder
+from .tensor_files import lazy_safetensors, read_folder, safetensors_files
 from .tokenizer import read_gguf_tokenizer, read_tokenizer
-from .weights import LayerFiles, build
+from .weights import LayerFiles, Tensors, build
 
 MODEL_TYPE = "eigen"  # `model_type` in config.json of a compressed checkpoint
 # newest format of compressed checkpoints; 0: no `format_version` and no code hashes; 1: no segments
@@ -78,15 +78,17 @@ def load(
     path = locate(source, revision)
     raw = read_config(path)
     config = native_config(raw)  # raises for unsupported models before weights are read
+    beside = _beside(source, path, raw, config, trust_remote_code)
     if path.suffix == ".gguf":
-        tensors = gguf_tensors(open_gguf(path), raw)
+        lazy = gguf_tensors(open_gguf(path), raw, dtype)
+        tensors: Tensors = ((key, tensor.read()) for key, tensor in lazy)
     elif plain := dequantizer(quantization(raw)):
         tensors = plain(read_folder(path))
     else:
         tensors = read_by_transformers(path, raw)
     dtype = dtype or _dequantized_dtype(raw)
     model = build(config, tensors, dtype, device, native=raw["model_type"] == MODEL_TYPE)
-    return _checkpoint(source, path, raw, model, trust_remote_code)
+    return Checkpoint(model, *beside)
 
 
 def open_layers(
@@ -99,7 +101,7 @@ def open_layers(
     """As `load` for a dense model whose layers stay on disk, to be read one at a time.
 
     The returned model holds the weights outside layers; its layers are on meta. Raises ValueError
-    also if the weights are not in safetensors.
+    also if the weights are neither in safetensors nor in GGUF.
     """
     path = locate(source, revision)
     raw = read_config(path)
@@ -109,8 +111,14 @@ def open_layers(
             f"{source} is quantized in a format that cannot be read layer by layer: omit --stream, "
             "and use a machine with more memory if it needs that"
         )
-    files = LayerFiles(path, config, dtype or _dequantized_dtype(raw), device, plain)
-    return _checkpoint(source, path, raw, files.model(), trust_remote_code), files
+    if path.suffix == ".gguf":
+        paths, stored = parts(path), gguf_tensors(open_gguf(path), raw, dtype)
+    else:
+        paths = safetensors_files(path)
+        stored = lazy_safetensors(paths)
+    files = LayerFiles(paths, stored, config, dtype or _dequantized_dtype(raw), device, plain)
+    beside = _beside(source, path, raw, config, trust_remote_code)
+    return Checkpoint(files.model(), *beside), files
 
 
 def _dequantized_dtype(raw: dict[str, Any]) -> torch.dtype | None:
@@ -118,23 +126,24 @@ def _dequantized_dtype(raw: dict[str, Any]) -> torch.dtype | None:
     return (config_dtype(raw) or torch.bfloat16) if quantization(raw) else None
 
 
-def _checkpoint(
-    source: str, path: Path, raw: dict[str, Any], model: Model, trust_remote_code: bool
-) -> Checkpoint:
+def _beside(
+    source: str, path: Path, raw: dict[str, Any], config: Config, trust_remote_code: bool
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any], GenerationConfig, str, str | None]:
+    """What a checkpoint has beside its model."""
     gguf = path.suffix == ".gguf"
-    tokenizer = _tokenizer(path, raw, model.config, trust_remote_code)
+    tokenizer = _tokenizer(path, raw, config, trust_remote_code)
     generation = _generation(None if gguf else path, raw)
     local = model_name(path) if gguf else path.name  # cards show it, so not the user's whole path
     name = local if Path(source).expanduser().exists() else parse_hub_id(source)[0]
     license = card_license(path.parent if gguf else path)
-    return Checkpoint(model, tokenizer, unquantized(raw), generation, name, license)
+    return tokenizer, unquantized(raw), generation, name, license
 
 
 def _tokenizer(
     path: Path, raw: dict[str, Any], config: Config, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
     if path.suffix == ".gguf":
-        return read_gguf_tokenizer(path)
+        return read_gguf_tokenizer(path, config.foreign)
     # transformers chooses the tokenizer's class by the config, and may not accept this config
     foreign = config.foreign or raw["model_type"] == MODEL_TYPE
     like: dict[str, Any] = {"config": CONFIG_MAPPING[config.family]()} if foreign else {}

@@ -6,15 +6,25 @@ models do not compute raises an error that names it.
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .gguf_file import GGUF
+from . import gguf_mpt as mpt
+from .gguf_file import GGUF, Stored
 from .gguf_rope import FACTORS, decimal, rope_parameters
+from .tensor_files import Lazy
 
-FAMILIES = ("llama", "qwen2", "qwen3")  # a Mistral is a llama there
+FAMILIES = {  # by architecture; a Mistral is a llama there, and so is a Mixtral, with experts
+    "llama": "llama",
+    "mpt": "mpt",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+}
 NAMES = {  # of tensors, in a file and in a Hugging Face checkpoint
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -30,7 +40,9 @@ NAMES = {  # of tensors, in a file and in a Hugging Face checkpoint
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
+EXPERTS = {f"ffn_{x}_exps": f"mlp.experts.{x}_proj" for x in ("gate", "up", "down")}  # of all
 SIZES = {
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
@@ -40,11 +52,20 @@ SIZES = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
 }
+MIXTURES = {  # sizes of families with experts
+    "mixtral": {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    "qwen3_moe": {
+        "expert_count": "num_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
+    },
+}
 HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+EPSILON = "attention.layer_norm_rms_epsilon"
 READ = {
     *SIZES,
     *HEAD_SIZES,
-    "attention.layer_norm_rms_epsilon",
+    EPSILON,
     "rope.freq_base",
     "rope.scale_linear",
     "rope.scaling.type",
@@ -58,6 +79,8 @@ READ = {
 HARMLESS = {  # values that change nothing, beside 0 and false
     "attention.causal": True,
     "expert_count": 1,
+    "expert_gating_func": 1,  # softmax
+    "expert_weights_scale": 1.0,
     "embedding_scale": 1.0,
     "residual_scale": 1.0,
     "logit_scale": 1.0,
@@ -66,7 +89,7 @@ HARMLESS = {  # values that change nothing, beside 0 and false
 REMARKS = {"rope.scaling.finetuned", "tensor_data_layout"}  # what they say changes nothing
 # Splits of text before BPE that transformers knows, and those whose merges make GPT-2's split equal
 SPLITS = {
-    *("default", "gpt-2", "smollm", "refact", "starcoder"),
+    *("default", "gpt-2", "mpt", "smollm", "refact", "starcoder"),
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
     *("dbrx", "smaug-bpe", "tekken", "qwen2", "deepseek-r1-qwen", "kormo", "megrez", "qwen35"),
     *("gpt-4o", "llama4", "kanana2"),
@@ -78,20 +101,27 @@ def gguf_config(path: Path, file: GGUF) -> dict[str, Any]:
 
     Raises ValueError for an architecture, metadata or a rotation that is not supported.
     """
-    family, kind = (file.metadata.get(f"general.{x}") for x in ("architecture", "type"))
-    if family not in FAMILIES or kind not in (None, "model"):
+    arch, kind = (file.metadata.get(f"general.{x}") for x in ("architecture", "type"))
+    if arch not in FAMILIES or kind not in (None, "model"):
         raise ValueError(
-            f"{path} holds a {kind or 'model'} of architecture {family!r}: expected a model of "
+            f"{path} holds a {kind or 'model'} of architecture {arch!r}: expected a model of "
             f"{' or '.join(FAMILIES)}; load the checkpoint that it was made from instead"
         )
     values = {
-        key.removeprefix(f"{family}."): _one(key, value)
+        key.removeprefix(f"{arch}."): _one(key, value)
         for key, value in file.metadata.items()
-        if key.startswith(f"{family}.")
+        if key.startswith(f"{arch}.")
     }
-    sizes = _sizes(path, family, values, file)
-    _check_supported(path, family, values)
+    experts = values.get("expert_count") not in (None, 0, 1)
+    family = "mixtral" if experts and arch == "llama" else FAMILIES[arch]
+    own = MIXTURES.get(family, {})
+    epsilon, read = (mpt.EPSILON, mpt.READ) if family == "mpt" else (EPSILON, READ)
+    sizes = _sizes(path, arch, values, file, SIZES | own, epsilon)
+    _check_supported(path, arch, values, {*SIZES, epsilon, *read, *own})
     _check_split(path, file.metadata)
+    tied, ends = "output.weight" not in file.tensors, _ends(file.metadata)
+    if family == "mpt":
+        return mpt.config(values, sizes, file) | {"tie_word_embeddings": tied} | ends
     bias = {
         "attention_bias": "blk.0.attn_output.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
@@ -101,33 +131,50 @@ def gguf_config(path: Path, file: GGUF) -> dict[str, Any]:
         "hidden_act": "silu",
         **sizes,
         **(bias if family != "qwen2" else {}),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
+        **({"norm_topk_prob": True} if family == "qwen3_moe" else {}),  # not in files
+        "tie_word_embeddings": tied,
         "rope_parameters": rope_parameters(path, values, file, sizes),
         "dtype": "float32",
-        **_ends(file.metadata),
+        **ends,
     }
 
 
-def gguf_tensors(file: GGUF, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in fp32, by their names in a Hugging Face checkpoint, each read when asked for.
+def gguf_tensors(
+    file: GGUF, config: dict[str, Any], dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Lazy]]:
+    """The tensors by their names in a Hugging Face checkpoint.
 
-    config: as `gguf_config` returns it. A tensor without a counterpart keeps its name.
+    config: as `gguf_config` returns it. dtype: that to cast to later. A tensor without a
+    counterpart keeps its name.
     """
-    heads = {
-        "attn_q": config["num_attention_heads"],
-        "attn_k": config["num_key_value_heads"],
-    }
+    # bf16 now, as it halves the memory; of fp16 it could not be told later that numbers exceed it
+    read_as = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    family = config["model_type"]
+    layers, names = ("model.layers", NAMES) if family != "mpt" else (mpt.LAYERS, mpt.NAMES)
+    heads = {}
+    if family in ("llama", "mixtral"):
+        heads = {
+            "attn_q": config["num_attention_heads"],
+            "attn_k": config["num_key_value_heads"],
+        }
     for name, stored in file.tensors.items():
         if name in FACTORS:
             continue  # in config
         stem, _, kind = name.rpartition(".")
         layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
         part = layer[2] if layer else stem
-        tensor = stored.read()
-        if config["model_type"] == "llama" and part in heads:
-            tensor = _halves(tensor, heads[part])
-        start = f"model.layers.{layer[1]}." if layer else ""
-        yield (f"{start}{NAMES[part]}.{kind}" if part in NAMES else name), tensor
+        start = f"{layers}.{layer[1]}." if layer else ""
+        if part in names:
+            name = f"{start}{names[part]}.{kind}"
+        elif part in EXPERTS:
+            name = start + EXPERTS[part]
+        meta = torch.empty(stored.shape, dtype=read_as, device="meta")
+        yield name, Lazy(meta, partial(_read, stored, read_as, heads.get(part)))
+
+
+def _read(stored: Stored, dtype: torch.dtype, heads: int | None) -> Tensor:
+    x = stored.read(dtype)
+    return x if heads is None else _halves(x, heads)
 
 
 def _halves(x: Tensor, heads: int) -> Tensor:
@@ -146,43 +193,48 @@ def _one(key: str, value: Any) -> Any:
     return value
 
 
-def _sizes(path: Path, family: str, values: dict[str, Any], file: GGUF) -> dict[str, Any]:
+def _sizes(
+    path: Path,
+    arch: str,
+    values: dict[str, Any],
+    file: GGUF,
+    wanted: dict[str, str],
+    epsilon: str,
+) -> dict[str, Any]:
+    """The sizes in a config. wanted: their names in the metadata and in the config."""
     embed = file.tensors.get("token_embd.weight")
     found = {"vocab_size": embed.shape[0] if embed else None, **values}
     found.setdefault("attention.head_count_kv", found.get("attention.head_count"))
-    missing = [
-        key for key in (*SIZES, "attention.layer_norm_rms_epsilon") if found.get(key) is None
-    ]
+    missing = [key for key in (*wanted, epsilon) if found.get(key) is None]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(f'{family}.{key}' for key in missing)}")
-    sizes = {name: found[key] for key, name in SIZES.items()}
-    bad = [key for key in (*SIZES, *HEAD_SIZES) if key in found and not _positive(found[key])]
+        raise ValueError(f"{path} lacks {', '.join(f'{arch}.{key}' for key in missing)}")
+    sizes = {name: found[key] for key, name in wanted.items()}
+    bad = [key for key in (*wanted, *HEAD_SIZES) if key in found and not _positive(found[key])]
     if bad:
-        raise ValueError(f"{family}.{bad[0]} is {found[bad[0]]!r}: expected a positive integer")
+        raise ValueError(f"{arch}.{bad[0]} is {found[bad[0]]!r}: expected a positive integer")
     width = values.get("attention.key_length") or values.get("rope.dimension_count")
     width = width or sizes["hidden_size"] // sizes["num_attention_heads"]
     for key in HEAD_SIZES:
         if values.get(key, width) != width:
             raise ValueError(
-                f"{family}.{key} is {values[key]} and heads have {width} numbers: heads of "
+                f"{arch}.{key} is {values[key]} and heads have {width} numbers: heads of "
                 "different widths, or rotated in part, are not supported"
             )
-    epsilon = values["attention.layer_norm_rms_epsilon"]
-    return sizes | {"head_dim": width, "rms_norm_eps": decimal(epsilon)}
+    return sizes | {"head_dim": width, "rms_norm_eps": decimal(values[epsilon])}
 
 
 def _positive(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _check_supported(path: Path, family: str, values: dict[str, Any]) -> None:
+def _check_supported(path: Path, arch: str, values: dict[str, Any], read: set[str]) -> None:
     neutral = HARMLESS | {"attention.scale": decimal(_width(values) ** -0.5)}
     for key, value in values.items():
         seen_whole = key == "attention.sliding_window" and value >= values["context_length"]
-        if key in READ | REMARKS or seen_whole or not value or decimal(value) == neutral.get(key):
+        if key in read | REMARKS or seen_whole or not value or decimal(value) == neutral.get(key):
             continue
         raise ValueError(
-            f"{path} has {family}.{key} = {value}, which is not supported: load the checkpoint "
+            f"{path} has {arch}.{key} = {value}, which is not supported: load the checkpoint "
             "that it was made from instead"
         )
 

@@ -23,6 +23,7 @@ PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # by value type
 STRING, ARRAY = 8, 9  # the other value types
 DIMENSIONS = 4  # the most that ggml knows
+PIECE = 1024  # rows that are dequantized at a time
 
 
 class Stored(NamedTuple):
@@ -57,17 +58,25 @@ class Stored(NamedTuple):
         """Bytes of the whole tensor."""
         return self.row_bytes * math.prod(self.shape[:-1])
 
-    def read(self) -> Tensor:
-        """The tensor in fp32. Raises ValueError for a type that gguf cannot dequantize."""
+    def read(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor in dtype. Raises ValueError for a type that gguf cannot dequantize.
+
+        Rows are dequantized and cast piece by piece, so that beside the result no tensor of its
+        size is in memory.
+        """
         from gguf import GGMLQuantizationType, dequantize
 
-        rows = (*self.shape[:-1], self.row_bytes)
+        rows = math.prod(self.shape[:-1]), self.row_bytes
         kind = GGMLQuantizationType(self.kind)
         stored = np.memmap(self.path, np.uint8, "r", self.start, rows)
+        x = torch.empty(rows[0], self.shape[-1], dtype=dtype)
         try:
-            return torch.from_numpy(np.array(dequantize(stored, kind)))
+            for i in range(0, rows[0], PIECE):
+                piece = np.array(dequantize(stored[i : i + PIECE], kind))
+                x[i : i + PIECE] = torch.from_numpy(piece)
         except NotImplementedError as error:
             raise ValueError(f"{self.path} holds {kind.name}, which gguf cannot read") from error
+        return x.view(self.shape)
 
 
 class GGUF(NamedTuple):

@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,8 +14,17 @@ from torch import Tensor
 
 from ..utils.regular import readable
 from .files import read_json
+from .gguf_file import open_gguf
 
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")  # names of quantized dtypes
+
+
+class Lazy(NamedTuple):
+    """A tensor that is read when asked for."""
+
+    meta: Tensor
+    """On meta: its shape and dtype."""
+    read: Callable[[], Tensor]
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -47,6 +57,37 @@ def shards(folder: Path, whole: str) -> list[Path]:
                 f"{folder} lacks {name}: expected weights as safetensors or .bin{also}"
             )
     return [readable(folder / name) for name in names]
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. Raises ValueError if its weights are in other files."""
+    if not list(folder.glob("*.safetensors*")):
+        raise ValueError(
+            f"{folder} has no safetensors, which reading layer by layer needs: convert the "
+            "checkpoint, or omit --stream"
+        )
+    return shards(folder, "model.safetensors")
+
+
+def lazy_safetensors(paths: list[Path]) -> Iterator[tuple[str, Lazy]]:
+    """The tensors of safetensors files by name. Raises ValueError if one is damaged."""
+    for path in paths:
+        with opened(path) as file:
+            for key in file.keys():  # noqa: SIM118, not a mapping
+                yield key, Lazy(_on_meta(file, key), partial(_read_one, path, key))
+
+
+def _on_meta(file: Any, key: str) -> Tensor:
+    """A tensor of an open safetensors file without its numbers."""
+    stored = file.get_slice(key)
+    shape = stored.get_shape()
+    dtype = (stored[:0] if shape else file.get_tensor(key)).dtype
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _read_one(path: Path, key: str) -> Tensor:
+    with opened(path) as file:
+        return file.get_tensor(key)
 
 
 def _listed(index: Path) -> list[str]:
@@ -94,12 +135,16 @@ def _open_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
         yield tensors.popitem()
 
 
-def stored_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
-    """Bytes of the weights in a dtype; 0 if they are not in safetensors.
+def stored_bytes(path: Path, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the weights in a dtype; 0 if they are neither in safetensors nor in GGUF.
 
-    dtype: None counts them as stored; those of 8 bits are quantized, and count as 16 bits.
+    dtype: None counts them as stored; those of 8 bits are quantized, and count as 16 bits. Those in
+    GGUF count as 32 bits.
     """
-    paths = list(folder.glob("*.safetensors"))
+    if path.suffix == ".gguf":
+        count = sum(prod(tensor.shape) for tensor in open_gguf(path).tensors.values())
+        return count * (dtype or torch.float32).itemsize
+    paths = list(path.glob("*.safetensors"))
     numbers: Counter[str] = Counter()
     for path in paths:
         with opened(path) as file:

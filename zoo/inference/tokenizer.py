@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..utils.escape import told
 from ..utils.regular import readable
@@ -17,12 +17,16 @@ PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "ti
 
 
 def read_tokenizer(
-    folder: Path, trust_remote_code: bool = False, named: Path | None = None, **options: Any
+    folder: Path,
+    trust_remote_code: bool = False,
+    named: Path | None = None,
+    reader: Any = AutoTokenizer,
+    **options: Any,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder.
 
-    named: what errors call it, by default the folder. options: of transformers'
-    `AutoTokenizer.from_pretrained`.
+    named: what errors call it, by default the folder. reader: a class of transformers, and options
+    of its `from_pretrained`.
 
     Raises ValueError if there is none, a file is damaged, or a package is missing that it needs.
     """
@@ -31,9 +35,7 @@ def read_tokenizer(
         if path.exists() or path.is_symlink():
             (read_json if name in OBJECTS else readable)(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, **options
-        )
+        tokenizer = reader.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
         tokenizer("a", verbose=False)  # some values in its files are looked at only here
         return tokenizer
     except Exception as error:  # the package tokenizers raises nothing narrower for a broken file
@@ -43,15 +45,18 @@ def read_tokenizer(
         ) from error
 
 
-def read_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def read_gguf_tokenizer(path: Path, foreign: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a GGUF file; files beside it may belong to another model.
+
+    foreign: transformers does not know the architecture, and cannot choose a class by it.
 
     Raises ValueError as `read_tokenizer`.
     """
     with TemporaryDirectory() as folder:
         alone = Path(folder) / path.name
         alone.symlink_to(path.resolve())
-        tokenizer = read_tokenizer(alone.parent, named=path, gguf_file=alone.name)
+        reader = PreTrainedTokenizerFast if foreign else AutoTokenizer
+        tokenizer = read_tokenizer(alone.parent, False, path, reader, gguf_file=alone.name)
     tokenizer.name_or_path = path.name
     return tokenizer
 

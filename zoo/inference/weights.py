@@ -14,7 +14,7 @@ from ..models.config import Config
 from ..models.families import model_of, new_model
 from ..models.model import Model
 from ..models.mpt import OLD_NAMES
-from .tensor_files import opened, shards
+from .tensor_files import Lazy
 
 EMBED = "embed.weight"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -174,11 +174,12 @@ def _short(dtype: torch.dtype) -> str:
 
 
 class LayerFiles:
-    """A dense checkpoint in safetensors whose weights are read layer by layer."""
+    """A dense checkpoint whose weights are read layer by layer."""
 
     def __init__(
         self,
-        folder: Path,
+        paths: list[Path],
+        stored: Iterable[tuple[str, Lazy]],
         config: Config,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
@@ -186,36 +187,27 @@ class LayerFiles:
     ):
         """Read only names and shapes.
 
-        folder: of the checkpoint. plain: makes tensors as they are stored floating-point. The rest
-        as in `build`.
+        paths: the files. stored: their tensors, by the names in a Hugging Face checkpoint. plain:
+        makes tensors as they are stored floating-point. The rest as in `build`.
         """
-        if not list(folder.glob("*.safetensors*")):
-            raise ValueError(
-                f"{folder} has no safetensors, which reading layer by layer needs: convert the "
-                "checkpoint, or omit --stream"
-            )
-        self.config, self.device, self.plain = config, device, plain
-        self.paths = shards(folder, "model.safetensors")
-        # names of tensors by layer ("" for those outside layers) and file
-        self.keys: dict[str, dict[Path, list[str]]] = {}
+        self.paths, self.config, self.device, self.plain = paths, config, device, plain
+        # by layer, "" for what is outside layers
+        self.stored: dict[str, list[tuple[str, Lazy]]] = {}
         self.expected: dict[str, dict[str, Tensor]] = {}
         expected, given = _expected(config), set[str]()
         for name, x in expected.items():
             self.expected.setdefault(_layer_of(name), {})[name] = x
         numbers: Counter[torch.dtype] = Counter()
-        for path in self.paths:
-            with opened(path) as file:
-                for key in file.keys():  # noqa: SIM118, the file is no mapping
-                    tensor = _on_meta(file, key)
-                    given |= {*self._place(path, key, tensor)}
-                    numbers[tensor.dtype] += tensor.numel()
+        for key, tensor in stored:
+            given |= {*self._place(key, tensor)}
+            numbers[tensor.meta.dtype] += tensor.meta.numel()
         self.dtype = dtype or _main_dtype(numbers)
         if self.plain is iter:
             _check_missing(expected, given)
 
-    def _place(self, path: Path, key: str, tensor: Tensor) -> list[str]:
-        """Note the file of a tensor; returns the names of its parts."""
-        parts = dict(self.config.weights(key, tensor))
+    def _place(self, key: str, tensor: Lazy) -> list[str]:
+        """Note the layers of a tensor; returns the names of its parts."""
+        parts = dict(self.config.weights(key, tensor.meta))
         for name, part in parts.items():
             layer = _layer_of(name)
             if layer not in self.expected:
@@ -223,9 +215,8 @@ class LayerFiles:
             tied = name == "head.weight" and name not in self.expected[layer]
             if self.plain is iter and not tied:
                 _check_kind(key, part, _wanted(self.expected[layer], name))
-            keys = self.keys.setdefault(layer, {}).setdefault(path, [])
-            if key not in keys:
-                keys.append(key)
+        for layer in {_layer_of(name) for name in parts}:
+            self.stored.setdefault(layer, []).append((key, tensor))
         return [*parts]
 
     def model(self) -> Model:
@@ -245,22 +236,9 @@ class LayerFiles:
             block.to("meta")
 
     def _read(self, layer: str) -> dict[str, Tensor]:
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for path, keys in self.keys.get(layer, {}).items():
-                with opened(path) as file:
-                    for key in keys:
-                        yield key, file.get_tensor(key)
-
+        tensors = ((key, tensor.read()) for key, tensor in self.stored.get(layer, []))
         parts, expected = self.config.weights, self.expected[layer]
-        return _weights(expected, parts, self.plain(tensors()), self.dtype, self.device)
-
-
-def _on_meta(file: Any, key: str) -> Tensor:
-    """A tensor of an open safetensors file without its numbers."""
-    stored = file.get_slice(key)
-    shape = stored.get_shape()
-    dtype = (stored[:0] if shape else file.get_tensor(key)).dtype
-    return torch.empty(shape, dtype=dtype, device="meta")
+        return _weights(expected, parts, self.plain(tensors), self.dtype, self.device)
 
 
 def _layer_of(name: str) -> str:
