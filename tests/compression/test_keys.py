@@ -36,6 +36,9 @@ MODELS = {
         max_position_embeddings=CONTEXT, rope_parameters=rope_parameters("yarn-mscale"), head_dim=16
     ),
     "norms": lambda: normed(),
+    "two rotations": lambda: tiny.native(  # scores are made smaller as in `normed`
+        "gemma3_text", max_position_embeddings=CONTEXT, head_dim=8, query_pre_attn_scalar=2048
+    ),
     "windows": lambda: tiny.native(
         "qwen2",
         max_position_embeddings=CONTEXT,
@@ -222,7 +225,10 @@ def test_pairs_lose_nothing_where_heads_are_turned_and_scaled_copies(name, metho
             heads = p.unflatten(0, (4, d))
             turned = rotate(heads[::2].transpose(1, -1), angle.cos(), angle.sin()).transpose(1, -1)
             heads[1::2] = 1.7 * turned
-        if name == "norms":  # only with equal weights for both numbers of a pair it can be turned
+        if name in (
+            "norms",
+            "two rotations",
+        ):  # only with equal weights for both numbers of a pair it can be turned
             layer.attn.k_norm.weight[d // 2 :] = layer.attn.k_norm.weight[: d // 2]
     settings = Settings(method, keep=0.6, keys="pairs", heads_per_latent=(4, 4), kv_bits=(16,)).fit(
         model.config

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from . import gguf_gemma3
 from .gguf_file import GGUF
 from .gguf_rope import FACTORS, decimal, rope_parameters
 
-FAMILIES = ("llama", "qwen2", "qwen3")  # a Mistral is a llama there
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")  # a Mistral is a llama there
 NAMES = {  # of tensors, in a file and in a Hugging Face checkpoint
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -96,13 +97,15 @@ def gguf_config(path: Path, file: GGUF) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_output.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
+    rope = rope_parameters(path, values, file, sizes)
+    own: dict[str, Any] = {"model_type": family, "hidden_act": "silu", "rope_parameters": rope}
+    if family == "gemma3":
+        own = gguf_gemma3.gemma3_fields(values, rope, sizes)
     return {
-        "model_type": family,
-        "hidden_act": "silu",
+        **own,
         **sizes,
         **(bias if family != "qwen2" else {}),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "rope_parameters": rope_parameters(path, values, file, sizes),
         "dtype": "float32",
         **_ends(file.metadata),
     }
@@ -117,6 +120,8 @@ def gguf_tensors(file: GGUF, config: dict[str, Any]) -> Iterator[tuple[str, Tens
         "attn_q": config["num_attention_heads"],
         "attn_k": config["num_key_value_heads"],
     }
+    gemma = config["model_type"] == "gemma3_text"
+    names = NAMES | (gguf_gemma3.NAMES if gemma else {})
     for name, stored in file.tensors.items():
         if name in FACTORS:
             continue  # in config
@@ -126,8 +131,10 @@ def gguf_tensors(file: GGUF, config: dict[str, Any]) -> Iterator[tuple[str, Tens
         tensor = stored.read()
         if config["model_type"] == "llama" and part in heads:
             tensor = _halves(tensor, heads[part])
+        if gemma and part.endswith("norm"):
+            tensor = tensor - 1
         start = f"model.layers.{layer[1]}." if layer else ""
-        yield (f"{start}{NAMES[part]}.{kind}" if part in NAMES else name), tensor
+        yield (f"{start}{names[part]}.{kind}" if part in names else name), tensor
 
 
 def _halves(x: Tensor, heads: int) -> Tensor:
@@ -177,9 +184,10 @@ def _positive(value: Any) -> bool:
 
 def _check_supported(path: Path, family: str, values: dict[str, Any]) -> None:
     neutral = HARMLESS | {"attention.scale": decimal(_width(values) ** -0.5)}
+    read = READ | REMARKS | (gguf_gemma3.READ if family == "gemma3" else set())
     for key, value in values.items():
         seen_whole = key == "attention.sliding_window" and value >= values["context_length"]
-        if key in READ | REMARKS or seen_whole or not value or decimal(value) == neutral.get(key):
+        if key in read or seen_whole or not value or decimal(value) == neutral.get(key):
             continue
         raise ValueError(
             f"{path} has {family}.{key} = {value}, which is not supported: load the checkpoint "
