@@ -127,6 +127,10 @@ def test_a_gemma_of_old_fields_is_that_of_new_ones():
     assert config == native_config(sizes | {"rope_parameters": rope, "layer_types": kinds})
     assert (config.windows, config.rope_local_base_freq) == ((7, 0, 7), 100.0)
     assert config.rope_parameters == rope_parameters("linear")
+    with pytest.raises(
+        ValueError, match="has a factor but no rope_type"
+    ):  # transformers ignores it
+        native_config(sizes | old | {"rope_scaling": {"type": "linear", "factor": 4.0}})
 
 
 def test_a_gemma_in_bfloat16_rounds_as_transformers_does():
@@ -201,6 +205,7 @@ def gemma_ropes(whole: str, local: str) -> dict:
             gemma_ropes("yarn", "default"),
             "rope_type 'yarn' is not supported in gemma3",
         ),
+        ("gemma3_text", {"rope_parameters": rope_parameters("linear")}, "have factor, rope_theta"),
         ("gemma3_text", gemma_ropes("default", "linear"), "rope_type 'linear' of sliding layers"),
         ("mpt", {"attn_config": {"rope": True}}, "attn_config.rope"),
         ("mpt", {"attn_config": {"sliding_window_size": 128}}, "sliding_window_size to 128"),

@@ -69,7 +69,15 @@ class Gemma3Config(Qwen3Config):
                 raise ValueError(f"{name} {raw[name]!r} is not supported: expected {value!r}")
         if "sliding_attention" in raw["layer_types"] and not raw["sliding_window"]:
             raise ValueError("sliding_window is absent: expected that of the sliding layers")
-        rope, local = (raw["rope_parameters"][f"{kind}_attention"] for kind in ("full", "sliding"))
+        ropes = raw["rope_parameters"]
+        if foreign := ropes.keys() - {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"rope_parameters have {', '.join(sorted(foreign))}: expected full_attention and "
+                "sliding_attention, with such fields of their own"
+            )
+        rope, local = ropes["full_attention"], ropes["sliding_attention"]
+        if rope.get("rope_type", "default") == "default" and "factor" in rope:
+            raise ValueError("the rotation has a factor but no rope_type: expected 'linear' there")
         if local.get("rope_type", "default") != "default":
             raise ValueError(
                 f"rope_type {local['rope_type']!r} of sliding layers is not supported: expected "
