@@ -88,7 +88,7 @@ def new_part(share: Share) -> Model:
             layer.mlp.register_forward_hook(_add_up)
     for name, x in model.named_parameters():
         x.data = share.of(name, x.data)
-    model.embed = PartOfEmbedding(model.embed.weight, share.part)
+    model.embed = PartOfEmbedding(model.embed, share.part)
     return model
 
 
@@ -128,16 +128,17 @@ def native_weights(model: Model) -> dict[str, Tensor]:
 class PartOfEmbedding(nn.Module):
     """An embedding of which each process has some rows."""
 
-    def __init__(self, weight: nn.Parameter, part: int):
+    def __init__(self, embed: nn.Embedding, part: int):
         super().__init__()
-        self.weight, self.part = weight, part
+        self.weight, self.part = embed.weight, part
+        self.scale = float(getattr(embed, "scale", 1.0))  # of families that multiply embeddings
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, T) -> (B, T, width), complete in each process."""
         row = ids - self.part * len(self.weight)
         mine = (row >= 0) & (row < len(self.weight))
         return tensor_model_parallel_all_reduce(
-            F.embedding(row.where(mine, 0), self.weight) * mine[..., None]
+            F.embedding(row.where(mine, 0), self.weight) * self.scale * mine[..., None]
         )
 
 

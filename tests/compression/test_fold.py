@@ -21,6 +21,7 @@ MODELS = {
         "qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1
     ),
     "qwen3": lambda: tiny.native("qwen3", attention_bias=True),
+    "gemma3": lambda: tiny.native("gemma3_text", head_dim=8),
     "opt": lambda: tiny.native("opt"),
     "opt 350m": lambda: tiny.native("opt", do_layer_norm_before=False, word_embed_proj_dim=32),
     "mpt": lambda: tiny.native("mpt"),

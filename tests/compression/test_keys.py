@@ -8,12 +8,13 @@ from itertools import product
 import pytest
 import tiny
 import torch
-from observe import made
+from observe import made, outputs
 from repeats import but
 from ropes import rope_parameters
 
 from eigenzoo.hub_export.compress import compress_checkpoint
 from eigenzoo.hub_export.remote.modeling_eigen import EigenForCausalLM
+from eigenzoo.zoo.compression import metric
 from eigenzoo.zoo.compression.allocate import Ranks
 from eigenzoo.zoo.compression.calibrate import calibrate
 from eigenzoo.zoo.compression.compress import compress, gather
@@ -36,6 +37,9 @@ MODELS = {
         max_position_embeddings=CONTEXT, rope_parameters=rope_parameters("yarn-mscale"), head_dim=16
     ),
     "norms": lambda: normed(),
+    "two rotations": lambda: tiny.native(  # scores are made smaller as in `normed`
+        "gemma3_text", max_position_embeddings=CONTEXT, head_dim=8, query_pre_attn_scalar=2048
+    ),
     "windows": lambda: tiny.native(
         "qwen2",
         max_position_embeddings=CONTEXT,
@@ -222,7 +226,10 @@ def test_pairs_lose_nothing_where_heads_are_turned_and_scaled_copies(name, metho
             heads = p.unflatten(0, (4, d))
             turned = rotate(heads[::2].transpose(1, -1), angle.cos(), angle.sin()).transpose(1, -1)
             heads[1::2] = 1.7 * turned
-        if name == "norms":  # only with equal weights for both numbers of a pair it can be turned
+        if name in (
+            "norms",
+            "two rotations",
+        ):  # only with equal weights for both numbers of a pair it can be turned
             layer.attn.k_norm.weight[d // 2 :] = layer.attn.k_norm.weight[: d // 2]
     settings = Settings(method, keep=0.6, keys="pairs", heads_per_latent=(4, 4), kv_bits=(16,)).fit(
         model.config
@@ -536,3 +543,29 @@ def test_statistics_of_keys_in_other_blocks_are_refused():
     with pytest.raises(ValueError, match=r"blocks of 64, .* in blocks of 16: gather"):
         compress(model, tokens, Settings(keep=0.2), seen)
     compress(model, tokens, Settings(keep=0.2, anchor_block=64), seen)
+
+
+def two_rotations(whole: float, local: float, period: int = 3) -> Model:
+    """A Gemma 3 by the bases of its angles; layers are local but for every `period`-th."""
+    ropes = {"full_attention": whole, "sliding_attention": local}
+    ropes = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in ropes.items()}
+    changes = {"rope_parameters": ropes, "sliding_window_pattern": period, "head_dim": 8}
+    return tiny.native("gemma3_text", **changes)
+
+
+@pytest.mark.parametrize(("period", "base"), [(3, 20.0), (2, 5000.0)])  # layer 1 is local or not
+def test_statistics_are_of_keys_turned_by_the_angles_of_their_layer(period, base):
+    model, x = two_rotations(5000.0, 20.0, period), tiny.tokens(1, 40)
+    angle = (torch.arange(40) % 16 - 8)[:, None] / base ** (torch.arange(0, 8, 2) / 8)
+    heads = outputs(model, x, "k").unflatten(-1, (4, 8)).transpose(0, 1)
+    turned = rotate(heads, angle.cos(), angle.sin())
+    got = calibrate(model, x, anchor=16)[1].k.second
+    torch.testing.assert_close(got, turned.mT @ turned / 40, atol=1e-4, rtol=1e-4)
+
+
+def test_metrics_of_keys_are_averaged_over_the_angles_of_their_layer():
+    fours = gram(4, 8, 2)
+    apart, alike = two_rotations(5000.0, 20.0), two_rotations(20.0, 20.0)
+    local, whole = (metric.turned(apart, apart.layers[i].attn, fours) for i in (0, 2))
+    torch.testing.assert_close(local, metric.turned(alike, alike.layers[2].attn, fours))
+    assert (local - whole).abs().max() > 0.1

@@ -70,6 +70,7 @@ def content(folder: Path) -> dict[str, bytes]:
         ("llama", {}, ["--method", "kq-svd", "--rank-pairs", "1"]),
         ("qwen2", {}, ["--method", "pca"]),
         ("qwen3", {}, ["--method", "attention"]),
+        ("gemma3_text", {}, ["--kv-bits", "16"]),
         ("mixtral", {}, []),
         ("opt", {}, ["--latent", "joint-kv"]),
         ("opt", {"word_embed_proj_dim": 32}, ["--method", "attention", "--refit", "output"]),

@@ -37,6 +37,11 @@ SERVED = {  # which transformers' class treats as one above
     "one window": ("mistral", {"sliding_window": 5}, LOW),
     "normed, rebuilt keys": ("qwen3", NORMED, LOW | {"key_mean": True}),
     "normed, anchored keys": ("qwen3", {}, LOW | {"anchor": 4, "k_heads_per_latent": 2}),
+    "two rotations, rebuilt keys": ("gemma3_text", {"head_dim": 8}, LOW | {"key_mean": True}),
+    "two rotations, anchored keys": (
+        *("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 3.0}),
+        LOW | {"anchor": 4, "k_heads_per_latent": 2},
+    ),
 }
 
 

@@ -21,14 +21,24 @@ def write(
 ) -> Path:
     """Write model and the tiny tokenizer. Returns the path, of the first part.
 
-    model: of Llama, Mistral, Mixtral, Qwen2, Qwen3 or Qwen3-MoE. rope: `rope_parameters` to write,
-    by default the model's. parts: files to split into. drop, more: tensors left out and added. pre:
-    how the file says that text is split. extra: metadata of the architecture that is added, or left
-    out where None; __ stands for a dot.
+    model: of Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE or Gemma 3. rope: `rope_parameters`
+    to write, by default the model's. parts: files to split into. drop, more: tensors left out and
+    added. pre: how the file says that text is split. extra: metadata of the architecture that is
+    added, or left out where None; __ stands for a dot.
     """
     config, arch = model.config, model.config.model_type
-    arch = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}.get(arch, arch)
+    named = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}
+    arch = (named | {"gemma3_text": "gemma3"}).get(arch, arch)
     rope = rope or config.rope_parameters
+    if arch == "gemma3":
+        local, rope = rope["sliding_attention"], rope["full_attention"]
+        period = config.layer_types.index("full_attention") + 1
+        extra |= {
+            "attention__sliding_window": config.sliding_window,
+            "attention__sliding_window_pattern": period if period != 6 else None,
+            "rope__freq_base_swa": local["rope_theta"] if local["rope_theta"] != 10000 else None,
+            "final_logit_softcapping": config.final_logit_softcapping,
+        }
     writer = gguf.GGUFWriter(path, arch)
     tensors = dict(_tensors(model, arch)) | _scaling(writer, arch, rope, config) | (more or {})
     for name in drop:
@@ -111,6 +121,8 @@ def _tensors(model, arch: str):
         part = stem.rsplit(".", 1)[-1]
         if arch == "llama" and part in heads:  # pairs that rotate become neighbors
             x = x.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).reshape(x.shape)
+        if arch == "gemma3" and part.endswith("norm"):
+            x = x + 1
         if not (tied and key == "lm_head.weight"):
             yield f"{names.get_name(stem)}.{kind}", x
 

@@ -43,6 +43,9 @@ SIZES = {
     | {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "mistral": ROTARY,
     "mixtral": ROTARY,
+    "gemma3_text": ROTARY
+    | {"head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 7}
+    | {"sliding_window_pattern": 3, "tie_word_embeddings": True},
     "mpt": {"vocab_size": 320, "d_model": 64, "n_heads": 8, "n_layers": 3, "max_seq_len": 256},
 }
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"

@@ -3,6 +3,7 @@
 import tiny
 from ropes import rope_parameters
 
+LOCAL = {"rope_type": "default", "rope_theta": 100.0}
 VARIANTS = {
     "llama grouped": {},
     "llama multi-query": {"num_key_value_heads": 1},
@@ -43,6 +44,24 @@ VARIANTS = {
     },
     "mixtral": {},
     "mixtral window": {"sliding_window": 7, "num_local_experts": 3},
+    "gemma3_text 270m": {"num_key_value_heads": 1, "query_pre_attn_scalar": 16},
+    "gemma3_text 1b": {
+        "rope_parameters": {
+            "full_attention": rope_parameters("default"),
+            "sliding_attention": LOCAL,
+        }
+    },
+    "gemma3_text 4b": {
+        "rope_parameters": {
+            "full_attention": rope_parameters("linear"),
+            "sliding_attention": LOCAL,
+        },
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma3_text capped": {
+        **{"final_logit_softcapping": 2.0, "attention_bias": True, "tie_word_embeddings": False},
+        **{"sliding_window_pattern": 2, "head_dim": 24, "sliding_window": 300},
+    },
     "mistral window": {"sliding_window": 7},
     "mistral nemo": {"sliding_window": None, "head_dim": 16},
 }

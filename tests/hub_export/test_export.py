@@ -108,6 +108,10 @@ WAYS = {
         "fisher", 0.5, heads_per_latent=(1, 4), rank_multiple=2, keys="rebuild", kv_bits=(16,)
     ),
     "qwen3 windows": Settings(keep=0.5, keys="pairs", heads_per_latent=(4, 2), kv_bits=(16,)),
+    "gemma3_text 4b": Settings(keep=0.5, heads_per_latent=(2, 4), kv_bits=(16,)),
+    "gemma3_text capped": Settings(
+        keep=0.5, keys="rebuild", heads_per_latent=(4, 4), kv_bits=(16,)
+    ),
     "qwen3_moe some layers": Settings(keep=0.5, rank_multiple=2, kv_bits=(16,)),
     "llama yarn": Settings("fisher", 0.5, keys="pairs", kv_bits=(16,)),
     "llama linear": Settings("attention", 0.5, keys="rotated", kv_bits=(16,)),

@@ -26,10 +26,12 @@ def close(got, want):
 
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+GEMMA = {"sliding_window_pattern": 2, "final_logit_softcapping": 3.0}
 LOW = {  # family, changes, settings of the compression
     "lifted": ("llama", {"attention_bias": True}, {"heads_per_latent": (4, 4)}),
     "folded": ("llama", {"attention_bias": True}, {"heads_per_latent": (1, 1)}),
     "windows": ("qwen2", WINDOWS, {"heads_per_latent": (2, 2)}),
+    "two rotations": ("gemma3_text", GEMMA, {"heads_per_latent": (2, 2)}),
     "absorbed": ("opt", {}, {"heads_per_latent": (4, 1)}),
     "joint": ("opt", {}, {"heads_per_latent": (4, 4), "latent": "joint-kv"}),
     "alibi": ("mpt", {"attn_config": {"clip_qkv": 0.4}}, {"heads_per_latent": (2, 4)}),
@@ -71,7 +73,7 @@ def tokens_of(generator: Generator, prompts, count: int, **options) -> list[list
 
 
 @pytest.mark.slow
-@compiled_by([], ["dense", "lifted", "folded", "windows", "absorbed", "joint"])  # alibi: below
+@compiled_by([], ["dense", *(kind for kind in LOW if kind != "alibi")])  # alibi: below
 def test_compiled_steps_equal_recomputing_and_compile_once(model, backend):
     generator = Generator(model, 1, 40)
     assert tokens_of(generator, PROMPTS[:1], 20) == [recomputed(model, PROMPTS[0], 20)]
@@ -99,7 +101,7 @@ def parts(generator: Generator, tokens: torch.Tensor, *ends: int) -> torch.Tenso
 
 
 @pytest.mark.slow
-@compiled_by([], ["lifted", "alibi", "windows"])
+@compiled_by([], ["lifted", "alibi", "windows", "two rotations"])
 def test_later_parts_of_a_prompt_take_one_graph_of_any_length(model, backend):
     tokens = tiny.tokens(2, 40)
     generator, eager = Generator(model, 2, 41), Generator(model, 2, 41, compile=False)

@@ -19,13 +19,23 @@ from eigenzoo.zoo.inference.checkpoint import inspect, load
 from eigenzoo.zoo.inference.gguf_file import PIECE, Stored, open_gguf
 
 TEXT = tiny.tokens(1, 300)
+GEMMA_1B = {"query_pre_attn_scalar": 16, "sliding_window_pattern": 2}
+GEMMA_4B = {
+    **{"query_pre_attn_scalar": 16, "sliding_window_pattern": 6, "num_hidden_layers": 7},
+    **{"rope": "linear", "final_logit_softcapping": 3.0},
+}
+GEMMA_27B = {"query_pre_attn_scalar": 8, "sliding_window_pattern": 6, "num_hidden_layers": 62}
 
 
 @cache
 def model(family="llama", rope="default", **changes):
     """Transformers' model with heads of 16 numbers, and its logits of 300 tokens."""
     width = {"head_dim": 16} if family == "llama" else {}
-    parameters = {"rope_parameters": rope_parameters(rope), "max_position_embeddings": 512}
+    rotation = rope_parameters(rope)
+    if family == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": 10_000.0 if rope == "linear" else 100.0}
+        rotation = {"full_attention": rotation, "sliding_attention": local}
+    parameters = {"rope_parameters": rotation, "max_position_embeddings": 512}
     theirs = tiny.hf(family, **parameters, **width, **changes)
     return theirs, theirs(TEXT).logits
 
@@ -60,6 +70,9 @@ def test_rotation_is_read_as_it_was_written(tmp_path, rope):
         ("mistral", {"sliding_window": None}),
         ("mixtral", {}),
         ("qwen3_moe", {"norm_topk_prob": True}),
+        ("gemma3_text", GEMMA_1B),
+        ("gemma3_text", GEMMA_4B),
+        ("gemma3_text", GEMMA_27B),
     ],
 )
 def test_variants_give_the_logits_of_transformers(tmp_path, family, changes):
@@ -315,7 +328,8 @@ def test_other_architectures_are_named(tmp_path):
     writer.write_ti_data_to_file()
     writer.close()
     with pytest.raises(
-        ValueError, match="architecture 'gemma': expected a model of llama or mpt or qwen2 or qwen3"
+        ValueError,
+        match="architecture 'gemma': expected a model of gemma3 or llama or mpt or qwen2 or qwen3",
     ):
         load(str(tmp_path / "x.gguf"))
 

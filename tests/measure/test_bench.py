@@ -35,6 +35,11 @@ BILLIONS = {
     "qwen3-8b": 8.19,
     "qwen3-32b": 32.76,
     "mistral-7b": 7.25,
+    "gemma-3-270m": 0.268,  # those of Gemma 3 are of text alone
+    "gemma-3-1b": 1.0,
+    "gemma-3-4b": 3.884,
+    "gemma-3-12b": 11.771,
+    "gemma-3-27b": 27.016,
 }
 
 

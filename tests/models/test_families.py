@@ -3,11 +3,13 @@
 import pytest
 import tiny
 import torch
+from ropes import rope_parameters
 from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from variants import FOUNDRY, VARIANTS, save
 
 from eigenzoo.zoo.inference.checkpoint import load, native_config
+from eigenzoo.zoo.inference.weights import build
 from eigenzoo.zoo.models.families import new_model
 from eigenzoo.zoo.models.llama import LlamaConfig
 
@@ -114,6 +116,40 @@ def test_casting_the_model_does_not_round_its_angles():
     assert model.to(torch.bfloat16).inv_freq.dtype == torch.float32
 
 
+def test_a_gemma_of_old_fields_is_that_of_new_ones():
+    old = {"rope_theta": 5000.0, "rope_local_base_freq": 100.0, "sliding_window_pattern": 2}
+    old["rope_scaling"] = {"rope_type": "linear", "factor": 4.0}
+    rope = gemma_ropes("linear", "default")["rope_parameters"]
+    rope["sliding_attention"]["rope_theta"] = 100.0
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    sizes = {"model_type": "gemma3_text", **tiny.SIZES["gemma3_text"]}
+    config = native_config(sizes | old)
+    assert config == native_config(sizes | {"rope_parameters": rope, "layer_types": kinds})
+    assert (config.windows, config.rope_local_base_freq) == ((7, 0, 7), 100.0)
+    assert config.rope_parameters == rope_parameters("linear")
+    with pytest.raises(
+        ValueError, match="has a factor but no rope_type"
+    ):  # transformers ignores it
+        native_config(sizes | old | {"rope_scaling": {"type": "linear", "factor": 4.0}})
+
+
+def test_a_gemma_in_bfloat16_rounds_as_transformers_does():
+    theirs = tiny.hf(
+        "gemma3_text", hidden_size=96, head_dim=16
+    ).bfloat16()  # a root that is rounded
+    ours = build(native_config(theirs.config.to_dict()), theirs.state_dict().items())
+    x = tokens(20)
+    assert torch.equal(ours.embed(x), theirs.get_input_embeddings()(x))
+    y = ours.embed(x)
+    assert torch.equal(ours.layers[0].attn_norm(y), theirs.model.layers[0].input_layernorm(y))
+
+
+def test_a_gemma_that_reads_images_is_refused_by_name():
+    raw = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}
+    with pytest.raises(ValueError, match=r"'gemma3' is not .*; save its text part, a gemma3_text"):
+        native_config(raw)
+
+
 @pytest.mark.parametrize("variant", ["opt 125m", "foundry learned positions"])
 def test_positions_that_were_not_learned_are_refused(variant, tmp_path):
     save(variant, tmp_path)
@@ -146,6 +182,12 @@ def test_transformers_ignores_what_llm_foundry_means(ignored):
     assert torch.equal(default(x).logits, changed(x).logits)
 
 
+def gemma_ropes(whole: str, local: str) -> dict:
+    """The rotations of a Gemma 3 by their types."""
+    ropes = {"full_attention": whole, "sliding_attention": local}
+    return {"rope_parameters": {kind: rope_parameters(name) for kind, name in ropes.items()}}
+
+
 @pytest.mark.parametrize(
     ("family", "change", "named"),
     [
@@ -153,6 +195,18 @@ def test_transformers_ignores_what_llm_foundry_means(ignored):
         ("opt", {"hidden_size": 60}, "hidden_size is 60: expected a multiple"),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9: expected at most 8"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ("gemma3_text", {"hidden_activation": "silu"}, "hidden_act.* 'silu' is not supported"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ("gemma3_text", {"final_logit_softcapping": 0.0}, "final_logit_softcapping is 0"),
+        ("gemma3_text", {"sliding_window": None}, "sliding_window is absent"),
+        (
+            "gemma3_text",
+            gemma_ropes("yarn", "default"),
+            "rope_type 'yarn' is not supported in gemma3",
+        ),
+        ("gemma3_text", {"rope_parameters": rope_parameters("linear")}, "have factor, rope_theta"),
+        ("gemma3_text", gemma_ropes("default", "linear"), "rope_type 'linear' of sliding layers"),
         ("mpt", {"attn_config": {"rope": True}}, "attn_config.rope"),
         ("mpt", {"attn_config": {"sliding_window_size": 128}}, "sliding_window_size to 128"),
         ("mpt", {"attn_config": {"prefix_lm": True}}, "prefix_lm"),

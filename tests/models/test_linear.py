@@ -193,7 +193,7 @@ def test_a_product_of_many_rows_is_that_of_the_library(dtype):
     x, weight = torch.randn(100, 1, 70).to(dtype), torch.randn(35, 70).to(dtype)
     y = ops.linear_decode(x, weight, None, weight[:, 0].contiguous())
     want = F.linear(x.double(), weight.double(), weight[:, 0].double())
-    torch.testing.assert_close(y.double(), want, rtol=2 ** -7, atol=0.05)
+    torch.testing.assert_close(y.double(), want, rtol=2**-7, atol=0.05)
 
 
 def test_where_16_bits_are_slow_every_prompt_is_multiplied_by_the_op_but_not_in_training(

@@ -34,6 +34,7 @@ WAYS = {
         keep=0.75, keys="full", heads_per_latent=(2, 2), rank_multiple=2, kv_bits=(16,)
     ),
     "qwen3 windows": Settings(keep=0.5, heads_per_latent=(2, 2), rank_multiple=2, kv_bits=(16,)),
+    "gemma3_text 4b": Settings(keep=0.5, heads_per_latent=(2, 2), rank_multiple=2, kv_bits=(16,)),
     "opt 125m": Settings("eigen", 0.5, rank_multiple=1, kv_bits=(16,)),
     "opt 350m": Settings(
         "attention", 0.5, heads_per_latent=(4, 4), latent="joint-kv", kv_bits=(16,)

@@ -29,6 +29,8 @@ CASES = {  # kind, changes of the config
     "Mistral": ("one window", SEGMENTS),
     "Qwen3": ("normed, rebuilt keys", SEGMENTS),
     "Qwen3, anchored": ("normed, anchored keys", SEGMENTS),
+    "Gemma 3": ("two rotations, rebuilt keys", SEGMENTS),
+    "Gemma 3, anchored": ("two rotations, anchored keys", SEGMENTS),
     "experts": ("experts", SEGMENTS),
     "OPT": ("learned positions", SEGMENTS),
     "OPT, joint": ("learned positions", JOINT),

@@ -33,6 +33,7 @@ CASES = {  # kind, changes of the config, processes
     "windows, odd vocabulary": ("windows", {"vocab_size": 321}, 2),
     "norms": ("normed, anchored keys", {}, 2),
     "norms, one latent": ("normed, rebuilt keys", ONE, 2),
+    "scaled embeddings": ("two rotations, anchored keys", {}, 2),
     "experts": ("experts", {}, 2),
     "OPT": ("learned positions", PACKED, 4),
     "OPT, one joint latent": ("learned positions", JOINT, 2),

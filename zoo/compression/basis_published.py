@@ -140,7 +140,10 @@ def clover(model: Model, attn: LatentAttention, s: Statistics) -> LayerBasis:
     """
     g = model.config.num_key_value_heads
     queries = _grams(attn.q_proj, attn.heads).unflatten(0, (g, -1)).sum(1)
-    metrics = turned(model, queries) if model.config.rotary else queries, output_readers(attn, g)
+    metrics = (
+        turned(model, attn, queries) if model.config.rotary else queries,
+        output_readers(attn, g),
+    )
 
     def basis(projection: nn.Linear, metric: Tensor, like: Moments) -> Basis:
         blocks = len(like.gram)

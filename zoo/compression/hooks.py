@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -80,13 +80,13 @@ def feeding(
     def same(x: Tensor) -> Tensor:
         return x
 
-    @cache  # the same for all layers and sequences
-    def angles(length: int) -> Any:
-        return model.offset(torch.arange(length, device=model.device)[None], anchor)
+    @cache  # the same for all sequences, and for layers with the same window
+    def angles(length: int, window: int) -> Any:
+        return model.offset(torch.arange(length, device=model.device)[None], anchor, window)
 
-    def turned(x: Tensor) -> Tensor:  # keys, and their gradients alike
+    def turned(window: int, x: Tensor) -> Tensor:  # keys, and their gradients alike
         heads = x.detach().unflatten(-1, (-1, model.config.head_dim)).transpose(1, 2)
-        return rotate(heads, *angles(x.size(1))).transpose(1, 2).flatten(2)
+        return rotate(heads, *angles(x.size(1), window)).transpose(1, 2).flatten(2)
 
     def feed(to: _Feed, part: int = 0, change: Callable = same):
         def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
@@ -115,7 +115,7 @@ def feeding(
         k = _Feed(s, of_layer, "k", parts)
         v = k if s.v is None else _Feed(s, of_layer, "v", 1)
         attn = block.attn
-        keys = feed(k, change=turned if anchor > 1 else same)
+        keys = feed(k, change=partial(turned, attn.window) if anchor > 1 else same)
         hooks.append(attn.source("k").register_forward_hook(keys))
         hooks.append(attn.source("v").register_forward_hook(feed(v, parts - 1)))
         if s.q is not None:

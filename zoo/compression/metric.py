@@ -16,7 +16,8 @@ def readers(model: Model, attn: LatentAttention, s: Statistics) -> tuple[Tensor,
     """
     g = model.config.num_key_value_heads
     q = given(s.q).second.unflatten(0, (g, -1)).sum(1)
-    return (turned(model, q) if model.config.rotary else q), output_readers(attn, g)
+    keys = turned(model, attn, q) if model.config.rotary else q
+    return keys, output_readers(attn, g)
 
 
 def output_readers(attn: LatentAttention, kv_heads: int) -> Tensor:
@@ -39,11 +40,11 @@ def joint(covariance: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.stack([torch.block_diag(*x) for x in zip(k, v, strict=True)])
 
 
-def turned(model: Model, gram: Tensor, distances: int = 64) -> Tensor:
+def turned(model: Model, attn: LatentAttention, gram: Tensor, distances: int = 64) -> Tensor:
     """Average of R F Rᵀ over the relative distances of a causal window. gram: (G, D, D)."""
     window = model.config.max_position_embeddings
     delta = torch.linspace(0, window - 1, distances, device=gram.device).round()
     weight = (window - delta) / (window - delta).sum()  # near pairs are more frequent
-    cos, sin = (x[0, 0, :, None] for x in model.rope(delta[None], delta))
+    cos, sin = (x[0, 0, :, None] for x in model.rope(delta[None], delta, attn.window))
     half = rotate(gram[:, None], cos, sin)  # rotates rows: (G, distances, D, D)
     return torch.einsum("n,gnij->gij", weight.double(), rotate(half.mT, cos, sin).mT)

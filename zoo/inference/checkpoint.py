@@ -276,9 +276,12 @@ def native_config(raw: dict[str, Any]) -> Config:
     kind = raw.get("model_type")
     family = raw.get("family") if kind == MODEL_TYPE else kind
     if not isinstance(family, str) or family not in FAMILIES:
+        text = raw.get("text_config")
+        inner = text.get("model_type") if isinstance(text, dict) else None
+        advice = f"; save its text part, a {inner}, on its own" if inner in [*FAMILIES] else ""
         raise ValueError(
             f"architecture {family!r} is not supported: expected a checkpoint whose config.json "
-            f"has a model_type among {', '.join(FAMILIES)}, or '{MODEL_TYPE}'"
+            f"has a model_type among {', '.join(FAMILIES)}, or '{MODEL_TYPE}'{advice}"
         )
     check_sizes(raw)
     config_dtype(raw)

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import gguf_gemma3 as gemma3
 from . import gguf_mpt as mpt
 from .gguf_file import GGUF, Stored
 from .gguf_rope import FACTORS, decimal, rope_parameters
 from .tensor_files import Lazy
 
 FAMILIES = {  # by architecture; a Mistral is a llama there, and so is a Mixtral, with experts
+    "gemma3": "gemma3_text",
     "llama": "llama",
     "mpt": "mpt",
     "qwen2": "qwen2",
@@ -116,6 +118,7 @@ def gguf_config(path: Path, file: GGUF) -> dict[str, Any]:
     family = "mixtral" if experts and arch == "llama" else FAMILIES[arch]
     own = MIXTURES.get(family, {})
     epsilon, read = (mpt.EPSILON, mpt.READ) if family == "mpt" else (EPSILON, READ)
+    read = read | (gemma3.READ if arch == "gemma3" else set())
     sizes = _sizes(path, arch, values, file, SIZES | own, epsilon)
     _check_supported(path, arch, values, {*SIZES, epsilon, *read, *own})
     _check_split(path, file.metadata)
@@ -126,14 +129,16 @@ def gguf_config(path: Path, file: GGUF) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_output.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
+    rope = rope_parameters(path, values, file, sizes)
+    more: dict[str, Any] = {"model_type": family, "hidden_act": "silu", "rope_parameters": rope}
+    if family == "gemma3_text":
+        more = gemma3.gemma3_fields(values, rope, sizes)
     return {
-        "model_type": family,
-        "hidden_act": "silu",
+        **more,
         **sizes,
         **(bias if family != "qwen2" else {}),
         **({"norm_topk_prob": True} if family == "qwen3_moe" else {}),  # not in files
         "tie_word_embeddings": tied,
-        "rope_parameters": rope_parameters(path, values, file, sizes),
         "dtype": "float32",
         **ends,
     }
@@ -151,6 +156,8 @@ def gguf_tensors(
     read_as = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     family = config["model_type"]
     layers, names = ("model.layers", NAMES) if family != "mpt" else (mpt.LAYERS, mpt.NAMES)
+    gemma = family == "gemma3_text"
+    names = names | (gemma3.NAMES if gemma else {})
     heads = {}
     if family in ("llama", "mixtral"):
         heads = {
@@ -169,10 +176,14 @@ def gguf_tensors(
         elif part in EXPERTS:
             name = start + EXPERTS[part]
         meta = torch.empty(stored.shape, dtype=read_as, device="meta")
-        yield name, Lazy(meta, partial(_read, stored, read_as, heads.get(part)))
+        added = 1 if gemma and part.endswith("norm") else 0
+        yield name, Lazy(meta, partial(_read, stored, read_as, heads.get(part), added))
 
 
-def _read(stored: Stored, dtype: torch.dtype, heads: int | None) -> Tensor:
+def _read(stored: Stored, dtype: torch.dtype, heads: int | None, added: int) -> Tensor:
+    """A tensor as the model has it. added: what the file has added to all numbers."""
+    if added:
+        return (stored.read(torch.float32) - added).to(dtype)
     x = stored.read(dtype)
     return x if heads is None else _halves(x, heads)
 

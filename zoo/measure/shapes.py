@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     MptConfig,
@@ -60,10 +61,20 @@ def _llama(
 
 _mistral = partial(_llama, kind=MistralConfig, sliding_window=None, positions=32768)
 _qwen3 = partial(_llama, kind=Qwen3Config, head_dim=128, positions=40960)
+_gemma3 = partial(_llama, kind=Gemma3TextConfig, tied=True, head_dim=256)
+_gemma3_short = partial(_gemma3, positions=32768, sliding_window=512)
+_gemma3_long = partial(
+    _gemma3,
+    positions=131072,
+    sliding_window=1024,
+    rope_scaling={"rope_type": "linear", "factor": 8.0},
+)
+_gemma3_27b = partial(_gemma3_long, head_dim=128, query_pre_attn_scalar=168)
 
 # From config.json of the models on the Hub, of the OPTs also from the sizes in metaseq's
 # `launcher/opt_job_constants.py`. Their parameters add up to the published numbers (see tests).
-# Mistral is v0.3, which has no sliding window and a vocabulary of 32768.
+# Mistral is v0.3, which has no sliding window and a vocabulary of 32768. Gemma 3 are
+# the text models.
 SHAPES = {
     "opt-125m": partial(_opt, 768, 12, 12),
     "opt-1.3b": partial(_opt, 2048, 24, 32),
@@ -79,6 +90,11 @@ SHAPES = {
     "llama-3.1-70b": partial(_llama, 8192, 80, 64, 8, 28672, 128256, positions=131072),
     "qwen3-8b": partial(_qwen3, 4096, 36, 32, 8, 12288, 151936),
     "qwen3-32b": partial(_qwen3, 5120, 64, 64, 8, 25600, 151936),
+    "gemma-3-270m": partial(_gemma3_short, 640, 18, 4, 1, 2048, 262144),
+    "gemma-3-1b": partial(_gemma3_short, 1152, 26, 4, 1, 6912, 262144),
+    "gemma-3-4b": partial(_gemma3_long, 2560, 34, 8, 4, 10240, 262208),
+    "gemma-3-12b": partial(_gemma3_long, 3840, 48, 16, 8, 15360, 262208),
+    "gemma-3-27b": partial(_gemma3_27b, 5376, 62, 32, 16, 21504, 262208),
     "mistral-7b": partial(_mistral, 4096, 32, 32, 8, 14336, 32768),
 }
 
@@ -94,6 +110,8 @@ def shaped(name: str, layers: int | None = None, context: int = 0) -> PreTrained
     if layers is not None and not 1 <= layers <= config.num_hidden_layers:
         raise ValueError(f"layers is {layers}: expected 1 to {config.num_hidden_layers}")
     config.num_hidden_layers = layers or config.num_hidden_layers
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = kinds[: config.num_hidden_layers]
     longest = "max_seq_len" if isinstance(config, MptConfig) else "max_position_embeddings"
     setattr(config, longest, max(context, getattr(config, longest)))
     return config

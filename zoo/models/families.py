@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .config import Config
 from .experts import ExpertsLlama
+from .gemma3 import Gemma3, Gemma3Config
 from .llama import Llama, LlamaConfig
 from .mistral import MistralConfig
 from .mixtral import MixtralConfig
@@ -36,6 +37,7 @@ FAMILIES = {
     "qwen3_moe": Family(Qwen3MoeConfig, Qwen3Moe),
     "mistral": Family(MistralConfig, WindowedLlama),
     "mixtral": Family(MixtralConfig, ExpertsLlama),
+    "gemma3_text": Family(Gemma3Config, Gemma3),
 }
 
 

@@ -39,6 +39,10 @@ NAMES = {
     "post_attention_layernorm": "mlp_norm",
     "lm_head": "head",
 }
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,7 @@ class LlamaConfig(Config):
 
     family: ClassVar[str] = "llama"
     rotary: ClassVar[bool] = True
+    activation: ClassVar[str] = "silu"
 
     intermediate_size: int
     rms_norm_eps: float = 1e-6
@@ -92,8 +97,10 @@ class LlamaConfig(Config):
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
         """From transformers' LlamaConfig. Raises ValueError naming an unsupported field."""
-        if raw["hidden_act"] != "silu":
-            raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported: expected 'silu'")
+        if raw["hidden_act"] != cls.activation:
+            raise ValueError(
+                f"hidden_act {raw['hidden_act']!r} is not supported: expected {cls.activation!r}"
+            )
         bias = dict.fromkeys(
             ("query_bias", "key_bias", "value_bias", "output_bias"),
             raw.get("attention_bias", False),
@@ -236,7 +243,7 @@ class Attention(LatentAttention):
 
 
 class MLP(Projector):
-    """SwiGLU feed-forward network."""
+    """Gated feed-forward network (SwiGLU, or with another activation)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -244,10 +251,11 @@ class MLP(Projector):
         self.gate_proj = nn.Linear(width, hidden, bias=bias)
         self.up_proj = nn.Linear(width, hidden, bias=bias)
         self.down_proj = nn.Linear(hidden, width, bias=bias)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, width) -> (B, T, width)."""
-        gate = F.silu(self.linear(self.gate_proj, x))
+        gate = self.activation(self.linear(self.gate_proj, x))
         return self.linear(self.down_proj, gate * self.linear(self.up_proj, x))
 
 
@@ -275,13 +283,14 @@ class Llama(Model):
     config: LlamaConfig
     inv_freq: Tensor
     attention: ClassVar[Callable[..., LatentAttention]] = Attention
+    block: ClassVar[Callable[..., nn.Module]] = Block
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         blocks = (
-            Block(config, self.attention(config, i), self.feed_forward(i))
+            self.block(config, self.attention(config, i), self.feed_forward(i))
             for i in range(config.num_hidden_layers)
         )
         self.layers = nn.ModuleList(blocks)  # type: ignore[assignment]
@@ -313,10 +322,11 @@ class Llama(Model):
         self.reset_buffers()
         return self
 
-    def rope(self, position: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, position: Tensor, newest: Tensor, window: int = 0) -> Angles:
         """Cosines and sines (B or 1, 1, S, D / 2) of positions (B or 1, S), in fp32.
 
-        newest: positions of the new tokens; with some types, angles depend on the largest.
+        newest: positions of the new tokens; with some types, angles depend on the largest. window:
+        of the layer; a family may rotate by it.
         """
         c = self.config
         # weights that were on the meta device may have been loaded one by one to another
@@ -325,32 +335,35 @@ class Llama(Model):
         angle = position[:, None, :, None].float() * inv_freq
         return angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
 
-    def offset(self, position: Tensor, anchor: int) -> Angles:
+    def offset(self, position: Tensor, anchor: int, window: int = 0) -> Angles:
         """Angles of positions (B or 1, T), measured from the centers of their blocks.
 
-        These cosines and sines are without RoPE's factor (YaRN, longrope), which is applied with
-        the angles of the center.
+        window: as in `rope`. These cosines and sines are without RoPE's factor (YaRN, longrope),
+        which is applied with the angles of the center.
         """
-        cos, sin = self.rope(position - center(position, anchor), position)
+        cos, sin = self.rope(position - center(position, anchor), position, window)
         return cos / self.rope_scale, sin / self.rope_scale
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Embed tokens (B, T): (B, T, width). Positions enter in attention only."""
         return self.embeddings(tokens)
 
-    def attention_metadata(self, position: Tensor, pos: Tensor, mask: Mask) -> AttentionMetadata:
-        """Rotation angles and the mask, for all layers."""
+    def attention_metadata(
+        self, position: Tensor, pos: Tensor, mask: Mask, window: int = 0
+    ) -> AttentionMetadata:
+        """Rotation angles and the mask, for all layers. window: as in `rope`."""
         new, anchor = at(position, pos), self.config.anchor
-        metadata = self._of_new(new)._replace(mask=mask)
+        metadata = self._of_new(new, window)._replace(mask=mask)
         if self.config.pairs:
             return metadata
         if anchor == 1 or not isinstance(mask, DecodeMask):
             read = position if anchor == 1 else center(position, anchor)
-            return metadata._replace(slot_angles=self.rope(read, new))
+            return metadata._replace(slot_angles=self.rope(read, new, window))
         last = position.size(1) - 1  # fused ops read the angles of the block of each position
         first = torch.arange(0, position.size(1), anchor, device=pos.device)  # of every block
         ahead = (new[:, :, None] - center(first, anchor)).flatten(1)  # (B or 1, T * blocks)
-        cos, sin = (x[:, 0].unflatten(1, (-1, len(first))) for x in self.rope(ahead, new))
+        angles = self.rope(ahead, new, window)
+        cos, sin = (x[:, 0].unflatten(1, (-1, len(first))) for x in angles)
         return metadata._replace(
             center_angles=(cos * self.rope_scale, sin * self.rope_scale),
             # without a bias there is no padding, so that slots are positions
@@ -361,9 +374,9 @@ class Llama(Model):
         """Rotation angles of new tokens."""
         return self._of_new(new)
 
-    def _of_new(self, new: Tensor) -> AttentionMetadata:
-        angles, anchor = self.rope(new, new), self.config.anchor
-        inside = self.offset(new, anchor) if anchor > 1 else None
+    def _of_new(self, new: Tensor, window: int = 0) -> AttentionMetadata:
+        angles, anchor = self.rope(new, new, window), self.config.anchor
+        inside = self.offset(new, anchor, window) if anchor > 1 else None
         return AttentionMetadata(angles, angles, CausalMask(), inside)
 
     def finish(self, x: Tensor) -> Tensor:

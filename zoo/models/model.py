@@ -41,6 +41,7 @@ class LatentAttention(Projector):
     k_shift: Tensor | None  # (L, 1, R): added to latents before they are cached
     v_shift: Tensor | None
     scale: float
+    window: int = 0  # a token attends to the last so many, itself included; 0: to all
     share: tuple[int, int] = (0, 1)  # (i, n): this process has part i of n of heads and latents
 
     def split(self, part: int, parts: int, repeat: bool = False) -> None:
@@ -178,11 +179,11 @@ class Model(Projector):
         """The same for a `ServedLayer`: what is needed to encode tokens at positions new (B, T)."""
         return None
 
-    def rope(self, position: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, position: Tensor, newest: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions, in families that rotate keys: see `llama.py`."""
         raise NotImplementedError
 
-    def offset(self, position: Tensor, anchor: int) -> tuple[Tensor, Tensor]:
+    def offset(self, position: Tensor, anchor: int, window: int = 0) -> tuple[Tensor, Tensor]:
         """Angles within blocks of positions, in families that rotate keys: see `llama.py`."""
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""A Llama whose layers may have sliding windows, as Mistral, Qwen2 and Qwen3 have.
+"""A Llama whose layers may have sliding windows, as Mistral, Qwen2, Qwen3 and Gemma 3 have.
 
 In a layer with a window of W tokens, a token attends to the last W, itself included. The cache
 keeps all tokens.
