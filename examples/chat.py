@@ -55,6 +55,10 @@ def reply(generator: Generator, cached: list[int], ids: list[int], stop: list[in
     same = 0  # the template may change earlier turns: process again from the first difference
     while same < min(len(cached), len(ids) - 1) and cached[same] == ids[same]:
         same += 1
+    try:
+        generator.cache.check_start(same, generator.filled)
+    except ValueError:  # layers with windows do not hold what came before: process all again
+        same = 0
     del cached[same:]
     new = ids[same:]
     while len(cached) + len(new) <= generator.slots:

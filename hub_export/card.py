@@ -7,7 +7,7 @@ from urllib.parse import quote
 from huggingface_hub import ModelCardData
 
 from ..zoo.compression.methods import METHODS
-from ..zoo.models.config import Config, kv_bytes
+from ..zoo.models.config import Config, cache_bytes, kept_slots, kv_bytes
 from ..zoo.utils.escape import code_block, code_span, markdown, printable
 from ..zoo.utils.records import CompressionRecord, Measurements, TimedRow
 from .card_numbers import before_and_after, cells, results
@@ -95,6 +95,12 @@ def _sizes(config: Config, c: CompressionRecord) -> str:
         if context <= config.max_position_embeddings:
             dense, low = (f"{context * n / 2**20:.1f} MiB" for n in (before, after))
             rows.append((f"cache of {context} tokens", dense, low))
+            slots = kept_slots(config, context)
+            if sum(slots) < context * len(slots):  # transformers' caches keep all slots
+                share = sum(slots) / len(slots) / context
+                ringed = before * share * context, cache_bytes(config, context)
+                dense, low = (f"{n / 2**20:.1f} MiB" for n in ringed)
+                rows.append(("the same in eigenzoo, of layers' windows only", dense, low))
     rows += before_and_after(c.get("evaluation"))
     return _table(("", "original", "compressed"), rows)
 

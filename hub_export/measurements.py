@@ -72,6 +72,10 @@ def _measured(files: Sequence[Path], plots: Sequence[Path]) -> Measurements:
         evaluated = [row for row in rows if "kv_share" in row]
         if any("perplexity" in row and not {"text", "tokens"} <= row.keys() for row in evaluated):
             raise ValueError(f"{file} has a perplexity without text or tokens: evaluate again")
+        if any("sliding_window" in row for row in evaluated):
+            raise ValueError(
+                f"{file} was measured with --sliding-window: expected a cache that keeps all tokens"
+            )
         evaluations += evaluated
         speed += [row for row in rows if "kv_share" not in row and "failed" not in row]
     measured: Measurements = {}

@@ -19,8 +19,10 @@ from .options import (
     KvBits,
     Revision,
     Seed,
+    Sinks,
     Source,
     Trust,
+    Window,
     option,
 )
 from .values import command_line, load
@@ -171,6 +173,8 @@ def evaluate(
     ] = 1,
     dtype: Dtype = "auto",
     kv_bits: KvBits = None,
+    sliding_window: Window = 0,
+    sinks: Sinks = 0,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -187,6 +191,7 @@ def evaluate(
     from ..measure import tables
     from ..measure.domains import measure_domains
     from ..measure.quality import Probes, measure
+    from ..models.ring import Kept
     from ..utils.provenance import device_name, versions
 
     if length and not (retrieval or ruler):
@@ -207,6 +212,8 @@ def evaluate(
         )
     if original and not several:
         raise ValueError("--original goes with --domains or --domain")
+    kept = Kept(sliding_window, sinks)
+    kept.check()
     words = read_text(text)
     names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
     if not all(names):
@@ -219,6 +226,7 @@ def evaluate(
         given = None if gen_kwargs is None else parse_gen_kwargs(gen_kwargs)
         chosen = load_tasks(names, include_path, trust_remote_code, num_fewshot, given)
     checkpoint = load(source, dtype, device, revision, trust_remote_code)
+    checkpoint.model.keep(*kept)
     probes = Probes(
         *(not (retrieval or ruler or tasks), window, windows, by_position, retrieval, length or ()),
         *(facts, seed, kv_bits, ruler, samples or 20, batch_size),
@@ -231,6 +239,8 @@ def evaluate(
     else:
         result = measure(source, checkpoint, words, probes)
     model = checkpoint.model
+    if sliding_window:
+        result["sliding_window"] = [*kept]
     if tasks:
         result["tasks"] = run_tasks(
             *(model, checkpoint.tokenizer, chosen, limit, batch_size, stop_tokens(checkpoint)),

@@ -17,9 +17,11 @@ from .options import (
     Ops,
     Revision,
     Seed,
+    Sinks,
     Source,
     Trust,
     Weights,
+    Window,
     option,
 )
 from .values import decoding_dtype, load, preparation, say, show
@@ -95,6 +97,8 @@ def generate(
     dtype: DecodingDtype = "auto",
     weights: Weights = "native",
     kv_bits: KvBits = None,
+    sliding_window: Window = 0,
+    sinks: Sinks = 0,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -112,10 +116,13 @@ def generate(
     from ..inference.speculative import DraftModel, Lookup, check_drafts
     from ..inference.vocabulary import check_same_vocabulary
     from ..models.config import kv_bytes
+    from ..models.ring import Kept
     from ..utils.memory import peak, reset_peak
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
+    kept = Kept(sliding_window, sinks)
+    kept.check()
     prepare = preparation(weights, ops, compile)
     if lookup and draft:
         raise ValueError("given --lookup and --draft: expected one of them")
@@ -129,12 +136,12 @@ def generate(
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     ids = [encode_prompt(tokenizer, p, chat, model.config.vocab_size) for p in prompts]
     slots = max(len(i) for i in ids) + max_new_tokens
-    prepare(model)
+    prepare(model.keep(*kept))
     generator = Generator(model, len(ids), slots, compile, compile_prefill, kv_bits)
     drafts: Lookup | DraftModel | None = Lookup(lookup) if lookup else None
     if draft:
         smaller = load(draft, dtype, device, trust_remote_code=trust_remote_code).model
-        prepare(smaller)
+        prepare(smaller.keep(*kept))
         drafts = DraftModel(Generator(smaller, 1, slots, compile, compile_prefill), draft_tokens)
     if compile or compile_prefill:
         say("compiling at the first tokens: a minute or two, the first time")

@@ -170,6 +170,25 @@ Weights = Annotated[str, choice("--weights", WEIGHTS, "How to hold weights:", pa
 KvBits = Annotated[
     int | None, choice("--kv-bits", BITS, BITS_HELP, "as the checkpoint says", DECODING)
 ]
+Window = Annotated[
+    int,
+    option(
+        "--sliding-window",
+        help="Keep only this many of the last tokens in the cache; 0: all.",
+        panel=DECODING,
+        min=0,
+    ),
+]
+Sinks = Annotated[
+    int,
+    option(
+        "--sinks",
+        help="With --sliding-window: keep the first tokens too, so many (StreamingLLM, arXiv "
+        "2309.17453).",
+        panel=DECODING,
+        min=0,
+    ),
+]
 Ops = Annotated[str, choice("--ops", OPS, "What computes attention in decoding:", panel=DECODING)]
 Compile = Annotated[
     bool, option("--compile/--no-compile", help="Compile the decoding step.", panel=DECODING)

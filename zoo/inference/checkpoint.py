@@ -198,6 +198,7 @@ def inspect(source: str, revision: str | None = None) -> dict[str, Any]:
         "head_dim": c.head_dim,
         "dtype": str(dtype).removeprefix("torch."),
         **kv_bytes(c),
+        "windows": list(getattr(c, "windows", ())),
         "joint_kv": c.joint_kv,
         "k_heads_per_latent": c.k_heads_per_latent,
         "v_heads_per_latent": c.v_heads_per_latent,

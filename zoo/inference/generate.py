@@ -70,6 +70,7 @@ class Generator:
         """
         self.model, self.batch, self.slots = model, batch, slots
         self.cache = model.new_cache(batch, slots, bits=bits)
+        self.filled = 0  # slots that were written since slot 0 was
         device = model.device
         self.valid = torch.ones(batch, slots, dtype=torch.bool, device=device)
         if compile_prefill is None:
@@ -91,7 +92,8 @@ class Generator:
         """Process tokens (B, T) at the slots from `start` on; logits (B, vocabulary) of the last.
 
         Long prompts run in parts of 2048 tokens. Raises ValueError, before anything is written, if
-        the tokens do not fit the cache.
+        the tokens do not fit the cache, or if they go back to a slot behind slots that are
+        overwritten: see `StaticCache.check_start`.
         """
         batch, count = tokens.shape
         if batch != self.batch or start + count > self.slots:
@@ -99,10 +101,15 @@ class Generator:
                 f"{batch} sequences of {start + count} tokens do not fit a cache for {self.batch} "
                 f"of {self.slots}: shorten the prompt or make a larger cache"
             )
+        self.cache.check_start(start, self.filled)
+        self._fill(start, start + count)
         for part in tokens.split(PART, dim=1):
             logits = self._advance(part.contiguous(), start)
             start += part.size(1)
         return logits
+
+    def _fill(self, start: int, end: int) -> None:
+        self.filled = max(end, self.filled if start else 0)
 
     def _advance(self, tokens: Tensor, start: int) -> Tensor:
         valid = self.valid if self.batch > 1 else None  # a single sequence has no padding
@@ -125,6 +132,7 @@ class Generator:
 
         For a few tokens of a single sequence, which must fit the cache.
         """
+        self._fill(start, start + tokens.size(1))
         pos = torch.arange(start, start + tokens.size(1), device=tokens.device)
         return self._verify(self.model, tokens, pos, self.cache)
 
@@ -158,8 +166,9 @@ class Generator:
           are those of decoding without it, except that with sampling a `DraftModel` draws others,
           of the same distribution.
 
-        Raises ValueError if the prompts and the new tokens do not fit the cache, `sampling` is out
-        of range, or `draft` cannot draft for this model, batch or number of tokens.
+        Raises ValueError if the prompts and the new tokens do not fit the cache, if `sampling` is
+        out of range, if `draft` cannot draft for this model, batch or number of tokens, or for
+        prompts of several lengths and a cache with sinks.
         """
         sampling = sampling or Sampling()
         sampling.check()
@@ -176,6 +185,13 @@ class Generator:
             raise ValueError(
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit a cache of "
                 f"{self.slots} slots: ask for fewer (at least 1) or make a larger cache"
+            )
+        sinks = any(ring.sinks for ring in self.cache.rings.values())
+        if sinks and min(len(p) for p in prompts) < longest:
+            raise ValueError(
+                f"given prompts of {[len(p) for p in prompts]} tokens, and a cache with sinks: "
+                "expected one length, since sinks are the first slots; generate for one prompt "
+                "after the other"
             )
         if draft:
             draft.check(self, max_new_tokens)

@@ -40,8 +40,13 @@ def move(source: StaticCache, start: int, cache: StaticCache, at: int, count: in
     """Copy the rows of `count` slots, from `start` on, to the slots of a cache from `at` on.
 
     Both are caches of one model, for equal batches. Only shifts by multiples of `shift_step` keep
-    the meaning of rows. Raises ValueError if the slots are not there.
+    the meaning of rows. Raises ValueError if the slots are not there, or if a cache has rings.
     """
+    if source.rings or cache.rings:
+        raise ValueError(
+            "rows cannot be moved, because layers with windows keep only the last tokens: expected "
+            "caches that keep all slots"
+        )
     if start < 0 or at < 0 or start + count > source.slots or at + count > cache.slots:
         raise ValueError(
             f"given {count} slots from {start} of {source.slots} to {at} of {cache.slots}: "

@@ -29,7 +29,7 @@ def perplexity(
     - window: tokens in a window, at least 2.
     - windows: at most so many; 0 stands for all.
     - bits: of a number in the cache, 16, 8 or 4; None: as the config says. At 16 no cache is used,
-      because it would not change the result.
+      because it would not change the result, unless `Model.keep` evicts tokens.
 
     Raises ValueError if the text is shorter than one window, or for unsupported bits.
     """
@@ -85,9 +85,10 @@ def window_losses(model: Model, rows: Tensor, bits: int | None = None) -> Tensor
 
 
 def rounding_cache(model: Model, batch: int, slots: int, bits: int | None) -> StaticCache | None:
-    """As `model.new_cache`; None if a cache would not round, so one prefill needs none."""
+    """As `model.new_cache`; None if it would neither round nor evict, so one prefill needs none."""
     packed = (model.config.least_bits if bits is None else bits) < 16
-    return model.new_cache(batch, slots, bits=bits) if packed else None
+    needed = packed or model.kept.window
+    return model.new_cache(batch, slots, bits=bits) if needed else None
 
 
 def row_losses(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:

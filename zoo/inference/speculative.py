@@ -46,6 +46,11 @@ class Draft(ABC):
     def check(self, generator: Generator, count: int) -> None:
         """Raise ValueError if this cannot draft for a generator that makes up to `count` tokens."""
         check_drafts(self.tokens, generator.batch, count)
+        if self.tokens > generator.cache.spare:
+            raise ValueError(
+                f"given drafts of {self.tokens} tokens: expected at most {generator.cache.spare}, "
+                "since rejected ones overwrite old slots of layers with windows"
+            )
 
     @abstractmethod
     def begin(self, prompt: Sequence[int]) -> None:

@@ -134,7 +134,10 @@ def of_evaluations(rows: Sequence[EvaluationRow]) -> list[DomainTable]:
         same = str([row["window"], *(x["digest"] for x in texts)])
         title = " and ".join(x["text"] for x in texts)
         table = tables.setdefault(same, DomainTable(title, row["window"], {}))
-        table.rows[f"{row['model']}, {row['kv_share']:.3f} of the KV bytes"] = row["domains"]
+        name = f"{row['model']}, {row['kv_share']:.3f} of the KV bytes"
+        if kept := row.get("sliding_window"):
+            name += f", the last {kept[0]} tokens and the first {kept[1]}"
+        table.rows[name] = row["domains"]
     return [*tables.values()]
 
 

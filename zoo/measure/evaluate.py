@@ -61,6 +61,7 @@ def decode_speed(generators: Sequence[Generator], steps: int = 32, rounds: int =
         for generator, seconds in zip(generators, times, strict=True):
             token = torch.zeros(generator.batch, 1, dtype=torch.long, device=generator.valid.device)
             first = generator.slots - steps
+            generator.filled = 0  # what slots hold does not matter here
             generator.advance(token, first)  # compiles, and warms up
             for slot in range(first, generator.slots):
                 start = time.perf_counter()

@@ -9,7 +9,7 @@ import torch
 from ..compression.settings import Settings
 from ..inference.checkpoint import locate, native_config, read_config
 from ..inference.quantized import quantization
-from ..models.config import Config, kv_bytes
+from ..models.config import Config, kept_slots, kv_bytes
 from ..models.experts import ExpertsConfig
 from ..models.families import new_model
 from .shapes import SHAPES, shaped
@@ -44,6 +44,7 @@ class CachePlan(TypedDict):
 class Plan(TypedDict):
     """What `plan` tells of a model. Bytes are of weights and cache in `dtype`, and of memory.
 
+    windows: whether layers have such, so that they keep fewer slots than a long text has.
     compress_hours: see `STREAM_SECONDS`; None: not estimated.
     """
 
@@ -53,6 +54,7 @@ class Plan(TypedDict):
     weight_bytes: int
     memory_bytes: int
     max_position_embeddings: int
+    windows: bool
     caches: list[CachePlan]
     compress_hours: float | None
 
@@ -118,12 +120,14 @@ def _plan(
         "weight_bytes": weights,
         "memory_bytes": memory,
         "max_position_embeddings": config.max_position_embeddings,
+        "windows": any(getattr(config, "windows", ())),
         "caches": [],
         "compress_hours": None,
     }
+    slots = {n: sum(kept_slots(config, n)) / config.num_hidden_layers for n in contexts}
     for keep, size in _caches(config, keeps, dtype):
-        counts = {
-            str(context): (memory - weights) // (size * context)
+        counts = {  # rings hold fewer slots than the context
+            str(context): int((memory - weights) // (size * slots[context]))
             if fits(made) and not 0 < longest < context
             else None
             for context in contexts
@@ -202,6 +206,8 @@ def plan_caption(made: Sequence[Plan]) -> list[str]:
         f"GB: weights of the model as it is. x {context}: how many sequences of so many tokens fit",
         f"{_gb(made[0]['memory_bytes'])} beside the weights, with nothing else in memory.",
     ]
+    if any(plan["windows"] for plan in made):
+        lines.append("Layers with windows keep little more than these: KV bytes/token counts all.")
     if any(cell.endswith("*") for line in plan_cells(made) for cell in line[4:]):
         lines.append("*: longer than the positions in the config of the model.")
     for plan in made:

@@ -168,6 +168,8 @@ def evaluation(result: EvaluationResult) -> None:
         f"{result['kv_bytes_per_token']} KV bytes per token, {result['kv_share']:.1%} of the "
         f"{result['kv_bytes_per_token_dense']} of an uncompressed cache of 16 bits"
     )
+    if kept := result.get("sliding_window"):
+        print(f"the cache kept the last {kept[0]} tokens and the first {kept[1]}")
     if "by_position" in result:
         positions(result["by_position"])
     if "retrieval" in result:
@@ -259,12 +261,15 @@ def plan(made: Sequence[Plan]) -> None:
 
 
 def checkpoint(about: Mapping[str, Any]) -> None:
-    """Print what `checkpoint.inspect` returned."""
+    """Print what `checkpoint.inspect` returned.
+
+    Layers keep their windows only, so caches of long texts take less than bytes times tokens.
+    """
     table = Table(show_header=False)
     compression = about["compression"] or {}
     for key, value in {**about, **compression}.items():
         hidden = (*BY_LAYER.values(), "compression", "layers", "refined", "measured", "evaluation")
-        if key not in hidden and value is not None:
+        if key not in hidden and value not in (None, []):
             _add(table, key, str(value))
     if quality := compression.get("evaluation"):
         _add(table, "evaluation", change(quality))

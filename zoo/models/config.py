@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .bits import Segment, check_bits, parse_segments
 from .packing import Latent
+from .ring import ring_of
 
 MOST_LAYERS = 1000  # several times as many as any model has; building 10,000,000 never ends
 LARGEST = 2**31 - 1
@@ -265,6 +266,19 @@ class Config:
     def dense_kv_width(self) -> int:
         """As `kv_width`, for the uncompressed model."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+
+def kept_slots(config: Config, slots: int) -> list[int]:
+    """How many slots each layer's cache has for a text of some slots: a ring has fewer."""
+    windows = getattr(config, "windows", ()) or (0,) * config.num_hidden_layers
+    rings = (ring_of(window, slots, getattr(config, "anchor", 1)) for window in windows)
+    return [ring.places if ring else slots for ring in rings]
+
+
+def cache_bytes(config: Config, slots: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of a cache for one text of some slots. dtype: of numbers that are not packed."""
+    kept = kept_slots(config, slots)
+    return sum(x.nbytes(dtype) * n for i, n in enumerate(kept) for x in config.latents(i))
 
 
 class KvBytes(TypedDict):

@@ -360,10 +360,13 @@ class Llama(Model):
             read = position if anchor == 1 else center(position, anchor)
             return metadata._replace(slot_angles=self.rope(read, new, window))
         last = position.size(1) - 1  # fused ops read the angles of the block of each position
-        first = torch.arange(0, position.size(1), anchor, device=pos.device)  # of every block
-        ahead = (new[:, :, None] - center(first, anchor)).flatten(1)  # (B or 1, T * blocks)
+        middle = center(torch.arange(0, position.size(1), anchor, device=pos.device), anchor)[None]
+        if mask.shift is not None:
+            middle = middle + mask.shift[:, ::anchor]
+            position = position - mask.shift
+        ahead = (new[:, :, None] - middle[:, None]).flatten(1)  # (B or 1, T * blocks)
         angles = self.rope(ahead, new, window)
-        cos, sin = (x[:, 0].unflatten(1, (-1, len(first))) for x in angles)
+        cos, sin = (x[:, 0].unflatten(1, (-1, middle.size(1))) for x in angles)
         return metadata._replace(
             center_angles=(cos * self.rope_scale, sin * self.rope_scale),
             # without a bias there is no padding, so that slots are positions

@@ -33,26 +33,29 @@ class DecodeMask(NamedTuple):
     added to the scores of every head, -inf where a slot inside the span holds padding; None adds
     nothing. slopes: (H,), with ALiBi; each head multiplies the bias by its slope. If bias is None,
     it is minus the distance in slots to the last token. table: (B, P), the pages of each sequence
-    if the cache is in pages, as the decoding ops take it.
+    if the cache is in pages, as the decoding ops take it. shift: (B or 1, S), with a table of a
+    ring: by how much positions in each page are ahead of those at its place in the table.
     """
 
     span: Tensor
     bias: Tensor | None = None
     slopes: Tensor | None = None
     table: Tensor | None = None
+    shift: Tensor | None = None
 
 
 # a tensor (B or 1, H or 1, T, S) is bool, true where a token attends, or fp32, added to the scores
 Mask = Tensor | CausalMask | DecodeMask
 
 
-def causal_matrix(pos: Tensor, slots: int, valid: Tensor | None = None) -> Tensor:
+def causal_matrix(pos: Tensor, slots: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """The causal mask as a matrix (B or 1, 1, T, S) of bool, true where a token attends.
 
-    pos: (T,) slots of the new tokens. valid: (B, S), false at slots that hold padding. A token
-    always attends to its own slot: a padding token that attends to nothing would become NaN.
+    pos: (T,) slots of the new tokens. slots: how many there are, or which, (S,). valid: (B, S),
+    false at slots that hold padding. A token always attends to its own slot: a padding token that
+    attends to nothing would become NaN.
     """
-    slot = torch.arange(slots, device=pos.device)
+    slot = slots if isinstance(slots, Tensor) else torch.arange(slots, device=pos.device)
     seen = slot <= pos[:, None]  # (T, S)
     if valid is None:
         return seen[None, None]

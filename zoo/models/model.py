@@ -6,7 +6,7 @@ families (`embed`, `layers[i].attn.{q,k,v,o}_proj`, `head`), so code elsewhere t
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from .config import Config
 from .linear import Projector
 from .mask import CausalMask, DecodeMask, Mask, causal_matrix, counted, decode_mask
 from .packing import Latent, Packed, pack, unpack
+from .ring import Kept, ring_of
 
 
 class LatentAttention(Projector):
@@ -154,6 +155,26 @@ class Model(Projector):
     embed: nn.Embedding
     layers: Sequence[Any]  # block(x, pos, attn_metadata, cache) -> x; attention is block.attn
     head: nn.Linear
+    kept: Kept = Kept()
+
+    def keep(self, window: int, sinks: int = 0) -> Self:
+        """Make new caches keep the last `window` tokens and the first `sinks`; return the model.
+
+        Others are evicted, as in StreamingLLM (arXiv 2309.17453), but positions stay those of the
+        text. A layer with a smaller window of its own stays as it is. 0: keep all. Without a cache
+        nothing is evicted. Raises ValueError for numbers that are out of range, and for keys in a
+        single block (`--keys rotated`).
+        """
+        kept = Kept(window, sinks)
+        kept.check()
+        block = getattr(self.config, "anchor", 1)
+        if window and block >= self.config.max_position_embeddings:
+            raise ValueError(
+                f"keys are held in one block of {block} positions, of which no window can be kept: "
+                "expected a model with keys that are held in another way"
+            )
+        self.kept = kept
+        return self
 
     def start(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Embed tokens (B, T) at positions (B or 1, T): (B, T, width).
@@ -174,6 +195,14 @@ class Model(Projector):
         `causal_matrix`. Families without rotation return a mask.
         """
         return mask
+
+    def step_metadata(
+        self, position: Tensor, pos: Tensor, mask: Mask, cache: StaticCache | None
+    ) -> Any:
+        """`attention_metadata` for a cache, of whose slots a ring keeps some. Others as there."""
+        if cache is not None and (ring := cache.rings.get(0)):
+            position, pos, mask = ring.seen(position, pos, mask, cache.batch)
+        return self.attention_metadata(position, pos, mask)
 
     def encoding_metadata(self, new: Tensor) -> Any:
         """The same for a `ServedLayer`: what is needed to encode tokens at positions new (B, T)."""
@@ -225,7 +254,8 @@ class Model(Projector):
             mask = decode_mask(pos, None if valid is None else valid | (slot == pos))
         elif mask is None:
             mask = CausalMask(valid) if last else causal_matrix(pos, slots, valid)
-        attn_metadata = self.attention_metadata(position, pos, mask)
+        ringed = cache if isinstance(cache, StaticCache) else None
+        attn_metadata = self.step_metadata(position, pos, mask, ringed)
         return self.start(tokens, position[:, pos]), pos, attn_metadata
 
     def hidden(
@@ -252,25 +282,31 @@ class Model(Projector):
         """tokens (B, T) -> logits (B, T, vocabulary), or of the last `last` tokens only.
 
         pos: (T,), the cache slots of the tokens, the same for the whole batch; by default the last
-        T slots, which is faster for a prompt: see `StaticCache.first`. Without a cache the tokens
-        attend to one another only. valid: (B, S), false at slots that hold padding; positions are
-        counted over the other slots. Raises ValueError if the tokens do not fit the cache or the
-        model's positions.
+        T slots, which is faster for a prompt: see `StaticCache.first`. In a cache with rings they
+        follow one another. Without a cache the tokens attend to one another only. valid: (B, S),
+        false at slots that hold padding; positions are counted over the other slots. Rings count
+        windows in slots, so there padding comes before a text, not inside it. Raises ValueError if
+        the tokens do not fit the cache or the model's positions.
         """
         return self.linear(self.head, self.hidden(tokens, pos, cache, valid)[:, -last:])
 
     def new_cache(
         self, batch: int, slots: int, dtype: torch.dtype | None = None, bits: int | None = None
     ) -> StaticCache:
-        """An empty cache for `batch` sequences of up to `slots` tokens.
+        """An empty cache for `batch` sequences of up to `slots` tokens, of which it keeps `kept`.
 
         dtype: of unpacked numbers, by default the model's. bits: per number, one of `bits.BITS`, by
         default as the config says. Raises ValueError if the model has fewer positions, or if the
         bits do not fit the ranks.
         """
         self.config.check_length(slots)
-        latents = [(layer.attn.k, layer.attn.v) for layer in self.layers]
-        return StaticCache(latents, batch, slots, dtype or self.dtype, self.device, bits)
+        attns = [layer.attn for layer in self.layers]
+        latents, windows = [(x.k, x.v) for x in attns], [x.window for x in attns]
+        block = getattr(self.config, "anchor", 1)
+        made = {window: ring_of(window, slots, block, self.kept) for window in windows}
+        rings = {window: ring for window, ring in made.items() if ring}
+        how = dtype or self.dtype, self.device, bits, windows, rings
+        return StaticCache(latents, batch, slots, *how)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,7 +1,7 @@
 """A Llama whose layers may have sliding windows, as Mistral, Qwen2, Qwen3 and Gemma 3 have.
 
-In a layer with a window of W tokens, a token attends to the last W, itself included. The cache
-keeps all tokens.
+In a layer with a window of W tokens, a token attends to the last W, itself included. Its cache is a
+ring of a few more slots (`ring.py`), or keeps all slots if there are no more.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from .cache import StaticCache
 from .llama import Attention, AttentionMetadata, Llama, LlamaConfig
 from .mask import CausalMask, DecodeMask, Mask, causal_matrix, decode_mask, hide, whole_rows
 from .model import LatentAttention
@@ -69,12 +70,28 @@ class WindowedLlama(Llama):
             if isinstance(mask, DecodeMask):
                 visible = (ahead > -window)[:, 0] & (mask.bias == 0)
                 visible = whole_rows(visible[:, None, None], pos)[:, 0, 0]
-                by_window[window] = full._replace(mask=decode_mask(pos, visible))
+                near = decode_mask(pos, visible)
+                by_window[window] = full._replace(
+                    mask=mask._replace(span=near.span, bias=near.bias)
+                )
                 continue
             if isinstance(mask, CausalMask):
                 mask = causal_matrix(pos, position.size(1), mask.valid)
             near = hide(mask, (ahead <= -window)[:, None])
             by_window[window] = full._replace(mask=whole_rows(near, pos))
+        return by_window
+
+    def step_metadata(
+        self, position: Tensor, pos: Tensor, mask: Mask, cache: StaticCache | None
+    ) -> dict[int, AttentionMetadata]:
+        """As in `Model`, by window. The rings of different windows have read other slots."""
+        rings = {} if cache is None else cache.rings
+        by_window: dict[int, AttentionMetadata] = {}
+        if not rings.keys() >= set(self.config.windows):
+            by_window = self.attention_metadata(position, pos, mask)
+        for window, ring in rings.items():
+            seen = ring.seen(position, pos, mask, cache.batch)
+            by_window[window] = self.attention_metadata(*seen)[window]
         return by_window
 
     def encoding_metadata(self, new: Tensor) -> dict[int, AttentionMetadata]:

@@ -236,11 +236,13 @@ class ComparedDomains(TypedDict):
 class EvaluationResult(KvBytes):
     """What `eigenzoo evaluate` measures: only what its options ask for.
 
-    original: the uncompressed model that `domains` compares with.
+    original: the uncompressed model that `domains` compares with. sliding_window: how many of the
+    last tokens, and of the first, the cache kept, if not all.
     """
 
     model: str
     original: NotRequired[str]
+    sliding_window: NotRequired[list[int]]
     text: NotRequired[str]
     window: NotRequired[int]
     perplexity: NotRequired[float]
