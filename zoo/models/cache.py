@@ -64,10 +64,9 @@ class RingLayer(NamedTuple):
 
     def _write(self, buffer: Buffer, pos: Tensor, x: Tensor, pack: Pack) -> Buffer:
         ring, page = self.ring, self.ring.page
-        pages = buffer
         if isinstance(buffer, Packed):  # rows are vectors of one head
             x = pack(x, Latent.of_layout(buffer.layout)).rows[:, None]
-            pages = buffer.rows[:, None]
+        pages = buffer.rows[:, None] if isinstance(buffer, Packed) else buffer
         pages = pages.unflatten(0, (len(x), -1))  # (B, n, heads, page, width)
         if len(pos) == 1:
             place = torch.where(pos < ring.head, pos, ring.behind(pos))

@@ -70,10 +70,9 @@ class WindowedLlama(Llama):
             if isinstance(mask, DecodeMask):
                 visible = (ahead > -window)[:, 0] & (mask.bias == 0)
                 visible = whole_rows(visible[:, None, None], pos)[:, 0, 0]
-                near = decode_mask(pos, visible)
-                by_window[window] = full._replace(
-                    mask=mask._replace(span=near.span, bias=near.bias)
-                )
+                read = decode_mask(pos, visible)
+                read = mask._replace(span=read.span, bias=read.bias)
+                by_window[window] = full._replace(mask=read)
                 continue
             if isinstance(mask, CausalMask):
                 mask = causal_matrix(pos, position.size(1), mask.valid)
@@ -85,11 +84,12 @@ class WindowedLlama(Llama):
         self, position: Tensor, pos: Tensor, mask: Mask, cache: StaticCache | None
     ) -> dict[int, AttentionMetadata]:
         """As in `Model`, by window. The rings of different windows have read other slots."""
-        rings = {} if cache is None else cache.rings
+        if cache is None or not cache.rings:
+            return self.attention_metadata(position, pos, mask)
         by_window: dict[int, AttentionMetadata] = {}
-        if not rings.keys() >= set(self.config.windows):
+        if not cache.rings.keys() >= set(self.config.windows):
             by_window = self.attention_metadata(position, pos, mask)
-        for window, ring in rings.items():
+        for window, ring in cache.rings.items():
             seen = ring.seen(position, pos, mask, cache.batch)
             by_window[window] = self.attention_metadata(*seen)[window]
         return by_window
