@@ -16,6 +16,7 @@ from .options import (
     DomainFiles,
     Domains,
     Dtype,
+    KeepTokens,
     KvBits,
     Revision,
     Seed,
@@ -108,6 +109,7 @@ def evaluate(
             min=1,
         ),
     ] = None,
+    keep_tokens: KeepTokens = None,
     tasks: Annotated[
         str | None,
         option(
@@ -183,6 +185,7 @@ def evaluate(
     """
     from ..inference.checkpoint import stop_tokens
     from ..inference.domains import read_domains
+    from ..inference.evict import check_alone
     from ..inference.texts import read_text
     from ..measure import tables
     from ..measure.domains import measure_domains
@@ -193,6 +196,10 @@ def evaluate(
         raise ValueError("--length goes with --retrieval or --ruler")
     if samples and not ruler:
         raise ValueError("--samples goes with --ruler")
+    if keep_tokens and not (retrieval or ruler):
+        raise ValueError("--keep-tokens goes with --retrieval or --ruler")
+    if keep_tokens:
+        check_alone(batch_size)
     of_tasks = limit, include_path, apply_chat_template or None, num_fewshot, gen_kwargs
     if not tasks and any(x is not None for x in of_tasks):
         raise ValueError(
@@ -221,7 +228,7 @@ def evaluate(
     checkpoint = load(source, dtype, device, revision, trust_remote_code)
     probes = Probes(
         *(not (retrieval or ruler or tasks), window, windows, by_position, retrieval, length or ()),
-        *(facts, seed, kv_bits, ruler, samples or 20, batch_size),
+        *(facts, seed, kv_bits, ruler, samples or 20, batch_size, keep_tokens),
     )
     if several:
         kind = str(checkpoint.model.dtype).removeprefix("torch.")

@@ -46,6 +46,22 @@ class LayerCache(NamedTuple):
         return _write(self.keys, pos, k, pack), _write(self.values, pos, v, pack)
 
 
+class WatchedLayer(NamedTuple):
+    """A layer's cache that notes which slots the last tokens of a prompt attend to.
+
+    seen: (B, S) in fp32, for the mean weight that the last `window` of the new tokens give to each
+    slot, over these tokens and all query heads.
+    """
+
+    cache: LayerCache
+    window: int
+    seen: Tensor
+
+    def update(self, pos: Tensor, k: Tensor, v: Tensor, pack: Pack = pack) -> tuple[Buffer, Buffer]:
+        """As `LayerCache`."""
+        return self.cache.update(pos, k, v, pack)
+
+
 class ServedLayer:
     """A layer's cache that a server keeps. It may hold many texts, so it attends by itself."""
 

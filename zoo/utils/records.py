@@ -236,7 +236,8 @@ class ComparedDomains(TypedDict):
 class EvaluationResult(KvBytes):
     """What `eigenzoo evaluate` measures: only what its options ask for.
 
-    original: the uncompressed model that `domains` compares with.
+    original: the uncompressed model that `domains` compares with. keep_tokens: the most tokens of a
+    prompt that retrieval and ruler kept in the cache, if not all.
     """
 
     model: str
@@ -247,6 +248,7 @@ class EvaluationResult(KvBytes):
     tokens: NotRequired[int]
     domains: NotRequired[DomainsRecord]
     by_position: NotRequired[list[PositionRecord]]
+    keep_tokens: NotRequired[int]
     retrieval: NotRequired[list[RetrievalRecord]]
     ruler: NotRequired[list[RulerRecord]]
     tasks: NotRequired[dict[str, TaskRow]]
