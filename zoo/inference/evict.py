@@ -187,8 +187,8 @@ def check_alone(batch: int) -> None:
     """Raise ValueError for several prompts at once, whose tokens stay in different numbers."""
     if batch > 1:
         raise ValueError(
-            f"given {batch} prompts at once, and tokens to keep: expected one prompt; keep all "
-            "tokens, or read one prompt after the other"
+            f"given {batch} prompts at once, of which only some tokens shall stay: expected one "
+            "prompt; keep all tokens, or give prompts one by one"
         )
 
 
