@@ -7,7 +7,7 @@
 MODEL is measured as it is, and compressed to each share of the KV bytes, without a refit. Every
 prompt is read once. Then all tokens are kept, or each policy keeps each share of them:
 
-- snapkv: those that the last 32 tokens attend to most (`eigenzoo generate --keep-tokens`);
+- snapkv: those that the last 16 tokens attend to most (`eigenzoo generate --keep-tokens`);
 - recent: the first and the last ones (StreamingLLM, arXiv 2309.17453).
 
 Two measures, on every text: at five depths a fact is planted in a text of `--length` tokens, which

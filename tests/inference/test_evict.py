@@ -143,22 +143,22 @@ def test_attention_weights_are_those_of_attention(masked):
 
 
 def test_the_heaviest_slots_stay_with_their_neighbors_and_the_window():
-    seen = torch.zeros(2, 30)
-    seen[0, 10], seen[1, 3], seen[1, 20] = 1.0, 1.0, 0.5
-    kept = kept_slots(seen, keep=14, window=4, block=1)
-    assert {8, 9, 10, 11, 12, *range(26, 30)} <= {*kept[0].tolist()}
-    assert kept[1].tolist() == [*range(1, 6), *range(18, 23), *range(26, 30)]
-    assert kept_slots(seen, keep=30, window=4, block=1).tolist() == [[*range(30)]] * 2
+    seen = torch.zeros(2, 50)
+    seen[0, 20], seen[1, 7], seen[1, 30] = 1.0, 1.0, 0.5
+    kept = kept_slots(seen, keep=26, window=4, block=1)
+    assert {*range(15, 26), *range(46, 50)} <= {*kept[0].tolist()}
+    assert kept[1].tolist() == [*range(2, 13), *range(25, 36), *range(46, 50)]
+    assert kept_slots(seen, keep=50, window=4, block=1).tolist() == [[*range(50)]] * 2
 
 
 def test_blocks_stay_whole_and_so_do_the_tokens_behind_the_last():
-    seen = torch.zeros(2, 30)
-    seen[0, 10], seen[1, 20], seen[1, 0] = 1.0, 0.5, 0.4
-    kept = kept_slots(seen, keep=21, window=4, block=8)  # the window reaches into block 24
-    assert kept[0].tolist()[-14:] == [*range(8, 16), *range(24, 30)]
-    assert kept[1].tolist() == [*range(16, 30)]
-    longer = kept_slots(seen, keep=22, window=4, block=8)
-    assert longer[1].tolist() == [*range(8), *range(16, 30)]
+    seen = torch.zeros(2, 78)
+    seen[0, 20], seen[1, 40], seen[1, 6] = 1.0, 0.5, 0.4
+    kept = kept_slots(seen, keep=46, window=16, block=16)  # the window begins in block 3
+    assert kept.tolist() == [[*range(16, 32), *range(48, 78)], [*range(32, 78)]]
+    fewer, more = (kept_slots(seen, keep, window=16, block=16)[1].tolist() for keep in (45, 62))
+    assert fewer == [*range(48, 78)]
+    assert more == [*range(16), *range(32, 78)]
 
 
 @pytest.mark.parametrize("kind", ["anchored, packed", "ALiBi, packed"])

@@ -27,8 +27,8 @@ from .sampling import Sampling
 from .speculative import Draft
 from .steps import layer_step
 
-WINDOW = 32  # tokens of the observation window
-NEIGHBORS = 5  # slots whose weights are pooled, an odd number
+WINDOW = 16  # tokens of the observation window
+NEIGHBORS = 11  # slots whose weights are pooled, an odd number: five tokens on each side
 
 
 class ReadPrompt(NamedTuple):

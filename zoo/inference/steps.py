@@ -58,6 +58,7 @@ def _by_layer(model: Model, cache: StaticCache, x: Tensor, pos: Tensor, metadata
 def layer_step(
     layer: nn.Module, x: Tensor, pos: Tensor, attn_metadata: Any, cache: LayerCache
 ) -> Tensor:
+    """A layer's forward pass, which torch.compile compiles once per kind of layer."""
     return layer(x, pos, attn_metadata, cache)
 
 
