@@ -228,7 +228,8 @@ def evaluate(
     checkpoint = load(source, dtype, device, revision, trust_remote_code)
     probes = Probes(
         *(not (retrieval or ruler or tasks), window, windows, by_position, retrieval, length or ()),
-        *(facts, seed, kv_bits, ruler, samples or 20, batch_size, keep_tokens),
+        *(facts, seed, kv_bits, ruler, samples or 20, batch_size),
+        keep=keep_tokens,
     )
     if several:
         kind = str(checkpoint.model.dtype).removeprefix("torch.")
