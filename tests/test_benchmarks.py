@@ -91,6 +91,26 @@ def test_every_way_of_reading_moved_documents_is_compared(run, dense_folder, tmp
 
 
 @pytest.mark.slow
+def test_every_policy_keeps_every_share_of_tokens(dense_folder, tmp_path):
+    (tmp_path / "words.txt").write_text(tiny.WORDS * 40)
+    (tmp_path / "a.txt").write_text(tiny.WORDS[::-1] * 20)
+    words = [dense_folder, "--text", tmp_path / "words.txt", "--calibration", tmp_path / "a.txt"]
+    words += ["--keep", "0.25", "--samples", "4", "--seq-len", "32", "--length", "200"]
+    words += ["--share", "0.5", "--facts", "1", "--tail", "16", "--anchor-block", "8"]
+    done = fresh.python(FILES / "eviction.py", *words)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    cells = [("all", 1.0), ("snapkv", 0.5), ("recent", 0.5)]
+    assert [(x["policy"], x["share"]) for x in rows] == cells * 2
+    for keep, (whole, *some) in ((1.0, rows[:3]), (0.25, rows[3:])):
+        assert (whole["increase_percent"], whole["facts"]) == (0, 5)
+        assert whole["kv_share"] <= keep
+        for row in some:
+            assert row["increase_percent"] != 0
+            assert 0.4 * whole["kv_share"] < row["kv_share"] <= 0.5 * whole["kv_share"]
+
+
+@pytest.mark.slow
 def test_every_way_of_drafting_takes_turns_at_decoding(dense_folder):
     words = [FILES / "speculative.py", dense_folder, "--draft", dense_folder, "--lookup", "3"]
     done = fresh.python(*words, "--no-compile", "--tokens", "12", "--rounds", "1")

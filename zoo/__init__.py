@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .inference.checkpoint import Checkpoint as Checkpoint
     from .inference.checkpoint import load as load
     from .inference.data import calibration_tokens as calibration_tokens
+    from .inference.evict import EvictingGenerator as EvictingGenerator
     from .inference.generate import Generator as Generator
     from .inference.perplexity import perplexity as perplexity
     from .inference.sampling import Sampling as Sampling
@@ -24,6 +25,7 @@ PUBLIC = {
     "Settings": ".compression.settings",
     "calibration_tokens": ".inference.data",
     "Generator": ".inference.generate",
+    "EvictingGenerator": ".inference.evict",
     "Sampling": ".inference.sampling",
     "Lookup": ".inference.speculative",
     "DraftModel": ".inference.speculative",

@@ -248,6 +248,12 @@ def test_evaluate_asks_for_planted_facts(run, low, tmp_path):
     assert "perplexity" not in printed
     text = run(*words)[1]
     assert "depth 75%" in text
+    few = json.loads(run(*words, "--json", "--keep-tokens", "100")[1])
+    all_kept = json.loads(run(*words, "--json", "--keep-tokens", "200")[1])
+    assert (few["keep_tokens"], all_kept["keep_tokens"]) == (100, 200)
+    for whole, one, other in zip(*(x["retrieval"] for x in (printed, all_kept, few)), strict=True):
+        assert one["loglikelihood"] == pytest.approx(whole["loglikelihood"], abs=1e-5)
+        assert other["loglikelihood"] != whole["loglikelihood"]
     assert "0% -" in text
 
 
@@ -392,6 +398,22 @@ def test_generate_gives_the_same_text_with_drafts_and_tells_what_was_accepted(
     assert "drafted ones accepted" in run(*words, "--draft", low)[2]
 
 
+def test_generate_keeps_some_tokens_of_a_prompt_in_a_smaller_cache(run, low):
+    words = ["generate", low, "-p", "the cat saw 12 birds " * 20, "--no-compile", "--no-chat"]
+    words += ["--max-new-tokens", "6", "--dtype", "float32"]
+    plain, same, few = (
+        json.loads(run(*words, *more, "--json")[1])
+        for more in ([], ["--keep-tokens", "200"], ["--keep-tokens", "100"])
+    )
+    assert same["outputs"] == plain["outputs"]
+    assert same["dropped_tokens"] == plain["dropped_tokens"] == 0
+    assert few["dropped_tokens"] == 64  # a block
+    assert few["cache_slots"] == 106
+    assert few["cache_bytes"] * plain["cache_slots"] == plain["cache_bytes"] * 106
+    assert few["new_tokens"] == [6]
+    assert "64 tokens of the prompt dropped" in run(*words, "--keep-tokens", "100")[2]
+
+
 def test_drafts_that_cannot_be_are_refused_before_weights_are_read(
     run, low, dense_folder, tmp_path, monkeypatch
 ):
@@ -452,6 +474,10 @@ def test_bad_input_prints_one_line_and_exits_with_2(run, dense_folder, low, tmp_
             tmp_path / "short.txt",
         ): "expected at least one window",
         ("evaluate", dense_folder, "--length", "64"): "goes with --retrieval or --ruler",
+        ("evaluate", dense_folder, "--keep-tokens", "99"): "goes with --retrieval or --ruler",
+        ("evaluate", dense_folder, "--ruler", "--keep-tokens", "99", "--batch-size", "2"): "one by",
+        ("evaluate", low, "--retrieval", "--keep-tokens", "9", "--length", "200"): "too few",
+        ("generate", low, "-p", "x", "-p", "y", "--keep-tokens", "99"): "one by one",
         ("evaluate", dense_folder, "--samples", "3"): "goes with --ruler",
         ("evaluate", dense_folder, "--ruler", "--length", "64"): "length is 64: expected",
         ("evaluate", dense_folder, "--ruler", "--domains"): "leave --text, --by-position",

@@ -16,6 +16,7 @@ from .options import (
     DomainFiles,
     Domains,
     Dtype,
+    KeepTokens,
     KvBits,
     Revision,
     Seed,
@@ -110,6 +111,7 @@ def evaluate(
             min=1,
         ),
     ] = None,
+    keep_tokens: KeepTokens = None,
     tasks: Annotated[
         str | None,
         option(
@@ -187,6 +189,7 @@ def evaluate(
     """
     from ..inference.checkpoint import stop_tokens
     from ..inference.domains import read_domains
+    from ..inference.evict import check_alone
     from ..inference.texts import read_text
     from ..measure import tables
     from ..measure.domains import measure_domains
@@ -198,6 +201,10 @@ def evaluate(
         raise ValueError("--length goes with --retrieval or --ruler")
     if samples and not ruler:
         raise ValueError("--samples goes with --ruler")
+    if keep_tokens and not (retrieval or ruler):
+        raise ValueError("--keep-tokens goes with --retrieval or --ruler")
+    if keep_tokens:
+        check_alone(batch_size)
     of_tasks = limit, include_path, apply_chat_template or None, num_fewshot, gen_kwargs
     if not tasks and any(x is not None for x in of_tasks):
         raise ValueError(
@@ -230,6 +237,7 @@ def evaluate(
     probes = Probes(
         *(not (retrieval or ruler or tasks), window, windows, by_position, retrieval, length or ()),
         *(facts, seed, kv_bits, ruler, samples or 20, batch_size),
+        keep=keep_tokens,
     )
     if several:
         kind = str(checkpoint.model.dtype).removeprefix("torch.")

@@ -13,6 +13,7 @@ from .options import (
     Compile,
     DecodingDtype,
     Device,
+    KeepTokens,
     KvBits,
     Ops,
     Revision,
@@ -99,6 +100,7 @@ def generate(
     kv_bits: KvBits = None,
     sliding_window: Window = 0,
     sinks: Sinks = 0,
+    keep_tokens: KeepTokens = None,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -111,6 +113,7 @@ def generate(
     """
     from ..inference.checkpoint import stop_tokens
     from ..inference.data import encode_prompt
+    from ..inference.evict import EvictingGenerator, check_alone
     from ..inference.generate import Generator, answer
     from ..inference.sampling import Sampling
     from ..inference.speculative import DraftModel, Lookup, check_drafts
@@ -127,6 +130,8 @@ def generate(
     if lookup and draft:
         raise ValueError("given --lookup and --draft: expected one of them")
     prompts = prompt or [_stdin()]
+    if keep_tokens:
+        check_alone(len(prompts))
     if drafted := lookup or (draft_tokens if draft else 0):
         check_drafts(drafted, len(prompts), max_new_tokens)
     if draft:
@@ -137,7 +142,11 @@ def generate(
     ids = [encode_prompt(tokenizer, p, chat, model.config.vocab_size) for p in prompts]
     slots = max(len(i) for i in ids) + max_new_tokens
     prepare(model.keep(*kept))
-    generator = Generator(model, len(ids), slots, compile, compile_prefill, kv_bits)
+    how: dict[str, Any] = {"compile": compile, "compile_prefill": compile_prefill, "bits": kv_bits}
+    if keep_tokens:
+        generator: Generator = EvictingGenerator(model, slots, max_new_tokens, keep_tokens, **how)
+    else:
+        generator = Generator(model, len(ids), slots, **how)
     drafts: Lookup | DraftModel | None = Lookup(lookup) if lookup else None
     if draft:
         smaller = load(draft, dtype, device, trust_remote_code=trust_remote_code).model
@@ -163,7 +172,8 @@ def generate(
         "first_token_seconds": first,
         "compile_seconds": compiled,
         "peak_memory": peak(model.device),
-        "cache_slots": slots,
+        "cache_slots": generator.cache.slots,
+        "dropped_tokens": generator.dropped,
         "cache_bytes": generator.cache.nbytes,
         **kv_bytes(model.config, kv_bits),
     }
@@ -197,7 +207,9 @@ def _summary(x: Mapping[str, Any]) -> str:
         + f", the first after {x['first_token_seconds']:.1f} s"
         + (f", {compiled:.1f} s of all in the compiler" if compiled else "")
         + f"; {x['peak_memory'] / 2**20:.0f} MiB at most, {x['cache_slots']} cache slots, "
-        f"{x['cache_bytes']} bytes; {x['kv_share']:.1%} of an uncompressed cache of 16 bits"
+        f"{x['cache_bytes']} bytes"
+        + (f", {x['dropped_tokens']} tokens of the prompt dropped" if x["dropped_tokens"] else "")
+        + f"; {x['kv_share']:.1%} of an uncompressed cache of 16 bits"
     )
 
 

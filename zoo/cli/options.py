@@ -189,6 +189,18 @@ Sinks = Annotated[
         min=0,
     ),
 ]
+KeepTokens = Annotated[
+    int | None,
+    option(
+        "--keep-tokens",
+        metavar="<tokens>",
+        help="Once a prompt is read, keep at most this many of its tokens in the cache: those that "
+        "its last ones attend to most, in each layer (SnapKV, arXiv 2404.14469).",
+        default="all",
+        panel=DECODING,
+        min=1,
+    ),
+]
 Ops = Annotated[str, choice("--ops", OPS, "What computes attention in decoding:", panel=DECODING)]
 Compile = Annotated[
     bool, option("--compile/--no-compile", help="Compile the decoding step.", panel=DECODING)

@@ -37,6 +37,17 @@ def fastest_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if native else None
 
 
+def compiled_step(step: Callable[..., Tensor], graphs: bool) -> Callable[..., Tensor]:
+    """A decoding step that is compiled at first use. graphs: as in `Generator`.
+
+    Regions that layers share cannot hold symbolic sizes. So sizes must stay static, and each model
+    and each cache size is compiled separately, without a limit on their number.
+    """
+    static: Any = {"fullgraph": True, "dynamic": False, "recompile_limit": sys.maxsize}
+    static |= {"mode": "reduce-overhead"} if graphs else {}
+    return torch.compile(step, **static)
+
+
 class Generator:
     """A model with a static cache, which it uses for one batch of prompts after the other.
 
@@ -44,6 +55,8 @@ class Generator:
     the decoding graph one token per sequence, and a graph for each length of drafts verifies them.
     Prompts of different lengths are padded on the left; positions are counted after the padding.
     """
+
+    dropped = 0  # tokens of the last prompt that the cache does not hold: see `evict.py`
 
     def __init__(
         self,
@@ -77,14 +90,10 @@ class Generator:
             compile_prefill = compile
         if (compile or compile_prefill) and device.type == "cpu":
             check_compiler()
-        # Regions that layers share cannot hold symbolic sizes. So sizes must stay static, and each
-        # model and each cache size is compiled separately, without a limit on their number.
         self.decode, self._verify, self._cold = decode_step, verify_by_layer, compile
         if compile:
-            static: Any = {"fullgraph": True, "dynamic": False, "recompile_limit": sys.maxsize}
-            static |= {"mode": "reduce-overhead"} if graphs else {}
-            self.decode = torch.compile(decode_by_layer, **static)
-            self._verify = torch.compile(verify_by_layer, **static)
+            self.decode = compiled_step(decode_by_layer, graphs)
+            self._verify = compiled_step(verify_by_layer, graphs)
         self.prefill = torch.compile(prefill, fullgraph=True) if compile_prefill else prefill
 
     @torch.inference_mode()

@@ -54,11 +54,9 @@ def move(source: StaticCache, start: int, cache: StaticCache, at: int, count: in
         )
     buffers = zip(cache.keys + cache.values, source.keys + source.values, strict=True)
     for to, of in buffers:
-        _slots(to, at, count).copy_(_slots(of, start, count))
+        by_slot(to).narrow(-2, at, count).copy_(by_slot(of).narrow(-2, start, count))
 
 
-def _slots(buffer: Buffer, start: int, count: int) -> Tensor:
-    """A view of some slots of a buffer."""
-    if isinstance(buffer, Packed):
-        return buffer.rows.narrow(1, start, count)
-    return buffer.narrow(2, start, count)
+def by_slot(buffer: Buffer) -> Tensor:
+    """The tensor of a buffer, whose last dimension but one are the slots."""
+    return buffer.rows if isinstance(buffer, Packed) else buffer

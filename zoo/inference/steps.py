@@ -49,15 +49,16 @@ def verify_by_layer(model: Model, tokens: Tensor, pos: Tensor, cache: StaticCach
 
 def _by_layer(model: Model, cache: StaticCache, x: Tensor, pos: Tensor, metadata: Any) -> Tensor:
     for i, layer in enumerate(model.layers):
-        x = _layer(layer, x, pos, metadata, cache.layer(i))
+        x = layer_step(layer, x, pos, metadata, cache.layer(i))
     return model.linear(model.head, model.finish(x))
 
 
 # all layers of equal shapes share one compiled region; the number of kinds is not limited
 @torch.compiler.nested_compile_region(max_reuse_entries=sys.maxsize)
-def _layer(
+def layer_step(
     layer: nn.Module, x: Tensor, pos: Tensor, attn_metadata: Any, cache: LayerCache
 ) -> Tensor:
+    """A layer's forward pass, which torch.compile compiles once per kind of layer."""
     return layer(x, pos, attn_metadata, cache)
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..inference.data import encode
+from ..inference.evict import asking
 from ..inference.generate import Generator
 from ..inference.texts import Text
 from ..models.model import Model
@@ -126,11 +127,13 @@ def retrieval(
     facts: int = 5,
     seed: int = 0,
     bits: int | None = None,
+    keep: int | None = None,
 ) -> list[Retrieval]:
     """Plant facts in texts of `lengths` tokens, ask for them, decode over the static cache.
 
-    Every length and depth has the same facts. bits: as in `Generator`. Raises ValueError for
-    lengths that do not fit.
+    Every length and depth has the same facts. bits: as in `Generator`. keep: the most tokens of a
+    text and its question that stay in the cache, as in `EvictingGenerator`; None: all. Raises
+    ValueError for lengths that do not fit, and for a model that cannot drop tokens.
     """
     tokens = encode(tokenizer, text, model.config.vocab_size, special=False).tolist()
 
@@ -145,7 +148,8 @@ def retrieval(
         for length in sorted(
             plan, reverse=True
         ):  # the longest first: what does not fit fails at once
-            generator = Generator(model, 1, length, compile=False, bits=bits)
+            new = max(len(one.answer) for texts in plan[length] for one in texts)
+            generator = asking(model, 1, length, new, keep, bits)
             for depth, texts in zip(depths, plan[length], strict=True):
                 answers = []
                 for one in texts:

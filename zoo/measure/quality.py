@@ -26,7 +26,8 @@ class Probes(NamedTuple):
     a text with a fact in it; none are those of `LENGTHS` that the model can read. seed: of the
     facts. bits: of a number in the cache, None as the model's config says. ruler: ask `samples`
     questions of every task of `ruler_tasks`, `batch` at once, at the same lengths; none are
-    `RULER_LENGTH`, or what the model can read.
+    `RULER_LENGTH`, or what the model can read. keep: the most tokens of what comes before an answer
+    that stay in the cache; None: all.
     """
 
     perplexity: bool = True
@@ -41,6 +42,7 @@ class Probes(NamedTuple):
     ruler: bool = False
     samples: int = 20
     batch: int = 1
+    keep: int | None = None
 
 
 def measure(source: str, checkpoint: Checkpoint, text: Text, probes: Probes) -> EvaluationResult:
@@ -63,14 +65,16 @@ def measure(source: str, checkpoint: Checkpoint, text: Text, probes: Probes) -> 
         if probes.by_position:
             buckets = [x._asdict() for x in probe.by_position(losses)]
             result["by_position"] = cast(list[PositionRecord], buckets)
+    if probes.keep is not None:
+        result["keep_tokens"] = probes.keep
     if probes.retrieval:
         lengths = probes.lengths or [n for n in LENGTHS if n <= longest] or [longest]
-        how = probe.DEPTHS, probes.facts, probes.seed, probes.bits
+        how = probe.DEPTHS, probes.facts, probes.seed, probes.bits, probes.keep
         rows = probe.retrieval(model, tokenizer, text, lengths, *how)
         result["text"] = text.name
         result["retrieval"] = cast(list[RetrievalRecord], [x._asdict() for x in rows])
     if probes.ruler:
         lengths = probes.lengths or [min(RULER_LENGTH, longest)]
-        sizes = probes.samples, probes.seed, stop_tokens(checkpoint), probes.batch, probes.bits
-        result["ruler"] = ruler(model, tokenizer, lengths, *sizes)
+        sizes = probes.samples, probes.seed, stop_tokens(checkpoint), probes.batch
+        result["ruler"] = ruler(model, tokenizer, lengths, *sizes, probes.bits, probes.keep)
     return result

@@ -8,7 +8,8 @@ from statistics import fmean, stdev
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..inference.generate import Generator, answer
+from ..inference.evict import asking, check_alone
+from ..inference.generate import answer
 from ..models.model import Model
 from ..utils.records import RulerRecord, RulerScore
 from .ruler_tasks import TASKS, Prompt, prompt
@@ -29,13 +30,18 @@ def ruler(
     stop: Sequence[int] = (),
     batch: int = 1,
     bits: int | None = None,
+    keep: int | None = None,
 ) -> list[RulerRecord]:
     """Ask `samples` questions of every task in texts of `lengths` tokens, answers included.
 
     Answers are greedy and end at a token of `stop`, or at the most tokens of the task. batch:
-    questions at once. bits: as in `Generator`. Every length has the same questions. Raises
-    ValueError, before the first answer, for lengths that fit neither the model nor the tasks.
+    questions at once. bits: as in `Generator`. keep: the most tokens of a text and its question
+    that stay in the cache, as in `EvictingGenerator`; None: all. Every length has the same
+    questions. Raises ValueError, before the first answer, for lengths that fit neither the model
+    nor the tasks, and for a batch of which tokens would be dropped.
     """
+    if keep is not None:
+        check_alone(batch)
     known, most = model.config.vocab_size, model.config.max_position_embeddings
     if max(lengths) > most:
         raise ValueError(
@@ -55,7 +61,7 @@ def ruler(
     with tqdm(desc="asking", total=total, unit="text", disable=None, leave=False) as bar:
         for cell in reversed(cells):  # the longest first: what does not fit memory fails at once
             shares[cell] = []
-            for share in _answered(model, tokenizer, cell, plan[cell], stop, batch, bits):
+            for share in _answered(model, tokenizer, cell, plan[cell], stop, batch, bits, keep):
                 shares[cell].append(share)
                 bar.update()
     chat = bool(tokenizer.chat_template)
@@ -81,13 +87,15 @@ def _answered(
     stop: Sequence[int],
     batch: int,
     bits: int | None,
+    keep: int | None,
 ) -> Iterator[float]:
     """The share of what it should name, of every answer."""
     length, name = cell
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
-        generator = Generator(model, len(some), length, compile=False, bits=bits)
-        said = answer(generator, [x.tokens for x in some], TASKS[name].new, stop=stop).tokens
+        new = TASKS[name].new
+        generator = asking(model, len(some), length, new, keep, bits)
+        said = answer(generator, [x.tokens for x in some], new, stop=stop).tokens
         del generator  # its memory is for the next one
         for one, tokens in zip(some, said, strict=True):
             yield named(str(tokenizer.decode(tokens, skip_special_tokens=True)), one.expected)

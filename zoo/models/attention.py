@@ -77,6 +77,30 @@ def latent_attention(
     return y[..., : v.size(3)]
 
 
+def attention_weights(q: Tensor, k: Buffer, mask: Tensor | CausalMask, scale: float) -> Tensor:
+    """The weights by which `latent_attention` averages values: (B, H, T, S) in fp32.
+
+    q, k, mask: as there. For few tokens: all weights are held at once.
+    """
+    k = unpacked(k, q.dtype)
+    if isinstance(mask, CausalMask):
+        q, k = add_mask_columns(q, k, mask, scale)
+        slots = k.size(2)
+        mask = causal_matrix(torch.arange(slots - q.size(2), slots, device=q.device), slots)
+    scores = _scores(q * scale, k).float()
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (scores + mask).softmax(-1)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """Products of q (B, H, T, R) and k (B, K, S, R): (B, H, T, S)."""
+    grouped = q.unflatten(1, (k.size(1), -1)).flatten(2, 3)  # queries of one key head
+    # not k.mT: to a layer that is compiled separately it would be a second input that aliases k
+    scores = grouped @ k.transpose(2, 3)
+    return scores.unflatten(2, (-1, q.size(2))).flatten(1, 2)
+
+
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention of T tokens in the last T of S slots.
 
@@ -114,11 +138,7 @@ def latent_decode(
     of pages, see above.
     """
     k, v = (unpacked(_in_order(x, span, table), q.dtype) for x in (k, v))
-    grouped = (q * scale).unflatten(1, (k.size(1), -1)).flatten(2, 3)  # queries of one key head
-    # not k.mT: to a layer that is compiled separately it would be a second input that aliases k
-    scores = grouped @ k.transpose(2, 3)
-    scores = scores.unflatten(2, (-1, q.size(2))).flatten(1, 2)  # (B, H, T, S)
-    return _weighted_values(scores, v, span, bias, slopes)
+    return _weighted_values(_scores(q * scale, k), v, span, bias, slopes)
 
 
 def anchored_decode(

@@ -84,6 +84,22 @@ class RingLayer(NamedTuple):
         return buffer._replace(rows=read[:, 0]) if isinstance(buffer, Packed) else read
 
 
+class WatchedLayer(NamedTuple):
+    """A layer's cache that notes which slots the last tokens of a prompt attend to.
+
+    seen: (B, S) in fp32, for the mean weight that the last `window` of the new tokens give to each
+    slot, over these tokens and all query heads.
+    """
+
+    cache: LayerCache
+    window: int
+    seen: Tensor
+
+    def update(self, pos: Tensor, k: Tensor, v: Tensor, pack: Pack = pack) -> tuple[Buffer, Buffer]:
+        """As `LayerCache`."""
+        return self.cache.update(pos, k, v, pack)
+
+
 class ServedLayer:
     """A layer's cache that a server keeps. It may hold many texts, so it attends by itself."""
 

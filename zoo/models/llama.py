@@ -229,17 +229,25 @@ class Attention(LatentAttention):
                 *(q, k, v, mask.span, self.scale, *angles, up, mean, self.anchor, mask.bias),
                 *(metadata.slot_position, mask.table),
             )
-        q = rotate(q, *metadata.new_angles)
-        if self.k_pairs is not None and up is not None:
-            q = absorb(q, up, self.head_dim)
-        elif up is not None and isinstance(mask, DecodeMask):
+        if up is not None and self.k_pairs is None and isinstance(mask, DecodeMask):
+            q = rotate(q, *metadata.new_angles)
             return self.rotary_decode(
                 *(q, k, v, mask.span, self.scale, *metadata.slot_angles, up, mean, mask.bias),
                 mask.table,
             )
-        elif up is not None:
-            k = rebuild(self.numbers(k, q.dtype), *metadata.slot_angles, up, mean)
+        q, k, mask = self.scored(q, k, metadata)
         return self.attend(q, k, v, mask)
+
+    def scored(
+        self, q: Tensor, k: Buffer, attn_metadata: AttentionMetadata
+    ) -> tuple[Tensor, Buffer, Mask]:
+        """As in `LatentAttention`, of queries (B, H, T, D) that are not yet rotated."""
+        up, q = self.k_up, rotate(q, *attn_metadata.new_angles)
+        if up is not None and self.k_pairs is not None:
+            q = absorb(q, up, self.head_dim)
+        elif up is not None:
+            k = rebuild(self.numbers(k, q.dtype), *attn_metadata.slot_angles, up, self.k_mean)
+        return q, k, attn_metadata.mask
 
 
 class MLP(Projector):
@@ -360,8 +368,10 @@ class Llama(Model):
             read = position if anchor == 1 else center(position, anchor)
             return metadata._replace(slot_angles=self.rope(read, new, window))
         last = position.size(1) - 1  # fused ops read the angles of the block of each position
-        middle = center(torch.arange(0, position.size(1), anchor, device=pos.device), anchor)[None]
-        if mask.shift is not None:
+        padded = mask.bias is not None  # else the slots of a block are side by side
+        every = torch.arange(last + 1, device=pos.device)[None] if padded else position
+        middle = center(every[:, ::anchor], anchor)  # of every block, (B or 1, blocks)
+        if padded and mask.shift is not None:
             middle = middle + mask.shift[:, ::anchor]
             position = position - mask.shift
         ahead = (new[:, :, None] - middle[:, None]).flatten(1)  # (B or 1, T * blocks)
@@ -369,8 +379,7 @@ class Llama(Model):
         cos, sin = (x[:, 0].unflatten(1, (-1, middle.size(1))) for x in angles)
         return metadata._replace(
             center_angles=(cos * self.rope_scale, sin * self.rope_scale),
-            # without a bias there is no padding, so that slots are positions
-            slot_position=None if mask.bias is None else position.clamp(max=last).int(),
+            slot_position=position.clamp(max=last).int() if padded else None,
         )
 
     def encoding_metadata(self, new: Tensor) -> Any:

@@ -11,8 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .attention import latent_attention, latent_decode, lift_heads
-from .cache import Buffer, LayerCache, Pack, ServedLayer, StaticCache
+from .attention import attention_weights, latent_attention, latent_decode, lift_heads
+from .cache import Buffer, LayerCache, Pack, ServedLayer, StaticCache, WatchedLayer
 from .config import Config
 from .linear import Projector
 from .mask import CausalMask, DecodeMask, Mask, causal_matrix, counted, decode_mask
@@ -97,7 +97,7 @@ class LatentAttention(Projector):
         v: Tensor,
         pos: Tensor,
         attn_metadata: Any,
-        cache: LayerCache | ServedLayer | None,
+        cache: LayerCache | WatchedLayer | ServedLayer | None,
     ) -> Tensor:
         """What new tokens read with queries q (B, H, T, width), after keeping their latents.
 
@@ -105,11 +105,29 @@ class LatentAttention(Projector):
         """
         if isinstance(cache, ServedLayer):
             return cache.attend(q, *self.shifted(k, v), self.pack)
-        return self.read(q, *self.remember(k, v, pos, cache), attn_metadata)
+        read, v_read = self.remember(k, v, pos, cache)
+        if isinstance(cache, WatchedLayer):
+            cache.seen.copy_(self.watch(q, read, attn_metadata, cache.window))
+        return self.read(q, read, v_read, attn_metadata)
 
     def read(self, q: Tensor, k: Buffer, v: Buffer, attn_metadata: Any) -> Tensor:
         """Attention of queries over cached keys and values, lifted if `o_proj` expects heads."""
         raise NotImplementedError
+
+    def scored(self, q: Tensor, k: Buffer, attn_metadata: Any) -> tuple[Tensor, Buffer, Any]:
+        """What `attend` takes of a prompt: queries and keys whose products are scores, the mask."""
+        return q, k, attn_metadata
+
+    def watch(self, q: Tensor, k: Buffer, attn_metadata: Any, window: int) -> Tensor:
+        """Mean weight of each slot, (B, S), for the last `window` tokens of a prompt and all heads.
+
+        q, k, attn_metadata: as in `read`.
+        """
+        q, k, mask = self.scored(q, k, attn_metadata)
+        if isinstance(mask, Tensor):
+            mask = mask[:, :, -window:]
+        k = self.numbers(k, q.dtype)
+        return attention_weights(q[:, :, -window:], k, mask, self.scale).mean((1, 2))
 
     def shifted(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Latents (B, heads, T, width), centered if they are cached so."""
@@ -117,7 +135,7 @@ class LatentAttention(Projector):
         return k, v if self.v_shift is None else v + self.v_shift
 
     def remember(
-        self, k: Tensor, v: Tensor, pos: Tensor, cache: LayerCache | None
+        self, k: Tensor, v: Tensor, pos: Tensor, cache: LayerCache | WatchedLayer | None
     ) -> tuple[Buffer, Buffer]:
         """What new tokens attend to: all slots of the cache, or without one the new tokens.
 

@@ -307,7 +307,9 @@ class MPT(Model):
         slopes = alibi_slopes(self.config.num_attention_heads, self.config.alibi_bias_max)
         slopes = self.layers[0].attn.own(slopes).to(position.device)
         if isinstance(mask, DecodeMask):  # bias None: no padding, so slots are positions
-            bias = None if mask.bias is None else mask.bias + (position - position[:, pos])
+            bias = mask.bias
+            if bias is not None:  # distances to the last token, as good for the others
+                bias = bias + (position - position[:, pos[-1:]])
             return mask._replace(bias=bias, slopes=slopes)
         if isinstance(mask, CausalMask):
             return mask._replace(position=position, slopes=slopes)

@@ -237,7 +237,8 @@ class EvaluationResult(KvBytes):
     """What `eigenzoo evaluate` measures: only what its options ask for.
 
     original: the uncompressed model that `domains` compares with. sliding_window: how many of the
-    last tokens, and of the first, the cache kept, if not all.
+    last tokens, and of the first, the cache kept, if not all. keep_tokens: the most tokens of a
+    prompt that retrieval and ruler kept in the cache, if not all.
     """
 
     model: str
@@ -249,6 +250,7 @@ class EvaluationResult(KvBytes):
     tokens: NotRequired[int]
     domains: NotRequired[DomainsRecord]
     by_position: NotRequired[list[PositionRecord]]
+    keep_tokens: NotRequired[int]
     retrieval: NotRequired[list[RetrievalRecord]]
     ruler: NotRequired[list[RulerRecord]]
     tasks: NotRequired[dict[str, TaskRow]]
