@@ -1,4 +1,4 @@
-"""What the C++ ops lose in bfloat16, where they multiply codes byte by byte."""
+"""What the C++ ops lose in bfloat16, where some processors multiply codes byte by byte."""
 
 import pytest
 import torch
