@@ -36,6 +36,8 @@ GOOD = {
     "sweep --heads-per-latent": ("3", "9" * 30),
     "sweep --calibration": ("hub:org/none",),  # after the row of the dense model
     "--top-k": ("0",),
+    "--sliding-window": ("0",),
+    "--sinks": ("0",),
     "--patience": ("0",),
 }
 
