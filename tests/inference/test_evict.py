@@ -1,5 +1,7 @@
 """A cache that keeps only some tokens of a prompt reads as if the others were hidden."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -233,6 +235,12 @@ def test_a_lookup_drafts_behind_dropped_tokens_too():
 def test_what_cannot_be_dropped_is_refused(kind, sizes, named):
     with pytest.raises(ValueError, match=named):
         evicting(native(kind), **{"keep": 21} | sizes)
+
+
+def test_tokens_are_dropped_in_one_of_two_ways():
+    model = copy.copy(native("rebuilt keys")).keep(8)
+    with pytest.raises(ValueError, match="expected one of them"):
+        evicting(model, 21)
 
 
 def test_windows_that_no_text_fills_may_stay():
