@@ -91,7 +91,7 @@ class WatchedLayer(NamedTuple):
     slot, over these tokens and all query heads.
     """
 
-    cache: LayerCache
+    cache: LayerCache | RingLayer
     window: int
     seen: Tensor
 
