@@ -52,8 +52,10 @@ class Projector(nn.Module):
         """Whether `linear_decode` is used: x (B, T, in) is few tokens on a CPU."""
         if x.dim() != 3 or x.device.type != "cpu":
             return False
+        if _learns(x):
+            return False  # the fused op has no gradient
         if self.rows is None:
-            return not torch.is_grad_enabled()  # the fused op has no gradient
+            return True
         count = x.size(0) * x.size(1)  # where it is symbolic, a condition would be a guard
         ready = self.linear_decode is not linear_decode or torch.compiler.is_compiling()
         return ready and statically_known_true(count <= self.rows) and count > 0
@@ -70,6 +72,10 @@ def _untouched(layer: nn.Linear) -> bool:
     )
 
 
+def _learns(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether these are no tensor subclasses, and as `linear_decode` expects them."""
     return x.dtype in DTYPES and all(
@@ -77,6 +83,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and t.dtype == x.dtype
         and t.device == x.device
         and t.layout is torch.strided
+        and not _learns(t)
         and t.stride(-1) == 1
         for t in (x, weight, *(() if bias is None else (bias,)))
     )
