@@ -64,12 +64,13 @@ def install(model: AnyModel) -> AnyModel:
     devices = {p.device.type for p in model.parameters()} - {"meta"}  # meta: offloaded to disk
     for device in devices:
         register(device)
+    rows = _rows(model)
     for module in model.modules():
         for definition, op in FUSED.items():
             if _calls(module, definition):
                 setattr(module, op.__name__, op)
         if "cpu" in devices and _calls(module, linear_decode):
-            vars(module).update(linear_decode=ops.linear_decode, rows=_rows(model))
+            vars(module).update(linear_decode=ops.linear_decode, rows=rows)
         for definition, op in FUSED_ON_CPUS.items():
             if "cpu" in devices and _calls(module, definition):
                 setattr(module, op.__name__, op)

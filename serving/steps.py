@@ -21,8 +21,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from ..zoo.models.mask import CausalMask, DecodeMask
-
-PAGE = 16  # the ops read pages of a multiple of so many slots
+from ..zoo.models.ring import PAGE
 
 
 class Part(NamedTuple):
