@@ -5,10 +5,12 @@
         [--share 0.5 ...] [--policy snapkv ...] [--length 2048] [--facts 2] [--prompts 2]
 
 MODEL is measured as it is, and compressed to each share of the KV bytes, without a refit. Every
-prompt is read once. Then all tokens are kept, or each policy keeps each share of them:
+prompt is read, then all tokens are kept, or each policy keeps each share of them:
 
 - snapkv: those that the last 16 tokens attend to most (`eigenzoo generate --keep-tokens`);
-- recent: the first and the last ones (StreamingLLM, arXiv 2309.17453).
+- recent: the first and the last ones of the prompt, each of which had read the whole prompt;
+- sinks: a window that moves on, and the first ones (`--sliding-window`, `--sinks`; StreamingLLM,
+  arXiv 2309.17453). Here a token of the prompt too attends only to what is kept.
 
 Two measures, on every text: at five depths a fact is planted in a text of `--length` tokens, which
 ends with a question about it (`eigenzoo evaluate --retrieval`), `--facts` of them at each depth;
@@ -36,6 +38,7 @@ from eigenzoo.zoo.compression.settings import Settings, needs
 from eigenzoo.zoo.inference.checkpoint import Checkpoint, load
 from eigenzoo.zoo.inference.data import calibration_text, encode
 from eigenzoo.zoo.inference.evict import WINDOW, EvictingGenerator
+from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.inference.source_texts import check_source
 from eigenzoo.zoo.inference.texts import read_text
 from eigenzoo.zoo.measure.probe import DEPTHS, Planted, plant
@@ -55,8 +58,12 @@ def recent(seen: Tensor) -> Tensor:
 Cell = tuple[str, float]  # a policy, and the share of tokens that it keeps
 Losses = dict[Cell, list[tuple[float, bool, float]]]
 ALL: Cell = "all", 1.0
-# what a policy makes of the weights (layers, T) by which tokens stay
-POLICIES: dict[str, Callable[[Tensor], Tensor]] = {"snapkv": lambda seen: seen, "recent": recent}
+# what a policy makes of the weights (layers, T) by which tokens stay; None: it reads by itself
+POLICIES: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "snapkv": lambda seen: seen,
+    "recent": recent,
+    "sinks": None,
+}
 
 
 def questions(tokenizer, texts: Sequence[Tensor], args: argparse.Namespace) -> Iterator[Planted]:
@@ -89,14 +96,32 @@ def losses(model: Model, each: Sequence[Planted], cells: Sequence[Cell]) -> Loss
         read = reader.read(torch.tensor([asked.prompt]))
         for policy, share in cells:
             keep = max(round(share * count), WINDOW + reader.block)
-            generator = EvictingGenerator(model, count + new, new, keep, compile=False)
-            weigh = POLICIES.get(policy, POLICIES["snapkv"])
-            generator.take(read._replace(seen=weigh(read.seen)))
-            logits = torch.cat((read.logits, generator.verify(answer[:, :-1], count))).float()
-            loss = F.cross_entropy(logits, answer[0]).item()
+            weigh = POLICIES[policy] if policy in POLICIES else POLICIES["snapkv"]
+            if weigh:
+                generator = EvictingGenerator(model, count + new, new, keep, compile=False)
+                generator.take(read._replace(seen=weigh(read.seen)))
+                kept = 1 - generator.dropped / count
+                logits = torch.cat((read.logits, generator.verify(answer[:, :-1], count)))
+            else:
+                kept, logits = keep / count, within(model, asked, keep)
+            loss = F.cross_entropy(logits.float(), answer[0]).item()
             right = bool((logits.argmax(-1) == answer[0]).all())
-            found[policy, share].append((loss, right, 1 - generator.dropped / count))
+            found[policy, share].append((loss, right, kept))
     return found
+
+
+def within(model: Model, asked: Planted, keep: int) -> Tensor:
+    """Logits (T, vocabulary) of an answer of T tokens if every token attends to `keep` at most."""
+    count, new = len(asked.prompt), len(asked.answer)
+    model.keep(keep - SINKS, SINKS)
+    try:
+        generator = Generator(model, 1, count + new, compile=False)
+        logits = [generator.advance(torch.tensor([asked.prompt]), 0)]
+        for i, token in enumerate(asked.answer[:-1]):
+            logits.append(generator.advance(torch.tensor([[token]]), count + i))
+        return torch.cat(logits)
+    finally:
+        model.keep(0)
 
 
 def row(model: Model, cell: Cell, facts: Losses, ends: Losses) -> dict[str, Any]:

@@ -101,14 +101,70 @@ def test_every_policy_keeps_every_share_of_tokens(dense_folder, tmp_path):
     done = fresh.python(FILES / "eviction.py", *words)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    cells = [("all", 1.0), ("snapkv", 0.5), ("recent", 0.5)]
+    cells = [("all", 1.0), ("snapkv", 0.5), ("recent", 0.5), ("sinks", 0.5)]
     assert [(x["policy"], x["share"]) for x in rows] == cells * 2
-    for keep, (whole, *some) in ((1.0, rows[:3]), (0.25, rows[3:])):
+    for keep, (whole, *some) in ((1.0, rows[:4]), (0.25, rows[4:])):
         assert (whole["increase_percent"], whole["facts"]) == (0, 5)
         assert whole["kv_share"] <= keep
         for row in some:
             assert row["increase_percent"] != 0
             assert 0.4 * whole["kv_share"] < row["kv_share"] <= 0.5 * whole["kv_share"]
+
+
+@pytest.mark.slow
+def test_evidence_has_a_row_for_every_model_and_goes_on_where_it_was(dense_folder, tmp_path):
+    (tmp_path / "words.txt").write_text(tiny.WORDS * 20)
+    words = [FILES / "evidence.py", dense_folder, tmp_path / "out", "--keep", "0.25", "--part"]
+    words += ["text", "--steps", "1", "--samples", "4", "--domain", tmp_path / "words.txt"]
+    words += ["--calibration", "help", "--window", "64", "--windows", "1"]
+    done = fresh.python(*words)
+    assert done.returncode == 0, done.stderr
+    dense, closed, refined = (json.loads(line) for line in done.stdout.splitlines())
+    assert [x["form"] for x in (dense, closed, refined)] == ["uncompressed", "closed", "refined"]
+    assert len(dense["perplexity"]) == 3
+    for row in (closed, refined):
+        assert row["share"] <= 0.25
+        assert row["minutes"] > 0 < row["peak_bytes"]
+        assert row["mean"] == pytest.approx(sum(row["increase"].values()) / 3)
+        for name, before in dense["perplexity"].items():
+            after = before * (1 + row["increase"][name] / 100)
+            assert row["perplexity"][name] == pytest.approx(after)
+    again = fresh.python(*words)
+    assert (again.stdout, "eigenzoo" in again.stderr) == (done.stdout, False)
+
+
+def test_a_bias_of_keys_is_told_from_what_varies_and_costs_bits(dense_folder):
+    done = fresh.python(FILES / "key_biases.py", dense_folder, "--window", "64", "--bits", "8")
+    assert done.returncode == 0, done.stderr
+    *layers, rounded = (json.loads(line) for line in done.stdout.splitlines())
+    assert [x["layer"] for x in layers] == [0, 1, 2]
+    for row in layers:
+        assert row["bias"] > 0 < row["rest"]
+        assert 0 < row["left"]["16"] < row["left"]["64"] < 1
+    assert rounded["as_they_are"].keys() == rounded["bias_off"].keys() == {"help", "source"}
+
+
+def test_a_program_passes_if_it_is_right_and_ends():
+    judge = loaded("humaneval/judge")
+    problem = judge.problems()["test"][0]
+    judge.SECONDS = 1.0
+    never = problem["canonical_solution"].replace("return False", "while True: pass")
+    for program, passed in (
+        (problem["canonical_solution"], 1),
+        ("    return None", 0),
+        ("    return (", 0),
+        (never, 0),
+    ):
+        assert judge.judged(problem, [program]) == {"pass_at_1": passed}, program
+
+
+def test_humaneval_runs_without_the_hub(run, dense_folder):
+    words = ["evaluate", dense_folder, "--tasks", "humaneval_local", "--limit", "2", "--json"]
+    words += ["--include-path", FILES / "humaneval", "--gen-kwargs", "max_gen_toks=4"]
+    code, printed, error = run(*words)
+    assert code == 0, error
+    row = json.loads(printed)["tasks"]["humaneval_local"]
+    assert (row["sample_len"], row["pass_at_1,none"]) == (2, 0)
 
 
 @pytest.mark.slow
