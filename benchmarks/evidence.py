@@ -67,6 +67,7 @@ def models(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         if args.steps:
             asked = ["--original", args.model, "--steps", str(args.steps)]
             asked += ["--calibration", args.calibration, "--precision", args.precision]
+            asked += ["--minutes", str(args.minutes)] if args.minutes else []
             made = run(args.folder / f"{keep}-refined.json", "refine", low, better, *asked)
             yield {"keep": keep, "share": share, "form": "refined", **_cost(made)}, better
 
@@ -84,7 +85,7 @@ def measured(args: argparse.Namespace, name: str, model: str, part: str) -> dict
         done = run(kept, "evaluate", model, "--domains", *files, *size, *dtype)
         texts = done["printed"]["domains"]["texts"]
         return {"perplexity": {x["text"]: x["perplexity"] for x in texts}}
-    lengths = [x for length in args.length for x in ("--length", str(length))]
+    lengths = [x for length in args.length or [] for x in ("--length", str(length))]
     if part == "facts":
         asked = ["--retrieval", "--facts", str(args.facts), *lengths, *dtype]
         return {"facts": run(kept, "evaluate", model, *asked)["printed"]}
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="mixed")
     parser.add_argument("--samples", type=int, default=32, help="sequences that compress reads")
     parser.add_argument("--steps", type=int, default=200, help="of refine; 0: do not refine")
+    parser.add_argument("--minutes", type=float, help="that refine trains; else all steps")
     parser.add_argument("--precision", default="auto", help="of refine")
     parser.add_argument("--domain", action="append", default=[], help="a file; repeat for more")
     parser.add_argument("--window", type=int, default=2048)
