@@ -20,6 +20,18 @@ def test_windows_of_a_file_spread_over_its_length(tmp_path, dense):
     assert torch.equal(rows[-1], every[-1])
 
 
+def test_windows_for_gemma_3_all_begin_as_its_texts_do(tmp_path, dense):
+    path = tmp_path / "text.txt"
+    path.write_text(tiny.WORDS * 50)
+    rows = calibration_tokens(str(path), tiny.native("gemma3_text"), dense.tokenizer, 5, 20)
+    every = encode(dense.tokenizer, path.read_text())
+    assert rows.shape == (5, 20)
+    assert rows[:, 0].tolist() == [every[0]] * 5
+    last = 1 + (len(every) - 1) // 19 * 19
+    assert torch.equal(rows[0], every[:20])
+    assert torch.equal(rows[-1, 1:], every[last - 19 : last])
+
+
 def test_a_short_file_gives_fewer_windows_and_one_is_too_few(tmp_path, dense):
     path = tmp_path / "text.txt"
     path.write_text(tiny.WORDS)

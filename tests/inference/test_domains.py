@@ -121,3 +121,12 @@ def test_a_text_that_is_calibrated_on_is_not_measured_on(files, tmp_path):
     check_apart(texts, ["self", str(files / "b=c.txt")])
     with pytest.raises(ValueError, match=r"copy\.txt is calibrated on, so a\.txt would not show"):
         check_apart(texts, ["self", str(same)])
+
+
+def test_windows_of_a_domain_begin_as_its_text_does_for_gemma_3(dense):
+    text = Text("words", [tiny.WORDS * 4])
+    found = domain(text, dense.tokenizer, tiny.native("gemma3_text"), 16, 3).rows
+    tokens = encode(dense.tokenizer, text)
+    assert found.shape == (3, 16)
+    assert torch.equal(found[:, 0], tokens[:1].expand(3))
+    assert torch.equal(found[:, 1:].flatten(), tokens[1:46])

@@ -4,7 +4,13 @@ import pytest
 import tiny
 import torch
 
-from eigenzoo.zoo.inference.perplexity import mean_perplexity, perplexity, token_losses
+from eigenzoo.zoo.inference.perplexity import (
+    cut,
+    mean_perplexity,
+    perplexity,
+    token_losses,
+    window_losses,
+)
 
 
 @pytest.mark.parametrize("windows", [0, 2])
@@ -16,6 +22,18 @@ def test_perplexity_is_the_papers_protocol(windows):
     got = perplexity(ours, x, 32, windows)
     assert got.tokens == 31 * len(rows)
     assert got.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+def test_windows_of_gemma_3_all_begin_with_the_first_token():
+    model, x = tiny.native("gemma3_text"), tiny.tokens(1, 100)[0]
+    rows = torch.cat((x[:1].expand(3, 1), x[1:94].view(3, 31)), 1)
+    assert torch.equal(cut(x, 32, begun=True), rows)
+    assert torch.equal(token_losses(model, x, 32), window_losses(model, rows))
+    for windows, length, count in ((2, 100, 2), (0, 95, 3), (0, 93, 2), (0, 32, 1)):
+        assert len(cut(x[:length], 32, windows, begun=True)) == count
+    assert cut(x[:2], 2, begun=True).tolist() == [x[:2].tolist()]
+    with pytest.raises(ValueError, match="31 tokens: expected at least one window of 32"):
+        cut(x[:31], 32, begun=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "mpt"])

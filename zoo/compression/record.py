@@ -137,7 +137,7 @@ def windows(
     tokens = read_tokens(tokenizer, words, model.config.vocab_size)
     if len(tokens) < 2:
         raise ValueError(f"{text} has {len(tokens)} tokens: expected at least 2")
-    rows = cut(tokens, min(2048, longest, len(tokens)))
+    rows = cut(tokens, min(2048, longest, len(tokens)), begun=model.config.begun)
     return Windows([Domain(words.name, digest(words, tokenizer), rows.to(model.device))])
 
 

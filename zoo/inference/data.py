@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..models.model import Model
 from .chat import render
 from .own_text import check_own, sample_own
+from .perplexity import cut
 from .source_texts import source_text
 from .sources import OWN, Source, divide, interleaved, parse, told
 from .texts import Text
@@ -152,7 +153,8 @@ def _windows(
     """Windows (samples, length) spread over a text, or fewer, but at least `least`."""
     text = source_text(name, 8 * samples * length, seed)
     tokens = read_tokens(tokenizer, text, model.config.vocab_size)
-    rows = tokens[: len(tokens) // length * length].view(-1, length)
+    enough = len(tokens) >= length
+    rows = cut(tokens, length, begun=model.config.begun) if enough else tokens[:0]
     if len(rows) < least:
         raise ValueError(
             f"the calibration text {name} has {len(tokens)} tokens: expected at least "

@@ -89,7 +89,7 @@ def domain(
     tokens = encode(tokenizer, begun, size) if begun is not text else None
     if tokens is None or len(tokens) < window * windows + MARGIN:
         tokens = read_tokens(tokenizer, text, size)
-    rows = cut(tokens, window, windows, text.name)
+    rows = cut(tokens, window, windows, text.name, model.config.begun)
     return Domain(text.name, digest(text, tokenizer), rows.to(model.device))
 
 

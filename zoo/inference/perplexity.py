@@ -25,7 +25,8 @@ def perplexity(
 
     - tokens: (N,) token ids, on the model's device. As in the papers, they are cut into windows
       that do not overlap, and in each window all tokens but the first are predicted. A last piece
-      shorter than a window is left out.
+      shorter than a window is left out. Windows of Gemma 3 all begin with the text's first token,
+      its BOS, without which it predicts badly.
     - window: tokens in a window, at least 2.
     - windows: at most so many; 0 stands for all.
     - bits: of a number in the cache, 16, 8 or 4; None: as the config says. At 16 no cache is used,
@@ -48,27 +49,32 @@ def token_losses(
 
     Arguments and errors as in `perplexity`.
     """
-    return window_losses(model, cut(tokens, window, windows), bits)
+    return window_losses(model, cut(tokens, window, windows, begun=model.config.begun), bits)
 
 
-def cut(tokens: Tensor, window: int, windows: int = 0, name: str = "the text") -> Tensor:
+def cut(
+    tokens: Tensor, window: int, windows: int = 0, name: str = "the text", begun: bool = False
+) -> Tensor:
     """Windows (M, window) of tokens (N,) that do not overlap; a last piece that is shorter is left.
 
-    windows: at most so many; 0 stands for all. name: of the text, for the error. Raises ValueError
-    if the text is shorter than one window.
+    windows: at most so many; 0 stands for all. name: of the text, for the error. begun: each begins
+    with the first token of the text, as `Config.begun` models need it. Raises ValueError if the
+    text is shorter than one window.
     """
     if window < 2:
         raise ValueError(f"window is {window}: expected at least 2 tokens")
     if windows < 0:
         raise ValueError(f"windows is {windows}: expected at least 1, or 0 for all of the text")
-    count = len(tokens) // window
+    first, rest = tokens[: int(begun)], tokens[int(begun) :]
+    count = len(rest) // (window - len(first))
     if count == 0:
         raise ValueError(
             f"{name} has {len(tokens)} tokens: expected at least one window of {window}; "
             "give a longer text or a smaller --window"
         )
     count = min(count, windows or count)
-    return tokens[: count * window].view(count, window)
+    rows = rest[: count * (window - len(first))].view(count, -1)
+    return torch.cat((first.expand(count, -1), rows), 1)
 
 
 @torch.inference_mode()

@@ -78,6 +78,7 @@ class Config:
 
     family: ClassVar[str]  # the key in `families.FAMILIES`, which is transformers' model_type
     foreign: ClassVar[bool] = False  # config.json may hold fields that transformers' class rejects
+    begun: ClassVar[bool] = False  # predicts badly what has no first token (BOS) before it
     rotary: ClassVar[bool] = False  # keys are rotated (RoPE), so queries cannot read latents
 
     vocab_size: int

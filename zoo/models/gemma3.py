@@ -43,6 +43,7 @@ class Gemma3Config(Qwen3Config):
 
     family: ClassVar[str] = "gemma3_text"
     activation: ClassVar[str] = "gelu_pytorch_tanh"
+    begun: ClassVar[bool] = True
 
     rope_local_base_freq: float = 10_000.0
     query_pre_attn_scalar: float = 256.0
