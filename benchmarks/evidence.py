@@ -90,7 +90,7 @@ def measured(args: argparse.Namespace, name: str, model: str, part: str) -> dict
         asked = ["--retrieval", "--facts", str(args.facts), *lengths, *dtype]
         return {"facts": run(kept, "evaluate", model, *asked)["printed"]}
     asked = ["--ruler", "--samples", str(args.questions), *lengths, *dtype]
-    asked += ["--batch-size", str(args.batch_size)]
+    asked += ["--batch-size", str(args.batch_size), "--ops", args.ops]
     return {"ruler": run(kept, "evaluate", model, *asked)["printed"]}
 
 
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=1, help="for each of five depths")
     parser.add_argument("--questions", type=int, default=10, help="of each task of ruler")
     parser.add_argument("--batch-size", type=int, default=1, help="of ruler")
+    parser.add_argument("--ops", default="auto", help="of ruler")
     parser.add_argument("--dtype", default="auto", help="of the models; speed has its own")
     parser.add_argument(
         "--context", type=int, action="append", help="tokens in the cache, for speed"

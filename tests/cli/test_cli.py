@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 
+from eigenzoo.kernels import install
 from eigenzoo.zoo.cli.values import parse_shared
 from eigenzoo.zoo.compression.choices import LATENTS, REFITS
 from eigenzoo.zoo.compression.keys import KEYS
@@ -255,6 +256,20 @@ def test_evaluate_asks_for_planted_facts(run, low, tmp_path):
         assert one["loglikelihood"] == pytest.approx(whole["loglikelihood"], abs=1e-5)
         assert other["loglikelihood"] != whole["loglikelihood"]
     assert "0% -" in text
+
+
+def test_evaluate_decodes_with_fused_ops_only_if_asked(run, low, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(tiny.WORDS * 20)
+    installed, real = [], install.install
+    monkeypatch.setattr(install, "install", lambda model: installed.append(real(model)) or model)
+    words = ["evaluate", low, "--text", tmp_path / "a.txt", "--retrieval", "--length", "150"]
+    plain, fused = (
+        json.loads(run(*words, "--facts", "1", "--ops", ops, "--json")[1])["retrieval"]
+        for ops in ("auto", "fused")
+    )
+    assert len(installed) == 1
+    for one, other in zip(plain, fused, strict=True):
+        assert other["loglikelihood"] == pytest.approx(one["loglikelihood"], abs=1e-3)
 
 
 def test_evaluate_asks_the_tasks_of_ruler(run, tmp_path):

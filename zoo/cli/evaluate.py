@@ -18,6 +18,7 @@ from .options import (
     Dtype,
     KeepTokens,
     KvBits,
+    Ops,
     Revision,
     Seed,
     Sinks,
@@ -26,7 +27,7 @@ from .options import (
     Window,
     option,
 )
-from .values import command_line, load
+from .values import command_line, fuse, load
 
 RETRIEVAL = "Retrieval"
 TASKS = "Tasks"
@@ -174,6 +175,7 @@ def evaluate(
         ),
     ] = 1,
     dtype: Dtype = "auto",
+    ops: Ops = "auto",
     kv_bits: KvBits = None,
     sliding_window: Window = 0,
     sinks: Sinks = 0,
@@ -233,7 +235,7 @@ def evaluate(
         given = None if gen_kwargs is None else parse_gen_kwargs(gen_kwargs)
         chosen = load_tasks(names, include_path, trust_remote_code, num_fewshot, given)
     checkpoint = load(source, dtype, device, revision, trust_remote_code)
-    checkpoint.model.keep(*kept)
+    fuse(checkpoint.model.keep(*kept), ops, compile=False)
     probes = Probes(
         *(not (retrieval or ruler or tasks), window, windows, by_position, retrieval, length or ()),
         *(facts, seed, kv_bits, ruler, samples or 20, batch_size),
