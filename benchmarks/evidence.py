@@ -40,7 +40,7 @@ def run(kept: Path, *words: str) -> dict[str, Any]:
     )
     printed = child.stdout.read()
     _, status, used = os.wait4(child.pid, 0)
-    if child.returncode or status:
+    if status:
         raise SystemExit(f"eigenzoo {' '.join(words)}: status {os.waitstatus_to_exitcode(status)}")
     found = {
         "command": [*words],
