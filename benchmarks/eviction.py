@@ -41,7 +41,7 @@ from eigenzoo.zoo.inference.evict import WINDOW, EvictingGenerator
 from eigenzoo.zoo.inference.generate import Generator
 from eigenzoo.zoo.inference.source_texts import check_source
 from eigenzoo.zoo.inference.texts import read_text
-from eigenzoo.zoo.measure.probe import DEPTHS, Planted, plant
+from eigenzoo.zoo.measure.probe import DEPTHS, Planted, plant, recall
 from eigenzoo.zoo.models.config import kv_bytes
 from eigenzoo.zoo.models.model import Model
 
@@ -96,32 +96,29 @@ def losses(model: Model, each: Sequence[Planted], cells: Sequence[Cell]) -> Loss
         read = reader.read(torch.tensor([asked.prompt]))
         for policy, share in cells:
             keep = max(round(share * count), WINDOW + reader.block)
-            weigh = POLICIES[policy] if policy in POLICIES else POLICIES["snapkv"]
-            if weigh:
-                generator = EvictingGenerator(model, count + new, new, keep, compile=False)
-                generator.take(read._replace(seen=weigh(read.seen)))
-                kept = 1 - generator.dropped / count
-                logits = torch.cat((read.logits, generator.verify(answer[:, :-1], count)))
-            else:
-                kept, logits = keep / count, within(model, asked, keep)
-            loss = F.cross_entropy(logits.float(), answer[0]).item()
+            weigh = POLICIES.get(policy, POLICIES["snapkv"])
+            if weigh is None:
+                loss, right = within(model, asked, keep)
+                found[policy, share].append((loss, right, keep / count))
+                continue
+            generator = EvictingGenerator(model, count + new, new, keep, compile=False)
+            generator.take(read._replace(seen=weigh(read.seen)))
+            logits = torch.cat((read.logits, generator.verify(answer[:, :-1], count))).float()
+            loss = F.cross_entropy(logits, answer[0]).item()
             right = bool((logits.argmax(-1) == answer[0]).all())
-            found[policy, share].append((loss, right, kept))
+            found[policy, share].append((loss, right, 1 - generator.dropped / count))
     return found
 
 
-def within(model: Model, asked: Planted, keep: int) -> Tensor:
-    """Logits (T, vocabulary) of an answer of T tokens if every token attends to `keep` at most."""
-    count, new = len(asked.prompt), len(asked.answer)
+def within(model: Model, asked: Planted, keep: int) -> tuple[float, bool]:
+    """Mean loss of an answer, and whether it is greedy, if a token attends to `keep` at most."""
     model.keep(keep - SINKS, SINKS)
     try:
-        generator = Generator(model, 1, count + new, compile=False)
-        logits = [generator.advance(torch.tensor([asked.prompt]), 0)]
-        for i, token in enumerate(asked.answer[:-1]):
-            logits.append(generator.advance(torch.tensor([[token]]), count + i))
-        return torch.cat(logits)
+        slots = len(asked.prompt) + len(asked.answer)
+        right, score = recall(Generator(model, 1, slots, compile=False), asked)
     finally:
         model.keep(0)
+    return -score, right
 
 
 def row(model: Model, cell: Cell, facts: Losses, ends: Losses) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from eigenzoo.zoo.inference.checkpoint import load
 from eigenzoo.zoo.inference.data import encode
+from eigenzoo.zoo.inference.perplexity import cut
 from eigenzoo.zoo.models.model import Model
 from eigenzoo.zoo.models.rope import rotate
 
@@ -97,10 +98,9 @@ def main() -> None:
     words = domains(args.domain)
     model, tokenizer = load(args.model, torch.float32)[:2]
     bias = biases(model)
+    known = model.config.vocab_size
     texts = {
-        name: encode(tokenizer, text, model.config.vocab_size)[: args.windows * args.window].view(
-            args.windows, args.window
-        )
+        name: cut(encode(tokenizer, text, known), args.window, args.windows, name)
         for name, text in words.items()
     }
     rest = varying(model, next(iter(texts.values()))[:1], bias)
