@@ -27,13 +27,30 @@ from .options import (
     Window,
     option,
 )
-from .values import command_line, fuse, load
+from .values import command_line, fuse, load, refuse_unused
 
 RETRIEVAL = "Retrieval"
 TASKS = "Tasks"
+PERPLEXITY = "perplexity"  # what is measured if no other measurement is asked for
+OF_WINDOWS, OF_TASKS = (PERPLEXITY, "--by-position"), ("--tasks",)
+GOES_WITH = {  # an option: the measurements that it changes
+    "window": OF_WINDOWS,
+    "windows": OF_WINDOWS,
+    "text": (*OF_WINDOWS, "--retrieval"),
+    "length": ("--retrieval", "--ruler"),
+    "facts": ("--retrieval",),
+    "samples": ("--ruler",),
+    "keep_tokens": ("--retrieval", "--ruler"),
+    "batch_size": ("--ruler", "--tasks"),
+    "ops": ("--retrieval", "--ruler", "--tasks"),
+    **dict.fromkeys(
+        ("limit", "include_path", "apply_chat_template", "num_fewshot", "gen_kwargs"), OF_TASKS
+    ),
+}
 
 
 def evaluate(
+    ctx: typer.Context,
     source: Source,
     text: Annotated[
         Path | None,
@@ -199,20 +216,8 @@ def evaluate(
     from ..models.ring import Kept
     from ..utils.provenance import device_name, versions
 
-    if length and not (retrieval or ruler):
-        raise ValueError("--length goes with --retrieval or --ruler")
-    if samples and not ruler:
-        raise ValueError("--samples goes with --ruler")
-    if keep_tokens and not (retrieval or ruler):
-        raise ValueError("--keep-tokens goes with --retrieval or --ruler")
     if keep_tokens:
         check_alone(batch_size)
-    of_tasks = limit, include_path, apply_chat_template or None, num_fewshot, gen_kwargs
-    if not tasks and any(x is not None for x in of_tasks):
-        raise ValueError(
-            "--limit, --include-path, --apply-chat-template, --num-fewshot and --gen-kwargs go "
-            "with --tasks"
-        )
     several = read_domains(domains, domain or ())
     if several and (text or by_position or retrieval or ruler or tasks):
         raise ValueError(
@@ -223,10 +228,13 @@ def evaluate(
         raise ValueError("--original goes with --domains or --domain")
     kept = Kept(sliding_window, sinks)
     kept.check()
-    words = read_text(text)
     names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
     if not all(names):
         raise ValueError(f"tasks is {tasks!r}: expected names, A,B,...")
+    asked = {"--by-position": by_position, "--retrieval": retrieval, "--ruler": ruler}
+    measured = [x for x, given in (asked | {"--tasks": tasks}).items() if given]
+    refuse_unused(ctx, GOES_WITH, measured or [PERPLEXITY])
+    words = read_text(text)
     if tasks:  # fails before the model is read
         if find_spec("lm_eval") is None:
             raise ValueError("--tasks needs the package lm-eval: pip install 'eigenzoo[eval]'")

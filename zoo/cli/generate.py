@@ -25,12 +25,13 @@ from .options import (
     Window,
     option,
 )
-from .values import decoding_dtype, load, preparation, say, show
+from .values import decoding_dtype, load, preparation, refuse_unused, say, show
 
 DRAFTS = "Speculative decoding"
 
 
 def generate(
+    ctx: typer.Context,
     source: Source,
     prompt: Annotated[
         list[str] | None,
@@ -124,6 +125,10 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
+    goes_with = {"draft_tokens": ("--draft",)}
+    goes_with |= dict.fromkeys(("top_k", "top_p"), ("--temperature above 0",))
+    given = {"--draft": draft, "--temperature above 0": temperature}
+    refuse_unused(ctx, goes_with, [x for x, on in given.items() if on])
     kept = Kept(sliding_window, sinks)
     kept.check()
     prepare = preparation(weights, ops, compile)

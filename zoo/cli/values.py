@@ -4,7 +4,7 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,21 @@ def _prepare(model: Any, weights: str, ops: str, compile: bool) -> Any:
     from ..inference.int8 import quantize
 
     return fuse(quantize(model) if weights == "int8" else model, ops, compile)
+
+
+def refuse_unused(
+    ctx: typer.Context, goes_with: Mapping[str, Collection[str]], asked: Collection[str]
+) -> None:
+    """Raise ValueError for an option that was given and changes nothing.
+
+    goes_with: the parameter of an option, and what must be asked for, one of it, for the option to
+    count. asked: what is.
+    """
+    for name, fitting in goes_with.items():
+        source = ctx.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and not {*fitting} & {*asked}:
+            raise ValueError(f"--{name.replace('_', '-')} goes with {' or '.join(fitting)}")
 
 
 def say_keys(settings: Any) -> None:
