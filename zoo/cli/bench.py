@@ -32,6 +32,7 @@ from .values import (
     command_line,
     decoding_dtype,
     preparation,
+    refuse_unused,
     say,
     say_keys,
     torch_device,
@@ -39,6 +40,7 @@ from .values import (
 )
 
 SHAPE = "Instead of checkpoints"
+OF_SHAPE = ("layers", "keep", "segments", "heads_per_latent", "latent", "keys", "anchor_block")
 
 
 def bench(
@@ -182,12 +184,7 @@ def bench(
             f"given {len(sources or [])} checkpoints and shape {shape}: expected checkpoints, or "
             "--shape alone"
         )
-    of_shape = layers, keep or segments or None, heads_per_latent, latent, keys, anchor_block
-    if shape is None and of_shape != (None, None, 1, "separate", "auto", None):
-        raise ValueError(
-            "--layers, --keep, --segments, --heads-per-latent, --latent, --keys and --anchor-block "
-            "go with --shape: checkpoints have their own"
-        )
+    refuse_unused(ctx, dict.fromkeys(OF_SHAPE, ("--shape",)), ["--shape"] if shape else [])
     if graphs and not (compile and torch_device(device).type == "cuda"):
         raise ValueError("--graphs needs a GPU and compiled steps: leave it out")
     place, kind = torch_device(device), torch_dtype(decoding_dtype(dtype, device))

@@ -32,12 +32,22 @@ from .options import (
     Trust,
     option,
 )
-from .values import hide_bars, parse_bits, parse_refit, parse_shared, say, torch_device, torch_dtype
+from .values import (
+    given,
+    hide_bars,
+    parse_bits,
+    parse_refit,
+    parse_shared,
+    say,
+    torch_device,
+    torch_dtype,
+)
 
 LARGE = "Larger than memory"
 
 
 def compress(
+    ctx: typer.Context,
     source: Source,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     keep: Keep = 0.25,
@@ -120,6 +130,8 @@ def compress(
     from ..compression.settings import Settings
     from ..measure import tables
 
+    if error_budget is not None and given(ctx, "keep"):
+        raise ValueError("given --keep and --error-budget: expected one of them")
     settings = Settings(
         method,
         keep,

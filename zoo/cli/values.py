@@ -111,10 +111,14 @@ def refuse_unused(
     count. asked: what is.
     """
     for name, fitting in goes_with.items():
-        source = ctx.get_parameter_source(name)
-        given = source is not None and source.name == "COMMANDLINE"
-        if given and not {*fitting} & {*asked}:
+        if given(ctx, name) and not {*fitting} & {*asked}:
             raise ValueError(f"--{name.replace('_', '-')} goes with {' or '.join(fitting)}")
+
+
+def given(ctx: typer.Context, name: str) -> bool:
+    """Whether the user gave this parameter, be it the value that it has otherwise."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def say_keys(settings: Any) -> None:
