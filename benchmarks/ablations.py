@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py MODEL --wiki FILE --speech FILE --cache FOLDER
         [--keep 0.16 --keep 0.12] [--only NAME]
-        [--minutes 30] [--lr 2e-4] [--precision bfloat16]
+        [--minutes 30] [--lr 5e-5] [--precision bfloat16]
 
 Prints a line for every variant and share: the increase of perplexity in % over the uncompressed
 model, on four texts, their mean and worst. A variant is the default in blocks of 16, in all but one

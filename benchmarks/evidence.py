@@ -68,6 +68,7 @@ def models(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
             asked = ["--original", args.model, "--steps", str(args.steps)]
             asked += ["--calibration", args.calibration, "--precision", args.precision]
             asked += ["--minutes", str(args.minutes)] if args.minutes else []
+            asked += ["--lr", str(args.lr)] if args.lr else []
             made = run(args.folder / f"{keep}-refined.json", "refine", low, better, *asked)
             yield {"keep": keep, "share": share, "form": "refined", **_cost(made)}, better
 
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="sequences that compress reads")
     parser.add_argument("--steps", type=int, default=200, help="of refine; 0: do not refine")
     parser.add_argument("--minutes", type=float, help="that refine trains; else all steps")
+    parser.add_argument("--lr", type=float, help="of refine; else its default")
     parser.add_argument("--precision", default="auto", help="of refine")
     parser.add_argument("--domain", action="append", default=[], help="a file; repeat for more")
     parser.add_argument("--window", type=int, default=2048)

@@ -188,7 +188,7 @@ def test_a_state_of_another_run_is_refused(monkeypatch, tmp_path):
     (dense, low), text, state = pair(), tiny.tokens(16, 48), tmp_path / "state"
     settings = RefineSettings(steps=4, every=2)
     refine(dense, low, text, settings, state=state)
-    with pytest.raises(ValueError, match=r"left by other work .lr 0.0002, given 0.1"):
+    with pytest.raises(ValueError, match=r"left by other work .lr 5e-05, given 0.1"):
         refine(dense, low, text, settings._replace(lr=0.1), state=state)
     with pytest.raises(ValueError, match=r"left by other work .texts "):
         refine(dense, low, text + 1, settings, state=state)

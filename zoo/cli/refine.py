@@ -39,7 +39,7 @@ def refine(
     batch: Annotated[int, typer.Option(help="Sequences in a step.")] = 2,
     lr: Annotated[
         float, typer.Option(help="Largest learning rate, as a share of each weight's size.")
-    ] = 2e-4,
+    ] = 5e-5,
     warmup: Annotated[
         float, typer.Option(help="Share of the run in which the learning rate rises.")
     ] = 0.1,

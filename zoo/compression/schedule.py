@@ -23,7 +23,7 @@ class RefineSettings(NamedTuple):
 
     steps: int = 200
     batch: int = 2
-    lr: float = 2e-4
+    lr: float = 5e-5
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
