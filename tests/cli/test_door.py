@@ -1,3 +1,5 @@
+import importlib
+
 import fresh
 import pytest
 import torch
@@ -26,6 +28,7 @@ def raising(run, monkeypatch):
         def locate(*_):
             raise error
 
+        importlib.import_module("eigenzoo.zoo.measure.plan")  # keeps the `locate` that it finds
         monkeypatch.setattr("eigenzoo.zoo.inference.checkpoint.locate", locate)
         return run(*words, "inspect", "model")
 
