@@ -184,7 +184,7 @@ def bench(
             f"given {len(sources or [])} checkpoints and shape {shape}: expected checkpoints, or "
             "--shape alone"
         )
-    refuse_unused(ctx, dict.fromkeys(OF_SHAPE, ("--shape",)), ["--shape"] if shape else [])
+    refuse_unused(ctx, dict.fromkeys(OF_SHAPE, ("--shape",)), {"--shape": shape})
     if graphs and not (compile and torch_device(device).type == "cuda"):
         raise ValueError("--graphs needs a GPU and compiled steps: leave it out")
     place, kind = torch_device(device), torch_dtype(decoding_dtype(dtype, device))

@@ -33,7 +33,7 @@ RETRIEVAL = "Retrieval"
 TASKS = "Tasks"
 PERPLEXITY = "perplexity"  # what is measured if no other measurement is asked for
 OF_WINDOWS, OF_TASKS = (PERPLEXITY, "--by-position"), ("--tasks",)
-GOES_WITH = {  # an option: the measurements that it changes
+GOES_WITH = {  # a parameter: the measurements that it changes
     "window": OF_WINDOWS,
     "windows": OF_WINDOWS,
     "text": (*OF_WINDOWS, "--retrieval"),
@@ -43,6 +43,7 @@ GOES_WITH = {  # an option: the measurements that it changes
     "keep_tokens": ("--retrieval", "--ruler"),
     "batch_size": ("--ruler", "--tasks"),
     "ops": ("--retrieval", "--ruler", "--tasks"),
+    "original": ("--domains", "--domain"),
     **dict.fromkeys(
         ("limit", "include_path", "apply_chat_template", "num_fewshot", "gen_kwargs"), OF_TASKS
     ),
@@ -224,16 +225,16 @@ def evaluate(
             "--domains and --domain measure perplexity on texts of their own: leave --text, "
             "--by-position, --retrieval, --ruler and --tasks out; a file goes with --domain FILE"
         )
-    if original and not several:
-        raise ValueError("--original goes with --domains or --domain")
     kept = Kept(sliding_window, sinks)
     kept.check()
     names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
     if not all(names):
         raise ValueError(f"tasks is {tasks!r}: expected names, A,B,...")
     asked = {"--by-position": by_position, "--retrieval": retrieval, "--ruler": ruler}
-    measured = [x for x, given in (asked | {"--tasks": tasks}).items() if given]
-    refuse_unused(ctx, GOES_WITH, measured or [PERPLEXITY])
+    asked["--tasks"] = bool(tasks)
+    asked[PERPLEXITY] = not any(asked.values())
+    asked |= {"--domains": domains, "--domain": bool(domain)}
+    refuse_unused(ctx, GOES_WITH, asked)
     words = read_text(text)
     if tasks:  # fails before the model is read
         if find_spec("lm_eval") is None:

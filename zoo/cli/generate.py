@@ -127,8 +127,7 @@ def generate(
     sampling.check()
     goes_with = {"draft_tokens": ("--draft",)}
     goes_with |= dict.fromkeys(("top_k", "top_p"), ("--temperature above 0",))
-    given = {"--draft": draft, "--temperature above 0": temperature}
-    refuse_unused(ctx, goes_with, [x for x, on in given.items() if on])
+    refuse_unused(ctx, goes_with, {"--draft": draft, "--temperature above 0": temperature})
     kept = Kept(sliding_window, sinks)
     kept.check()
     prepare = preparation(weights, ops, compile)

@@ -103,15 +103,15 @@ def _prepare(model: Any, weights: str, ops: str, compile: bool) -> Any:
 
 
 def refuse_unused(
-    ctx: typer.Context, goes_with: Mapping[str, Collection[str]], asked: Collection[str]
+    ctx: typer.Context, goes_with: Mapping[str, Collection[str]], asked: Mapping[str, object]
 ) -> None:
     """Raise ValueError for an option that was given and changes nothing.
 
-    goes_with: the parameter of an option, and what must be asked for, one of it, for the option to
-    count. asked: what is.
+    goes_with: by the parameter of an option, the names of which one must be asked for. asked: by
+    name, a true value for what is.
     """
     for name, fitting in goes_with.items():
-        if given(ctx, name) and not {*fitting} & {*asked}:
+        if given(ctx, name) and not any(asked[x] for x in fitting):
             raise ValueError(f"--{name.replace('_', '-')} goes with {' or '.join(fitting)}")
 
 
